@@ -1,0 +1,1 @@
+"""The system that runs the networks: diffusion, text, checkpoints, pipelines, measurement."""

@@ -1,0 +1,1 @@
+"""Weights on disk: our files and the rename tables of the published ones."""

@@ -1,0 +1,1 @@
+"""Diffusion mathematics; imports torch alone."""

@@ -1,0 +1,1 @@
+"""Measurement: pictures in, numbers out."""

@@ -1,0 +1,1 @@
+"""Networks of the cascade: tensor to tensor, no files, no noise schedules."""

@@ -1,0 +1,1 @@
+"""Learning: everything that touches a data set."""

@@ -1,0 +1,1 @@
+"""Lightning systems: one a file, wiring and no maths."""
