@@ -1,0 +1,261 @@
+"""Weights on disk: safetensors that carry their configuration; atomic writes, strict reads."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from cascade.config import from_dict, to_dict
+from cascade.errors import UserError, describe_os_error
+
+CLASS_KEY = "cascade_class"
+CONFIG_KEY = "cascade_config"
+_PREFIXES = ("_orig_mod.", "module.")  # torch.compile's and DistributedDataParallel's
+_SHOWN = 5
+
+
+
+
+N = TypeVar("N", bound=nn.Module)
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path beside ``path``; rename it to ``path`` on success, remove it on error.
+
+    Raises:
+        UserError: The folder can't be written to, or the disk is full.
+    """
+    path = Path(path)
+    temporary: Path | None = None
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        # mkstemp makes the file private; give it what a plain open() would have given.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        os.replace(temporary, path)
+    except OSError as error:
+        _discard(temporary)
+        described = describe_os_error(error)
+        if described is None:
+            raise
+        reason = described.split(": ", 1)[-1]
+        raise UserError(f"{path}: can't be written: {reason}") from error
+    except SafetensorError as error:
+        _discard(temporary)
+        raise UserError(f"{path}: can't be written: {error}") from error
+    except BaseException:
+        _discard(temporary)
+        raise
+
+
+def _discard(path: Path | None) -> None:
+    if path is not None:
+        path.unlink(missing_ok=True)
+
+
+def atomic_write_bytes(path: str | Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def atomic_write_text(path: str | Path, text: str) -> None:
+    """Write a UTF-8 text file so that it is there whole or not at all."""
+    atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def file_hash(path: str | Path) -> str:
+    """Return the first 12 hex digits of a file's SHA-256."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; check the path")
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:12]
+
+
+def save_network(
+    path: str | Path,
+    module: nn.Module,
+    *,
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a network with its class name and configuration in the file's metadata.
+
+    Args:
+        path: The ``.safetensors`` file.
+        module: A network with a ``config`` dataclass.
+        dtype: Number format of the floating-point tensors; None keeps each one's own.
+        metadata: More metadata, all strings.
+    """
+    state = {
+        key: (value.to(dtype) if dtype is not None and value.is_floating_point() else value)
+        .detach()
+        .cpu()
+        .contiguous()
+        for key, value in module.state_dict().items()
+    }
+    described = {
+        CLASS_KEY: type(module).__name__,
+        CONFIG_KEY: json.dumps(to_dict(module.config)),
+        **(metadata or {}),
+    }
+    with atomic_path(path) as temporary:
+        save_file(state, temporary, metadata=described)
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """Return a safetensors file's metadata without reading its tensors."""
+    with _opened(path) as file:
+        return dict(file.metadata() or {})
+
+
+def read_tensors(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """Return a safetensors file's tensors, memory-mapped where the device allows it."""
+    with _opened(path):
+        pass
+    return strip_prefixes(load_file(path, device=str(device)))
+
+
+def strip_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Remove the prefixes that torch.compile and data-parallel wrappers put before all keys."""
+    stripped = dict(state)
+    changed = True
+    while changed and stripped:
+        changed = False
+        for prefix in _PREFIXES:
+            if all(key.startswith(prefix) for key in stripped):
+                stripped = {key[len(prefix) :]: value for key, value in stripped.items()}
+                changed = True
+    return stripped
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path) -> Iterator[Any]:
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such weights file; check the path")
+    if path.suffix in {".pt", ".pth", ".ckpt", ".bin", ".pkl"}:
+        raise UserError(
+            f"{path}: refused: a pickle can run code when it is opened; use safetensors"
+        )
+    try:
+        handle = safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise UserError(
+            f"{path}: not a whole safetensors file ({error}); download or export it again"
+        ) from error
+    with handle as file:
+        yield file
+
+
+def load_network(
+    path: str | Path,
+    *,
+    expect: type[N],
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> N:
+    """Load a network that ``save_network`` wrote; nothing may be missing or left over.
+
+    The network is built on the meta device and takes the file's tensors in place, so that the
+    peak of memory is about the weights themselves.
+
+    Args:
+        path: The ``.safetensors`` file.
+        expect: The network's class.
+        device: Where its tensors go.
+        dtype: Number format of its floating-point tensors; None keeps the file's.
+
+    Returns:
+        The network in evaluation mode.
+
+    Raises:
+        UserError: No such file, a pickle, a truncated file, another network's weights, or keys
+            that don't fit; the first five of each kind are named.
+    """
+    path = Path(path)
+    metadata = read_metadata(path)
+    found = metadata.get(CLASS_KEY)
+    if found != expect.__name__:
+        what = f"holds a {found}" if found else "says nothing of its network"
+        raise UserError(f"{path}: {what}, but a {expect.__name__} is needed; check the path")
+    config_class = _config_class(expect)
+    try:
+        values = json.loads(metadata[CONFIG_KEY])
+    except (KeyError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: its metadata holds no configuration; export it again") from error
+    config = from_dict(config_class, values, f"{path} (configuration)")
+    with torch.device("meta"):
+        network = expect(config)
+    state = read_tensors(path, device)
+    if dtype is not None:
+        state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+    assign_strictly(network, state, str(path))
+    return network.eval()
+
+
+def _config_class(network: type[nn.Module]) -> type[Any]:
+    """Return the class of the ``config`` argument of a network's constructor."""
+    return get_type_hints(network.__init__)["config"]
+
+
+def assign_strictly(network: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """Put ``state`` in place of a network's tensors; every key must fit.
+
+    Raises:
+        UserError: Naming the first five missing, unexpected and misshapen keys.
+    """
+    if not state:
+        raise UserError(f"{where}: holds no tensor at all; export or download it again")
+    own = network.state_dict()
+    missing = [key for key in own if key not in state]
+    unexpected = [key for key in state if key not in own]
+    misshapen = [
+        f"{key} ({_shape(state[key])} in the file, {_shape(own[key])} in the network)"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    complaints = [
+        f"{len(keys)} {kind}: {_first(keys)}"
+        for kind, keys in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("misshapen", misshapen),
+        )
+        if keys
+    ]
+    if complaints:
+        name = type(network).__name__
+        raise UserError(f"{where}: does not fit {name}: {'; '.join(complaints)}")
+    network.load_state_dict(dict(state), strict=True, assign=True)
+
+
+def _first(keys: Sequence[str]) -> str:
+    more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
+    return ", ".join(keys[:_SHOWN]) + more
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(str(side) for side in tensor.shape) or "scalar"

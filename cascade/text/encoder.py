@@ -1,0 +1,192 @@
+"""Prompts to text states, through transformers' CLIP text models of any size."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from cascade.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """What the networks read of a text model; it travels with the cascade's weights."""
+
+    hidden: Literal["pre_norm", "post_norm"] = "pre_norm"
+    """Hidden states before the final layer norm (Stable Cascade) or after it (Würstchen v2)."""
+    overflow: Literal["warn", "chunk"] = "warn"
+    """A prompt longer than the window: use its beginning and name the words that are dropped, or
+    encode it in windows and join their states."""
+    pad_to: int | None = None
+    """Tokens that prompts are padded to; None: the model's window (77 for OpenAI's CLIP)."""
+
+
+@dataclass(frozen=True)
+class TextFeatures:
+    """Text states of a batch of prompts."""
+
+    hidden: Tensor  # (B, L, D)
+    pooled: Tensor  # (B, P), projected
+
+    def __len__(self) -> int:
+        """Return the number of prompts."""
+        return len(self.hidden)
+
+
+class TextEncoder:
+    """A tokenizer and a CLIP text model with its projection, in evaluation mode."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, model: nn.Module, config: TextConfig
+    ) -> None:
+        """Take a tokenizer and a ``CLIPTextModelWithProjection``."""
+        self.tokenizer = tokenizer
+        self.model = model.eval().requires_grad_(False)
+        self.config = config
+        self.window = int(self._model_config().max_position_embeddings)
+        if config.pad_to is not None and not 2 < config.pad_to <= self.window:
+            raise UserError(
+                f"text.pad_to is {config.pad_to}; the text model's window is {self.window} tokens"
+            )
+        self.length = config.pad_to or self.window
+
+    def _model_config(self) -> Any:
+        return self.model.config
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: str | Path,
+        config: TextConfig,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> TextEncoder:
+        """Load a folder that holds a CLIP (both towers or the text one) and its tokenizer.
+
+        Raises:
+            UserError: The folder or one of its files is missing or broken.
+        """
+        folder = Path(folder)
+        for name in ("config.json", "model.safetensors", "tokenizer.json"):
+            if not (folder / name).is_file():
+                raise UserError(f"{folder}: no {name} in it; a text encoder's folder needs one")
+        # transformers takes seconds to import as a whole; these two modules are enough.
+        from transformers.models.clip.modeling_clip import CLIPTextModelWithProjection
+        from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
+
+        try:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+            text_config = _text_config(folder)
+            with torch.device("meta"):
+                model = CLIPTextModelWithProjection(text_config)
+        except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+            raise UserError(f"{folder}: not a readable CLIP folder: {error}") from error
+        _load_text_tower(model, folder, device, dtype)
+        return cls(tokenizer, model, config)
+
+    def null(self) -> TextFeatures:
+        """Return the states of the empty prompt, the unconditional input of guidance."""
+        return self.encode([""])
+
+    @torch.inference_mode()
+    def encode(self, prompts: Sequence[str]) -> TextFeatures:
+        """Encode prompts.
+
+        Returns:
+            Hidden states ``(B, L, D)`` and pooled projections ``(B, P)``. With
+            ``overflow="chunk"`` a batch with a long prompt has ``L`` of several windows, short
+            prompts being padded with windows of the empty prompt, and the pooled projection is
+            the mean over a prompt's windows.
+        """
+        rows = [self._windows(prompt) for prompt in prompts]
+        most = max(len(windows) for windows in rows)
+        empty = self._window_of([])
+        flat = [window for row in rows for window in [*row, *[empty] * (most - len(row))]]
+        device = next(self.model.parameters()).device
+        tokens = torch.tensor([ids for ids, _ in flat], device=device)  # (B * windows, L)
+        mask = torch.tensor([kept for _, kept in flat], device=device)
+        output = self.model(input_ids=tokens, attention_mask=mask, output_hidden_states=True)
+        hidden = output.last_hidden_state
+        if self.config.hidden == "pre_norm":
+            hidden = output.hidden_states[-1]
+        hidden = hidden.reshape(len(rows), most * self.length, -1)  # (B, windows * L, D)
+        pooled = output.text_embeds.reshape(len(rows), most, -1)
+        pooled = torch.stack(
+            [states[: len(row)].mean(dim=0) for states, row in zip(pooled, rows, strict=True)]
+        )
+        return TextFeatures(hidden, pooled)
+
+    def _windows(self, prompt: str) -> list[tuple[list[int], list[int]]]:
+        """Return (token ids, mask) of each window of a prompt; at least one."""
+        encoded = self.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
+        ids = list(encoded["input_ids"])
+        room = self.length - 2  # without the two special tokens
+        if len(ids) <= room:
+            return [self._window_of(ids)]
+        if self.config.overflow == "chunk":
+            return [self._window_of(ids[i : i + room]) for i in range(0, len(ids), room)]
+        first_dropped = encoded["offset_mapping"][room][0]
+        _log.warning(
+            "the prompt is %d tokens long and the text model reads %d; dropped: %r",
+            len(ids),
+            room,
+            prompt[first_dropped:].strip(),
+        )
+        return [self._window_of(ids[:room])]
+
+    def _window_of(self, ids: list[int]) -> tuple[list[int], list[int]]:
+        tokenizer = self.tokenizer
+        window = [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
+        padding = self.length - len(window)
+        pad = tokenizer.pad_token_id
+        return window + [pad] * padding, [1] * len(window) + [0] * padding
+
+
+def _text_config(folder: Path) -> Any:
+    """Return the text tower's configuration from a CLIP's or a text model's ``config.json``."""
+    from transformers.models.clip.configuration_clip import CLIPTextConfig
+
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if "text_config" in values:
+        projection = values.get("projection_dim")
+        values = dict(values["text_config"])
+        if projection is not None:
+            values["projection_dim"] = projection
+    values["attn_implementation"] = "sdpa"
+    return CLIPTextConfig.from_dict(values)
+
+
+def _load_text_tower(
+    model: nn.Module, folder: Path, device: str | torch.device, dtype: torch.dtype
+) -> None:
+    """Fill a text model on the meta device from a CLIP's or a text model's weights."""
+    from cascade.checkpoints.files import assign_strictly, read_tensors
+
+    path = folder / "model.safetensors"
+    vision = ("vision_model.", "visual_projection.", "logit_scale")
+    state = {
+        key: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for key, tensor in read_tensors(path, device).items()
+        if not key.startswith(vision) and not key.endswith("position_ids")
+    }
+    assign_strictly(model, state, str(path))
+    # Position ids are no weights: transformers makes them in the constructor, here on meta.
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_meta:
+                assert name == "position_ids", f"unknown buffer {name} in the text model"
+                ids = torch.arange(buffer.shape[-1], device=device).view(buffer.shape)
+                module.register_buffer(name, ids, persistent=False)
