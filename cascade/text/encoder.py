@@ -131,7 +131,10 @@ class TextEncoder:
 
     def _windows(self, prompt: str) -> list[tuple[list[int], list[int]]]:
         """Return (token ids, mask) of each window of a prompt; at least one."""
-        encoded = self.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
+        # verbose=False: transformers warns of long prompts without naming what is lost; we name it.
+        encoded = self.tokenizer(
+            prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
         ids = list(encoded["input_ids"])
         room = self.length - 2  # without the two special tokens
         if len(ids) <= room:

@@ -1,0 +1,46 @@
+"""A network, a schedule and a prediction make a denoiser: (x_t, t, cond) -> x0_hat."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from cascade.diffusion.prediction import Prediction, to_x0
+from cascade.diffusion.schedules import CosineSchedule
+
+Network = Callable[[Tensor, Tensor, Any], Tensor]
+"""Maps (noised latents, network time (B,) float32, condition) to its raw prediction."""
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """Turns whatever a network predicts into an estimate of x0, in float32."""
+
+    network: Network
+    schedule: CosineSchedule
+    prediction: Prediction = Prediction.EPSILON
+    time_input: Literal["cosine", "raw"] = "cosine"
+    """The time the network is told: where the unshifted cosine has this noise (v3), or t (v2)."""
+    dtype: torch.dtype = torch.float32
+    """Number format of the latents that the network is given."""
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
+        """Estimate x0.
+
+        Args:
+            x_t: Noised latents, ``(B, C, H, W)``, float32.
+            t: Time, a scalar or ``(B,)``.
+            cond: The network's condition; passed through unopened.
+
+        Returns:
+            ``x0_hat``, float32, same shape.
+        """
+        t = t.to(device=x_t.device, dtype=torch.float32).expand(len(x_t))
+        time = self.schedule.network_time(t) if self.time_input == "cosine" else t
+        predicted = self.network(x_t.to(self.dtype), time, cond).float()
+        alpha, sigma = (value.view(-1, *[1] * (x_t.dim() - 1)) for value in self.schedule(t))
+        return to_x0(predicted, x_t, alpha, sigma, self.prediction)

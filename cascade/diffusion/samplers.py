@@ -1,0 +1,182 @@
+"""Samplers: functions of a denoiser, a schedule, a start and decreasing times.
+
+All return the last estimate of x0, as the published code does, and draw noise only through
+``randn_like``, so that a picture's noise can come from its own generator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from cascade.diffusion.guidance import Denoise
+from cascade.diffusion.schedules import Schedule
+
+RandnLike = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What a sampler tells its observer after each step."""
+
+    index: int
+    num_steps: int
+    t: float
+    x_t: Tensor
+    x0_hat: Tensor
+
+
+OnStep = Callable[[StepInfo], None]
+
+
+class Sampler(Protocol):
+    """The one signature of all samplers."""
+
+    def __call__(
+        self,
+        denoise: Denoise,
+        schedule: Schedule,
+        x: Tensor,
+        times: Tensor,
+        *,
+        randn_like: RandnLike = ...,
+        on_step: OnStep | None = ...,
+    ) -> Tensor:
+        """Integrate from ``x`` at ``times[0]`` to ``times[-1]``."""
+        ...
+
+
+def sample_ddim(
+    denoise: Denoise,
+    schedule: Schedule,
+    x: Tensor,
+    times: Tensor,
+    *,
+    eta: float = 0.0,
+    randn_like: RandnLike = torch.randn_like,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Integrate with DDIM.
+
+    Args:
+        denoise: Maps ``(x_t, t)`` to an estimate of x0.
+        schedule: Maps times to ``(alpha, sigma)``.
+        x: Sample at ``times[0]``, ``(B, C, H, W)``; standard normal noise if that is 1.
+        times: Decreasing times in [0, 1], ``(num_steps + 1,)``.
+        eta: 0 is deterministic, 1 equals DDPM.
+        randn_like: Source of fresh noise when ``eta > 0``.
+        on_step: Called after each step.
+
+    Returns:
+        The last estimate of x0, float32, same shape as ``x``.
+
+    Reference: Song et al., 2021, arXiv:2010.02502, eq. 12 and 16.
+    """
+    x0 = x
+    num_steps = len(times) - 1
+    for index, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
+        x0 = denoise(x, t)
+        (alpha, sigma), (alpha_next, sigma_next) = _scales(schedule, t, t_next, x)
+        if on_step is not None:
+            on_step(StepInfo(index, num_steps, float(t), x, x0))
+        if index + 1 == num_steps:
+            break
+        noise = (x - alpha * x0) / sigma
+        # Standard deviation of the fresh noise: eq. 16 times eta.
+        fresh = eta * (sigma_next / sigma) * (1.0 - (alpha / alpha_next).square()).clamp(0).sqrt()
+        kept = (sigma_next.square() - fresh.square()).clamp(0).sqrt()
+        x = alpha_next * x0 + kept * noise
+        if eta > 0:
+            x = x + fresh * randn_like(x)
+    return x0
+
+
+def sample_ddpm(
+    denoise: Denoise,
+    schedule: Schedule,
+    x: Tensor,
+    times: Tensor,
+    *,
+    randn_like: RandnLike = torch.randn_like,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Sample the posterior ``q(x_s | x_t, x0_hat)`` at each step.
+
+    Arguments and result are those of ``sample_ddim``.
+
+    Reference: Ho et al., 2020, arXiv:2006.11239, eq. 6-7.
+    """
+    x0 = x
+    num_steps = len(times) - 1
+    for index, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
+        x0 = denoise(x, t)
+        (alpha, sigma), (alpha_next, sigma_next) = _scales(schedule, t, t_next, x)
+        if on_step is not None:
+            on_step(StepInfo(index, num_steps, float(t), x, x0))
+        if index + 1 == num_steps:
+            break
+        step_alpha = alpha / alpha_next  # x_t = step_alpha x_s + sqrt(step_variance) noise
+        step_variance = (1.0 - step_alpha.square()).clamp(0)
+        variance = step_variance * (sigma_next / sigma).square()
+        mean = (
+            alpha_next * step_variance * x0 + step_alpha * sigma_next.square() * x
+        ) / sigma.square()
+        x = mean + variance.sqrt() * randn_like(x)
+    return x0
+
+
+def sample_dpmpp_2m(
+    denoise: Denoise,
+    schedule: Schedule,
+    x: Tensor,
+    times: Tensor,
+    *,
+    randn_like: RandnLike = torch.randn_like,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Integrate with DPM-Solver++ 2M: second order from one evaluation a step, deterministic.
+
+    Arguments and result are those of ``sample_ddim``; ``randn_like`` is not used.
+
+    Reference: Lu et al., 2022, arXiv:2211.01095, algorithm 2.
+    """
+    del randn_like
+    x0 = x
+    previous: tuple[Tensor, Tensor] | None = None  # (x0_hat, step in half log-SNR)
+    num_steps = len(times) - 1
+    for index, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
+        x0 = denoise(x, t)
+        (alpha, sigma), (alpha_next, sigma_next) = _scales(schedule, t, t_next, x)
+        if on_step is not None:
+            on_step(StepInfo(index, num_steps, float(t), x, x0))
+        if index + 1 == num_steps:
+            break
+        step = (alpha_next / sigma_next).log() - (alpha / sigma).log()
+        slope = x0
+        # A step from or to a clamped end of the schedule has no length: first order there.
+        if previous is not None and previous[1] > 0 and step > 0:
+            ratio = previous[1] / step
+            slope = x0 + (x0 - previous[0]) / (2.0 * ratio)
+        x = (sigma_next / sigma) * x - alpha_next * torch.expm1(-step) * slope
+        previous = (x0, step)
+    return x0
+
+
+def _scales(
+    schedule: Schedule, t: Tensor, t_next: Tensor, like: Tensor
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Return (alpha, sigma) at both ends of a step, as scalars on the device of ``like``."""
+    alpha, sigma = schedule(torch.stack([t, t_next]).to(like.device))
+    return (alpha[0], sigma[0]), (alpha[1], sigma[1])
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "ddpm": sample_ddpm,
+    "ddim": sample_ddim,
+    "dpmpp_2m": sample_dpmpp_2m,
+}
+"""What ``--sampler`` takes."""
