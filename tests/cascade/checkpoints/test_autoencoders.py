@@ -15,7 +15,7 @@ from cascade.checkpoints.autoencoders import (
     stage_a_to_original,
 )
 from stages.previewer import Previewer, PreviewerConfig
-from stages.semantic_compressor import CompressorConfig, SemanticCompressor
+from stages.semantic_compressor import CompressorConfig, SemanticCompressor, TrunkStage
 from stages.stage_a import StageA, StageAConfig
 
 BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -201,6 +201,75 @@ def test_compressor_keys_survive_the_way_there_and_back(config):
     marked = {key: torch.tensor(index) for index, key in enumerate(state)}
     there = compressor_to_original(marked, config)
     assert_same_tensors(compressor_from_original(there, config), marked)
+
+
+def _published_layer(into: int, out: int, kernel: int, stride: int, groups: int) -> nn.Sequential:
+    conv = nn.Conv2d(into, out, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out, eps=1e-3), nn.SiLU())
+
+
+class _PublishedGate(nn.Module):
+    def __init__(self, width: int, squeezed: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Conv2d(width, squeezed, 1), nn.Conv2d(squeezed, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = nn.functional.adaptive_avg_pool2d(x, 1)
+        return self.fc2(nn.functional.silu(self.fc1(pooled))).sigmoid() * x
+
+
+class _PublishedBlock(nn.Module):
+    def __init__(self, *layers: nn.Module, residual: bool) -> None:
+        super().__init__()
+        self.block, self.residual = nn.Sequential(*layers), residual
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.block(x) if self.residual else self.block(x)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_the_compressor_equals_its_published_form(affine):
+    config = CompressorConfig(
+        stem_channels=8,
+        stages=(
+            TrunkStage("fused", 1, 3, 1, 8, 1),
+            TrunkStage("fused", 2, 3, 2, 12, 2),
+            TrunkStage("mb", 2, 3, 2, 12, 2),
+        ),
+        head_channels=20,
+        latent_channels=4,
+        affine=affine,
+    )
+    layer = _published_layer
+
+    def linear(into: int, out: int) -> nn.Sequential:
+        return layer(into, out, 1, 1, 1)[:2]
+
+    def fused(into: int, stride: int) -> _PublishedBlock:
+        layers = layer(into, 2 * into, 3, stride, 1), linear(2 * into, 12)
+        return _PublishedBlock(*layers, residual=stride == 1)
+
+    def depthwise(stride: int) -> _PublishedBlock:
+        layers = layer(12, 24, 1, 1, 1), layer(24, 24, 3, stride, 24), _PublishedGate(24, 3)
+        return _PublishedBlock(*layers, linear(24, 12), residual=stride == 1)
+
+    backbone = nn.Sequential(
+        layer(3, 8, 3, 2, 1),
+        nn.Sequential(_PublishedBlock(layer(8, 8, 3, 1, 1), residual=True)),
+        nn.Sequential(fused(8, 2), fused(12, 1)),
+        nn.Sequential(depthwise(2), depthwise(1)),
+        layer(12, 20, 1, 1, 1),
+    )
+    mapper = nn.Sequential(nn.Conv2d(20, 4, 1, bias=False), nn.BatchNorm2d(4, affine=affine))
+    theirs = nn.ModuleDict({"backbone": backbone, "mapper": mapper}).eval()
+    theirs.load_state_dict(random_state(theirs))
+    ours = SemanticCompressor(config).eval()
+    ours.load_state_dict(compressor_from_original(theirs.state_dict(), config))
+    pixels = torch.rand(2, 3, 33, 47, generator=torch.Generator().manual_seed(2))
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    normalised = (pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    expected = mapper(backbone(normalised))
+    assert (ours(pixels) - expected).abs().max() < 1e-5 * expected.std()
 
 
 # Previewer
