@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cascade.errors import UserError
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -96,7 +98,7 @@ def draw_candidates(
         ``(len(queries), num_candidates)`` indices into the pool; the true one is in column 0.
 
     Raises:
-        ValueError: If the pool has too few different captions.
+        UserError: If the pool has too few different captions.
     """
     rows: list[list[int]] = []
     for query in queries:
@@ -110,7 +112,7 @@ def draw_candidates(
             seen_captions.add(captions[index])
             seen_identities.add(identities[index])
         if len(row) < num_candidates:
-            raise ValueError(
+            raise UserError(
                 f"only {len(row)} of {num_candidates} candidates differ from each other and from "
                 f"{captions[query]!r}; give a larger pool of captions or ask for fewer candidates"
             )

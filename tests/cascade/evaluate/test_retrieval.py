@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cascade.errors import UserError
 from cascade.evaluate.retrieval import (
     agreement,
     derangement,
@@ -82,7 +83,7 @@ def test_candidates_depend_on_the_seed_alone():
 
 
 def test_a_pool_with_too_few_captions_is_refused():
-    with pytest.raises(ValueError, match="only 20 of 100"):
+    with pytest.raises(UserError, match="only 20 of 100"):
         draw_candidates([0], *_pool(20), 100, _generator())
 
 
