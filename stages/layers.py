@@ -1,0 +1,194 @@
+"""Building blocks of Stage B and Stage C, of both generations.
+
+All take and return ``(B, C, H, W)`` tensors in channels-last memory, so that the view as tokens
+``(B, H, W, C)``, in which norms and projections work, costs nothing.
+
+Reference: Woo et al., 2023, ConvNeXt V2, arXiv:2301.00808; Pernias et al., 2023,
+arXiv:2306.00637, section 3.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+NORM_EPS = 1e-6
+
+
+class LayerNorm2d(nn.Module):
+    """Layer norm over the channels of ``(B, C, H, W)``, without gain and shift."""
+
+    def __init__(self, channels: int) -> None:
+        """Take the number of channels."""
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normalized tensor; statistics are float32 inside the kernel."""
+        tokens = F.layer_norm(x.permute(0, 2, 3, 1), (self.channels,), eps=NORM_EPS)
+        return tokens.permute(0, 3, 1, 2)
+
+
+class GlobalResponseNorm(nn.Module):
+    """Scale each channel by its share of the energy over the picture, on ``(B, H, W, C)``.
+
+    Reference: ConvNeXt V2, arXiv:2301.00808, section 3.3.
+    """
+
+    def __init__(self, channels: int) -> None:
+        """Start as the identity."""
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(channels))
+        self.beta = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``gamma * x * n + beta + x``; the energies are summed in float32."""
+        energy = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
+        share = energy / (energy.mean(dim=-1, keepdim=True) + NORM_EPS)  # (B, 1, 1, C)
+        scale = 1.0 + self.gamma.float() * share
+        return torch.addcmul(self.beta.to(x.dtype), x, scale.to(x.dtype))
+
+
+class ResBlock(nn.Module):
+    """Depthwise convolution, then a channel MLP that may also read a skip."""
+
+    def __init__(
+        self,
+        channels: int,
+        skip_channels: int = 0,
+        kernel_size: int = 3,
+        dropout: float = 0.0,
+    ) -> None:
+        """Take the width, that of the skip joined before the MLP, and the kernel."""
+        super().__init__()
+        self.depthwise = nn.Conv2d(
+            channels, channels, kernel_size, padding=kernel_size // 2, groups=channels
+        )
+        self.norm = LayerNorm2d(channels)
+        self.expand = nn.Linear(channels + skip_channels, 4 * channels)
+        self.response_norm = GlobalResponseNorm(4 * channels)
+        self.dropout = nn.Dropout(dropout)
+        self.project = nn.Linear(4 * channels, channels)
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        """Return ``x`` plus the block's change; ``skip`` is ``(B, C_skip, H, W)``."""
+        h = self.norm(self.depthwise(x))
+        if skip is not None:
+            h = torch.cat([h, skip.to(h.dtype)], dim=1)
+        h = h.permute(0, 2, 3, 1)  # (B, H, W, C)
+        h = self.response_norm(F.gelu(self.expand(h)))
+        h = self.project(self.dropout(h))
+        return x + h.permute(0, 3, 1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of a picture's tokens to themselves and to a condition's."""
+
+    def __init__(self, channels: int, num_heads: int, dropout: float = 0.0) -> None:
+        """Take the width; ``num_heads`` must divide it."""
+        super().__init__()
+        if channels % num_heads:
+            raise ValueError(f"num_heads={num_heads} does not divide channels={channels}")
+        self.num_heads = num_heads
+        self.query = nn.Linear(channels, channels)
+        self.key_value = nn.Linear(channels, 2 * channels)
+        self.out = nn.Linear(channels, channels)
+        self.dropout = dropout
+
+    def forward(self, tokens: Tensor, context: Tensor | None) -> Tensor:
+        """Attend.
+
+        Args:
+            tokens: ``(B, L, C)``; they ask, and they are asked.
+            context: ``(B, M, C)``, asked as well; it does not change over the sampling steps.
+
+        Returns:
+            ``(B, L, C)``.
+        """
+        query = self._heads(self.query(tokens))  # (B, N, L, C / N)
+        asked = tokens if context is None else torch.cat([tokens, context.to(tokens.dtype)], dim=1)
+        key, value = (self._heads(part) for part in self.key_value(asked).chunk(2, dim=-1))
+        dropout = self.dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+    def _heads(self, tokens: Tensor) -> Tensor:
+        return tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+class AttnBlock(nn.Module):
+    """Self and cross attention in one: keys and values are the picture's and the text's tokens."""
+
+    def __init__(
+        self,
+        channels: int,
+        cond_channels: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        self_attention: bool = True,
+    ) -> None:
+        """Take the widths of the picture's and of the condition's tokens."""
+        super().__init__()
+        self.norm = LayerNorm2d(channels)
+        self.cond_mapper = nn.Linear(cond_channels, channels)
+        self.attention = Attention(channels, num_heads, dropout)
+        self.self_attention = self_attention
+
+    def forward(self, x: Tensor, cond_tokens: Tensor) -> Tensor:
+        """Return ``x`` plus what its tokens learnt; ``cond_tokens`` is ``(B, M, C_cond)``."""
+        height, width = x.shape[-2:]
+        context = self.cond_mapper(F.silu(cond_tokens))  # (B, M, C)
+        tokens = self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)  # (B, H * W, C)
+        attended = self.attention(tokens, context)
+        return x + attended.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+
+class TimestepBlock(nn.Module):
+    """Scale and shift channels by what embedded scalars say: the time, and any others, summed."""
+
+    def __init__(self, channels: int, time_channels: int, extra: tuple[str, ...] = ()) -> None:
+        """Start as the identity; ``extra`` names further scalar conditions."""
+        super().__init__()
+        self.mapper = nn.Linear(time_channels, 2 * channels)
+        self.extra_mappers = nn.ModuleDict(
+            {name: nn.Linear(time_channels, 2 * channels) for name in extra}
+        )
+
+    def forward(self, x: Tensor, embeddings: Tensor) -> Tensor:
+        """Modulate.
+
+        Args:
+            x: ``(B, C, H, W)``.
+            embeddings: ``(B, 1 + num_extra, time_channels)``: the time's first, then the extras in
+                the order of their names.
+        """
+        total = self.mapper(embeddings[:, 0].to(self.mapper.weight.dtype))  # (B, 2C)
+        for index, mapper in enumerate(self.extra_mappers.values(), start=1):
+            total = total + mapper(embeddings[:, index].to(self.mapper.weight.dtype))
+        scale, shift = total[:, :, None, None].to(x.dtype).chunk(2, dim=1)  # (B, C, 1, 1)
+        return x * (1 + scale) + shift
+
+
+def init_weights(module: nn.Module) -> None:
+    """Xavier-uniform weights and zero biases for every Linear and Conv2d, as published.
+
+    Transposed convolutions keep PyTorch's own start.
+    """
+    for layer in module.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        if isinstance(layer, TimestepBlock):
+            for mapper in (layer.mapper, *layer.extra_mappers.values()):
+                nn.init.zeros_(mapper.weight)
+                nn.init.zeros_(mapper.bias)
+
+
+def scale_residual_outputs(module: nn.Module, num_blocks: int) -> None:
+    """Shrink the last projection of every ResBlock by ``1 / sqrt(num_blocks)``."""
+    with torch.no_grad():
+        for layer in module.modules():
+            if isinstance(layer, ResBlock):
+                layer.project.weight.mul_(num_blocks**-0.5)

@@ -1,0 +1,287 @@
+"""Stage C of Stable Cascade (v3): denoises the strongly compressed latent, told by text.
+
+A U-shaped stack whose levels all work at the latent's own resolution (24 x 24 for 1024 px), each
+block a convolutional residual block, a time modulation and an attention to picture and text.
+
+Reference: Pernias et al., 2023, Würstchen, arXiv:2306.00637; sizes are those of the published
+Stable Cascade checkpoints.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stages.embeddings import time_embedding
+from stages.layers import (
+    AttnBlock,
+    LayerNorm2d,
+    ResBlock,
+    TimestepBlock,
+    init_weights,
+    scale_residual_outputs,
+)
+
+
+@dataclass(frozen=True)
+class StageCConfig:
+    """Sizes of Stage C; the defaults are the published 3.6B (3,589,103,632 parameters)."""
+
+    latent_channels: int = 16
+    """Channels of the compressed latent."""
+    patch_size: int = 1
+    """Side of the latent squares that become one position."""
+    time_channels: int = 64
+    """Size of the embedding of the time and of each extra scalar."""
+    cond_channels: int = 2048
+    """Width of the condition's tokens."""
+    hidden_channels: tuple[int, ...] = (2048, 2048)
+    """Width by level."""
+    num_heads: tuple[int, ...] = (32, 32)
+    """Attention heads by level."""
+    down_blocks: tuple[int, ...] = (8, 24)
+    """Blocks by level on the way down."""
+    up_blocks: tuple[int, ...] = (24, 8)
+    """Blocks by level on the way up, deepest level first."""
+    text_channels: int = 1280
+    """Width of the text model's hidden states."""
+    text_pooled_channels: int = 1280
+    """Width of the text model's pooled projection."""
+    pooled_tokens: int = 4
+    """Tokens made of the pooled projection, and of each image embedding."""
+    image_channels: int | None = 768
+    """Width of image embeddings; None: the network takes none and has no tokens for them."""
+    kernel_size: int = 3
+    """Side of the depthwise kernels."""
+    dropout: float = 0.1
+    """Dropout in training."""
+    time_conds: tuple[str, ...] = ("sca", "crp")
+    """Extra scalar conditions of every time modulation; published: scale and crop."""
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that do not fit together."""
+        levels = len(self.hidden_channels)
+        for name in ("num_heads", "down_blocks", "up_blocks"):
+            values = getattr(self, name)
+            if len(values) != levels:
+                raise ValueError(
+                    f"{name}={values} and hidden_channels={self.hidden_channels} must have one "
+                    "entry per level"
+                )
+        for width, heads in zip(self.hidden_channels, self.num_heads, strict=True):
+            if heads < 1 or width % heads:
+                raise ValueError(
+                    f"num_heads={self.num_heads} does not divide "
+                    f"hidden_channels={self.hidden_channels}"
+                )
+
+    @classmethod
+    def full(cls) -> StageCConfig:
+        """Return the published 3.6B."""
+        return cls()
+
+    @classmethod
+    def lite(cls) -> StageCConfig:
+        """Return the published 1B (1,030,785,040 parameters)."""
+        return cls(
+            cond_channels=1536,
+            hidden_channels=(1536, 1536),
+            num_heads=(24, 24),
+            down_blocks=(4, 12),
+            up_blocks=(12, 4),
+        )
+
+
+@dataclass(frozen=True)
+class StageCCondition:
+    """What Stage C is told."""
+
+    text_hidden: Tensor
+    """(B, L, D): hidden states before the text model's last norm, as published."""
+    text_pooled: Tensor
+    """(B, P): the projected pooled state."""
+    image: Tensor | None = None
+    """(B, n, 768): CLIP embeddings of pictures to vary; None is told as one of zeros."""
+    sca: Tensor | None = None
+    """(B,): scale condition; None is 0, as in all published use."""
+    crp: Tensor | None = None
+    """(B,): crop condition; None is 0."""
+
+
+@dataclass(frozen=True)
+class StageCPrepared:
+    """A condition after everything that does not change from step to step."""
+
+    tokens: Tensor
+    """(B, L + pooled_tokens [+ n * pooled_tokens], cond_channels), normed."""
+    extra_embeddings: Tensor
+    """(B, num_extra, time_channels), float32."""
+
+
+class StageCBlock(nn.Module):
+    """Residual block, time modulation, attention."""
+
+    def __init__(self, config: StageCConfig, level: int, skip_channels: int = 0) -> None:
+        """Build a block of ``level``; ``skip_channels`` is the width of the skip it reads."""
+        super().__init__()
+        width = config.hidden_channels[level]
+        self.residual = ResBlock(width, skip_channels, config.kernel_size, config.dropout)
+        self.modulation = TimestepBlock(width, config.time_channels, config.time_conds)
+        self.attention = AttnBlock(
+            width, config.cond_channels, config.num_heads[level], config.dropout
+        )
+
+    def forward(self, x: Tensor, skip: Tensor | None, times: Tensor, tokens: Tensor) -> Tensor:
+        """Return ``(B, C, H, W)`` as it came."""
+        return self.attention(self.modulation(self.residual(x, skip), times), tokens)
+
+
+class LevelChange(nn.Module):
+    """Norm and 1x1 convolution between two levels of the same resolution."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        """Take both widths."""
+        super().__init__()
+        self.norm = LayerNorm2d(in_channels)
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C_in, H, W) -> (B, C_out, H, W)."""
+        return self.conv(self.norm(x))
+
+
+class StageC(nn.Module):
+    """The text-conditional prior."""
+
+    def __init__(self, config: StageCConfig) -> None:
+        """Build Stage C of ``config`` with the published initialisation."""
+        super().__init__()
+        self.config = config
+        widths = config.hidden_channels
+        levels = range(len(widths))
+
+        self.text_mapper = nn.Linear(config.text_channels, config.cond_channels)
+        self.pooled_mapper = nn.Linear(
+            config.text_pooled_channels, config.cond_channels * config.pooled_tokens
+        )
+        self.image_mapper: nn.Linear | None = None
+        if config.image_channels is not None:
+            self.image_mapper = nn.Linear(
+                config.image_channels, config.cond_channels * config.pooled_tokens
+            )
+
+        self.embedding = nn.Conv2d(
+            config.latent_channels * config.patch_size**2, widths[0], kernel_size=1
+        )
+        self.in_norm = LayerNorm2d(widths[0])
+        self.down_changes = nn.ModuleList(
+            LevelChange(widths[level - 1], widths[level]) for level in levels if level > 0
+        )
+        self.down_blocks = nn.ModuleList(
+            nn.ModuleList(StageCBlock(config, level) for _ in range(config.down_blocks[level]))
+            for level in levels
+        )
+        self.up_blocks = nn.ModuleList(
+            nn.ModuleList(
+                StageCBlock(config, level, widths[level] if reads_skip else 0)
+                for reads_skip in self._reads_skip(index, config.up_blocks[index])
+            )
+            for index, level in enumerate(reversed(levels))
+        )
+        self.up_changes = nn.ModuleList(
+            LevelChange(widths[level], widths[level - 1]) for level in reversed(levels) if level > 0
+        )
+        self.out = nn.Conv2d(
+            widths[0], config.latent_channels * config.patch_size**2, kernel_size=1
+        )
+        self.out_norm = LayerNorm2d(widths[0])
+        self._init_weights()
+
+    @staticmethod
+    def _reads_skip(index: int, num_blocks: int) -> list[bool]:
+        """Say which blocks of an up level read the skip: the first, in all but the deepest."""
+        return [index > 0 and block == 0 for block in range(num_blocks)]
+
+    def _init_weights(self) -> None:
+        init_weights(self)
+        for mapper in (self.text_mapper, self.pooled_mapper, self.image_mapper):
+            if mapper is not None:
+                nn.init.normal_(mapper.weight, std=0.02)
+        nn.init.xavier_uniform_(self.embedding.weight, gain=0.02)
+        nn.init.zeros_(self.out.weight)
+        scale_residual_outputs(self, sum(self.config.down_blocks))
+
+    def prepare(self, cond: StageCCondition) -> StageCPrepared:
+        """Map and norm the condition's tokens, once per picture.
+
+        Raises:
+            ValueError: An image embedding for a network that takes none.
+        """
+        config = self.config
+        dtype = self.text_mapper.weight.dtype
+        text = self.text_mapper(cond.text_hidden.to(dtype))  # (B, L, C)
+        pooled = self.pooled_mapper(cond.text_pooled.to(dtype))
+        parts = [text, self._split_tokens(pooled, len(text))]
+        if self.image_mapper is not None:
+            image = cond.image
+            if image is None:
+                channels = self.image_mapper.in_features
+                image = torch.zeros(len(text), 1, channels, device=text.device)
+            parts.append(self._split_tokens(self.image_mapper(image.to(dtype)), len(text)))
+        elif cond.image is not None:
+            raise ValueError("this Stage C has image_channels=None and takes no image embedding")
+        tokens = torch.cat(parts, dim=1)  # (B, M, C)
+        tokens = F.layer_norm(tokens, (config.cond_channels,), eps=1e-6)
+        return StageCPrepared(tokens, self._extra_embeddings(cond, len(text)))
+
+    def _split_tokens(self, mapped: Tensor, batch: int) -> Tensor:
+        """(B, [n,] tokens * C) -> (B, n * tokens, C)."""
+        return mapped.reshape(batch, -1, self.config.cond_channels)
+
+    def _extra_embeddings(self, cond: StageCCondition, batch: int) -> Tensor:
+        config, device = self.config, cond.text_hidden.device
+        if not config.time_conds:
+            return torch.zeros(batch, 0, config.time_channels, device=device)
+        rows = []
+        for name in config.time_conds:
+            value = getattr(cond, name, None)
+            value = torch.zeros(batch, device=device) if value is None else value.float()
+            rows.append(time_embedding(value, config.time_channels))
+        return torch.stack(rows, dim=1)  # (B, num_extra, time_channels)
+
+    def forward(self, x: Tensor, t: Tensor, cond: StageCCondition | StageCPrepared) -> Tensor:
+        """Predict.
+
+        Args:
+            x: Noised Stage C latents, ``(B, 16, h, w)``.
+            t: Diffusion time, ``(B,)``, float32.
+            cond: A condition, or the result of ``prepare``.
+
+        Returns:
+            The raw prediction (epsilon in the published checkpoints), ``(B, 16, h, w)``.
+        """
+        prepared = self.prepare(cond) if isinstance(cond, StageCCondition) else cond
+        times = time_embedding(t, self.config.time_channels)[:, None]  # (B, 1, time_channels)
+        times = torch.cat([times, prepared.extra_embeddings], dim=1)
+        x = x.contiguous(memory_format=torch.channels_last)
+        x = F.pixel_unshuffle(x, self.config.patch_size)
+        x = self.in_norm(self.embedding(x))
+
+        skips: list[Tensor] = []
+        for level, blocks in enumerate(self.down_blocks):
+            if level > 0:
+                x = self.down_changes[level - 1](x)
+            for block in blocks:
+                x = block(x, None, times, prepared.tokens)
+            skips.append(x)
+        x = skips.pop()
+        for index, blocks in enumerate(self.up_blocks):
+            skip = skips.pop() if index > 0 else None
+            for block_index, block in enumerate(blocks):
+                x = block(x, skip if block_index == 0 else None, times, prepared.tokens)
+            if index < len(self.up_changes):
+                x = self.up_changes[index](x)
+        return F.pixel_shuffle(self.out(self.out_norm(x)), self.config.patch_size)
