@@ -1,0 +1,375 @@
+"""The cascade: prompt -> Stage C latents -> Stage B latents -> pixels.
+
+Stage C draws a tiny picture of meaning from text, Stage B fills in what Stage A's decoder needs,
+and Stage A turns that into pixels.
+
+Reference: Pernias et al., 2023, Wuerstchen, arXiv:2306.00637.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from cascade.checkpoints.files import load_network
+from cascade.checkpoints.hub import resolve
+from cascade.diffusion.samplers import StepInfo
+from cascade.errors import UserError
+from cascade.images import pixels_to_images
+from cascade.pipelines.finite import check_finite, check_not_black
+from cascade.pipelines.placement import pick_device, pick_dtype
+from cascade.pipelines.plan import Plan, make_plan
+from cascade.pipelines.prompts import PromptStates
+from cascade.pipelines.results import (
+    CascadeOutput,
+    Interrupted,
+    Picture,
+    Reconstruction,
+    collect,
+    describe,
+)
+from cascade.pipelines.sampling import sample_stage_b, sample_stage_c
+from cascade.pipelines.spec import load_spec, model_hash
+from cascade.pipelines.watch import Clock, OnPreview, Watch
+from cascade.rng import PictureNoise
+from cascade.text.encoder import TextEncoder
+from stages.previewer import Previewer
+from stages.semantic_compressor import SemanticCompressor
+from stages.stage_a import StageA
+from stages.stage_b import StageB
+from stages.stage_c import StageC
+
+N = TypeVar("N", bound=nn.Module)
+
+GPU_BATCH_SIZE = 4
+"""Pictures that run together on a GPU unless the caller says otherwise."""
+
+
+class CascadePipeline:
+    """A loaded cascade; call it with a prompt.
+
+    On a CPU pictures run through the networks one at a time, so that a picture of a batch equals
+    the same seed alone bit by bit: matrix products of another batch size round differently. On
+    GPUs they run in batches of four and may differ in the last bits; ``batch_size=1`` prevents it.
+    """
+
+    def __init__(
+        self, folder: str | Path, *, device: str = "auto", dtype: str | torch.dtype = "auto"
+    ) -> None:
+        """Load a model folder; nothing is downloaded.
+
+        Args:
+            folder: A folder with ``model.json``, the stages' files, and ``text/``.
+            device: "auto", "cpu", "cuda", "cuda:1", "mps".
+            dtype: Number format of the stages: "auto", "float32", "bfloat16", "float16". The text
+                encoder always runs in float32.
+
+        Raises:
+            UserError: If something is missing or does not fit.
+        """
+        self.folder = Path(folder)
+        self.spec = load_spec(self.folder)
+        self.device = pick_device(str(device))
+        self.dtype = pick_dtype(dtype, self.device)
+        self.text_encoder = TextEncoder.from_folder(
+            self.folder / "text", self.spec.text, device=self.device
+        )
+        self.stage_c = self._load("stage_c", StageC)
+        self.stage_b = self._load("stage_b", StageB)
+        self.stage_a = self._load("stage_a", StageA)
+        cell = self.stage_a.downscale * self.stage_b.config.patch_size
+        if self.spec.size_multiple % cell:
+            raise UserError(
+                f"{self.folder}: model.json's size_multiple is {self.spec.size_multiple}, but "
+                f"Stage A and Stage B together need multiples of {cell} pixels"
+            )
+
+    @classmethod
+    def from_folder(
+        cls, folder: str | Path, *, device: str = "auto", dtype: str | torch.dtype = "auto"
+    ) -> CascadePipeline:
+        """Load a model folder; the network is never touched."""
+        return cls(folder, device=device, dtype=dtype)
+
+    @classmethod
+    def from_pretrained(
+        cls, model: str | Path, *, device: str = "auto", dtype: str | torch.dtype = "auto"
+    ) -> CascadePipeline:
+        """Load a model folder, or fetch ``organisation/name`` from the hub and load that.
+
+        Raises:
+            UserError: If it is neither, cannot be fetched, or does not fit.
+        """
+        return cls(resolve(model), device=device, dtype=dtype)
+
+    @cached_property
+    def compressor(self) -> SemanticCompressor:
+        """The semantic compressor, loaded when a picture is first encoded."""
+        network = self._load("compressor", SemanticCompressor)
+        size = (self.spec.image_size, self.spec.image_size)
+        made, declared = network.config.latent_size(size), self.spec.stage_c_size(size)
+        if made != declared:
+            raise UserError(
+                f"{self.folder}: the compressor's latents are {made}, but by model.json's "
+                f"pixels_per_stage_c_cell they are {declared}"
+            )
+        return network
+
+    @cached_property
+    def previewer(self) -> Previewer:
+        """The previewer, loaded when a preview is first asked for."""
+        return self._load("previewer", Previewer)
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """Hash over the model's files, as stored in pictures."""
+        return model_hash(self.folder)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str = "",
+        seed: int | None = None,
+        seeds: Sequence[int] | None = None,
+        num_images: int = 1,
+        steps_c: int | None = None,
+        steps_b: int | None = None,
+        guidance_c: float | None = None,
+        guidance_b: float | None = None,
+        sampler: str | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        batch_size: int | None = None,
+        progress: bool | None = None,
+        on_preview: OnPreview | None = None,
+        preview_every: int = 4,
+    ) -> CascadeOutput:
+        """Make pictures of prompts.
+
+        Args:
+            prompt: One prompt or several.
+            negative_prompt: What pictures are steered away from.
+            seed: Seed of each prompt's first picture; the next ones count up. None draws one.
+            seeds: One seed for each picture instead.
+            num_images: Pictures for each prompt.
+            steps_c: Steps of Stage C; None, here and below, is the model's own value.
+            steps_b: Steps of Stage B.
+            guidance_c: Guidance scale of Stage C; 1 is off.
+            guidance_b: Guidance scale of Stage B; 1 is off.
+            sampler: "ddpm", "ddim" or "dpmpp_2m", for both stages.
+            width: Width in pixels, rounded to what the model makes.
+            height: Height in pixels, rounded to what the model makes.
+            batch_size: Pictures that run together; None is 1 on a CPU and 4 on a GPU.
+            progress: Show a bar for each stage; None does on a terminal.
+            on_preview: Called with rough pictures while Stage C runs.
+            preview_every: Stage C steps between previews.
+
+        Raises:
+            UserError: For anything that cannot be made, before any of it is.
+            NonFiniteError: If a stage gives values that are not finite.
+            Interrupted: On Ctrl-C; it holds the pictures that were finished.
+        """
+        plan = make_plan(
+            self.spec,
+            prompt,
+            negative_prompt=negative_prompt,
+            seed=seed,
+            seeds=seeds,
+            num_images=num_images,
+            steps_c=steps_c,
+            steps_b=steps_b,
+            guidance_c=guidance_c,
+            guidance_b=guidance_b,
+            sampler=sampler,
+            width=width,
+            height=height,
+        )
+        finished: list[Picture] = []
+        try:
+            for picture in self.run(
+                plan,
+                batch_size=batch_size,
+                progress=progress,
+                on_preview=on_preview,
+                preview_every=preview_every,
+            ):
+                finished.append(picture)
+        except KeyboardInterrupt as error:
+            raise Interrupted(finished, len(plan.requests)) from error
+        return collect(finished, plan.notices)
+
+    def run(
+        self,
+        plan: Plan,
+        *,
+        batch_size: int | None = None,
+        progress: bool | None = None,
+        on_preview: OnPreview | None = None,
+        preview_every: int = 4,
+    ) -> Iterator[Picture]:
+        """Make a plan's pictures one after the other and give each as soon as it is finished.
+
+        Raises:
+            UserError: If ``batch_size`` or ``preview_every`` is below 1.
+            NonFiniteError: If a stage gives values that are not finite.
+        """
+        if batch_size is None:
+            batch_size = 1 if self.device.type == "cpu" else GPU_BATCH_SIZE
+        if batch_size < 1 or preview_every < 1:
+            raise UserError(
+                f"batch_size {batch_size} and preview_every {preview_every} must be at least 1"
+            )
+        states = PromptStates(self.text_encoder)
+        for start in range(0, len(plan.requests), batch_size):
+            batch = range(start, min(start + batch_size, len(plan.requests)))
+            watch = Watch(batch, len(plan.requests), progress, on_preview, preview_every)
+            yield from self._make_batch(plan, states, watch)
+
+    def encode_picture(self, pixels: Tensor) -> Tensor:
+        """Compress pictures into Stage C latents.
+
+        Args:
+            pixels: ``(B, 3, H, W)`` in [0, 1].
+
+        Returns:
+            ``(B, 16, h, w)`` float32 on the pipeline's device, ready for diffusion.
+        """
+        with torch.inference_mode():
+            latents = self.compressor.encode(pixels.to(self.device, self.dtype)).float()
+        check_finite(latents, "the semantic compressor", self.dtype)
+        return latents
+
+    def reconstruct(
+        self,
+        pixels: Tensor,
+        *,
+        through: Literal["a", "ab"] = "ab",
+        seeds: Sequence[int] | None = None,
+        prompts: Sequence[str] | None = None,
+    ) -> Reconstruction:
+        """Send pictures down the cascade and up again; all of them run together.
+
+        Args:
+            pixels: ``(B, 3, H, W)`` in [0, 1], both sides multiples of the model's.
+            through: "a" is Stage A alone; "ab" is the compressor, Stage B sampling, and Stage A.
+            seeds: One for each picture's Stage B noise; None is 0 for all.
+            prompts: What Stage B is told beside the latents; None is the null prompt.
+
+        Raises:
+            UserError: If shapes, seeds or prompts do not fit.
+        """
+        if through not in ("a", "ab"):
+            raise UserError(f"through {through!r}: 'a' or 'ab'")
+        count, (height, width) = len(pixels), pixels.shape[-2:]
+        if pixels.ndim != 4 or height % self.spec.size_multiple or width % self.spec.size_multiple:
+            raise UserError(
+                f"pixels of shape {tuple(pixels.shape)}: (B, 3, H, W) with sides that are "
+                f"multiples of {self.spec.size_multiple} are needed"
+            )
+        seeds = [0] * count if seeds is None else list(seeds)
+        prompts = [""] * count if prompts is None else list(prompts)
+        if len(seeds) != count or len(prompts) != count:
+            raise UserError(f"{count} pictures, {len(seeds)} seeds and {len(prompts)} prompts")
+        with torch.inference_mode():
+            if through == "a":
+                latents = self.stage_a.encode(pixels.to(self.device, self.dtype)).float()
+                check_finite(latents, "Stage A's encoder", self.dtype)
+                return Reconstruction(self._decode(latents).cpu(), None, latents.cpu())
+            stage_c_latents = self.encode_picture(pixels)
+            latents = sample_stage_b(
+                self.stage_b,
+                self.spec.stage_b,
+                stage_c_latents,
+                PromptStates(self.text_encoder).pair(prompts, ""),
+                PictureNoise(seeds, "stage_b"),
+                self._latent_shape(height, width),
+            )
+            return Reconstruction(self._decode(latents).cpu(), stage_c_latents.cpu(), latents.cpu())
+
+    def _load(self, name: str, network: type[N]) -> N:
+        path = self.folder / f"{name}.safetensors"
+        return load_network(path, expect=network, device=self.device, dtype=self.dtype)
+
+    @torch.inference_mode()
+    def _make_batch(self, plan: Plan, states: PromptStates, watch: Watch) -> list[Picture]:
+        """Run one batch through all stages."""
+        requests = [plan.requests[index] for index in watch.batch]
+        seeds = [request.seed for request in requests]
+        clock = Clock(self.device)
+
+        with clock("text"):
+            prompted = states.pair([request.prompt for request in requests], plan.negative_prompt)
+
+        with clock("stage_c"), watch.stage("Stage C", plan.stage_c.steps) as count:
+
+            def on_step(info: StepInfo) -> None:
+                count(info)
+                if watch.wants_preview(info):
+                    watch.show(info, self._preview(info.x0_hat))
+
+            stage_c_latents = sample_stage_c(
+                self.stage_c,
+                plan.stage_c,
+                prompted,
+                PictureNoise(seeds, "stage_c"),
+                self.spec.stage_c_size((plan.height, plan.width)),
+                on_step=on_step,
+            )
+
+        with clock("stage_b"), watch.stage("Stage B", plan.stage_b.steps) as count:
+            stage_b_latents = sample_stage_b(
+                self.stage_b,
+                plan.stage_b,
+                stage_c_latents,
+                prompted,
+                PictureNoise(seeds, "stage_b"),
+                self._latent_shape(plan.height, plan.width),
+                on_step=count,
+            )
+
+        with clock("stage_a"):
+            pixels = self._decode(stage_b_latents).cpu()
+        check_not_black(pixels, self.dtype)
+        seconds = {name: value / len(requests) for name, value in clock.seconds.items()}
+        return [
+            Picture(
+                image=image,
+                pixels=pixels[row],
+                prompt=request.prompt,
+                seed=request.seed,
+                stage_c_latents=stage_c_latents[row].cpu(),
+                stage_b_latents=stage_b_latents[row].cpu(),
+                seconds=seconds,
+                metadata=self._metadata(plan, watch.batch[row]),
+            )
+            for row, (request, image) in enumerate(
+                zip(requests, pixels_to_images(pixels), strict=True)
+            )
+        ]
+
+    def _metadata(self, plan: Plan, index: int) -> dict[str, str]:
+        dtype = str(self.dtype).removeprefix("torch.")
+        weights = self.weights_hash
+        return describe(plan, index, model=self.spec.name, weights=weights, dtype=dtype)
+
+    def _latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Shape of a picture's Stage B latents."""
+        side = self.stage_a.downscale
+        return self.stage_a.config.latent_channels, height // side, width // side
+
+    def _decode(self, stage_b_latents: Tensor) -> Tensor:
+        """Turn Stage B latents into pixels ``(B, 3, H, W)``, float32 in [0, 1]."""
+        pixels = self.stage_a.decode(stage_b_latents.to(self.dtype)).float()
+        check_finite(pixels, "Stage A", self.dtype)
+        return pixels.clamp(0, 1)
+
+    def _preview(self, x0_hat: Tensor) -> Tensor:
+        pixels: Tensor = self.previewer(x0_hat.to(self.dtype)).float()
+        check_finite(pixels, "the previewer", self.dtype)
+        return pixels

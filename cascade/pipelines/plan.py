@@ -1,0 +1,170 @@
+"""What is to be made, settled and checked before any network runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from cascade.config import nearest
+from cascade.errors import UserError
+from cascade.pipelines.sizes import fit_size
+from cascade.pipelines.spec import CascadeSpec, StageSampling
+from cascade.rng import MAX_SEED, check_seed, fresh_seed
+
+SAMPLER_NAMES = ("ddpm", "ddim", "dpmpp_2m")
+MAX_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture to make."""
+
+    prompt: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Pictures to make, and the settings that they share."""
+
+    requests: tuple[Request, ...]
+    """Pictures in order: all pictures of the first prompt, then of the second."""
+    negative_prompt: str
+    """What the pictures are steered away from; "" is the null prompt."""
+    width: int
+    """Width in pixels."""
+    height: int
+    """Height in pixels."""
+    stage_c: StageSampling
+    """Sampling of Stage C."""
+    stage_b: StageSampling
+    """Sampling of Stage B."""
+    notices: tuple[str, ...] = ()
+    """What was changed, and what the user should know."""
+
+
+def make_plan(
+    spec: CascadeSpec,
+    prompt: str | Sequence[str],
+    *,
+    negative_prompt: str = "",
+    seed: int | None = None,
+    seeds: Sequence[int] | None = None,
+    num_images: int = 1,
+    steps_c: int | None = None,
+    steps_b: int | None = None,
+    guidance_c: float | None = None,
+    guidance_b: float | None = None,
+    sampler: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+) -> Plan:
+    """Settle what a call makes.
+
+    Args:
+        spec: The cascade; what is None below is taken from it.
+        prompt: One prompt or several.
+        negative_prompt: What pictures are steered away from, in both diffusion stages.
+        seed: Seed of each prompt's first picture; the next ones count up. None draws one.
+        seeds: One seed for each picture instead, in the order of :class:`Plan`.
+        num_images: Pictures for each prompt.
+        steps_c: Steps of Stage C.
+        steps_b: Steps of Stage B.
+        guidance_c: Guidance scale of Stage C; 1 is off.
+        guidance_b: Guidance scale of Stage B; 1 is off.
+        sampler: "ddpm", "ddim" or "dpmpp_2m", for both stages.
+        width: Width in pixels, rounded to what the cascade makes.
+        height: Height in pixels, rounded to what the cascade makes.
+
+    Raises:
+        UserError: For anything that cannot be made, saying what can.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    for number, text in enumerate(prompts, start=1):
+        _check_text(text, f"prompt {number}" if len(prompts) > 1 else "the prompt")
+        if not text.strip():
+            which = f"prompt {number} of {len(prompts)}" if len(prompts) > 1 else "the prompt"
+            raise UserError(f"{which} is empty; say what the picture shows")
+    if not prompts:
+        raise UserError("no prompt given; say what the picture shows")
+    _check_text(negative_prompt, "the negative prompt")
+    _check_count("num_images", num_images, 1_000_000)
+    fitted_width, fitted_height, notices = fit_size(spec, width, height)
+    stage_c = _override(spec.stage_c, "c", steps_c, guidance_c, sampler)
+    stage_b = _override(spec.stage_b, "b", steps_b, guidance_b, sampler)
+    if negative_prompt.strip() and stage_c.guidance == 1 and stage_b.guidance == 1:
+        notices.append("the negative prompt has no effect: guidance is off in both stages")
+    return Plan(
+        requests=_requests(prompts, seed, seeds, num_images),
+        negative_prompt=negative_prompt,
+        width=fitted_width,
+        height=fitted_height,
+        stage_c=stage_c,
+        stage_b=stage_b,
+        notices=tuple(notices),
+    )
+
+
+def _requests(
+    prompts: Sequence[str], seed: int | None, seeds: Sequence[int] | None, num_images: int
+) -> tuple[Request, ...]:
+    repeated = [prompt for prompt in prompts for _ in range(num_images)]
+    if seeds is not None:
+        if seed is not None:
+            raise UserError("seed and seeds exclude each other; give one of them")
+        if len(seeds) != len(repeated):
+            raise UserError(
+                f"{len(seeds)} seeds for {len(repeated)} pictures ({len(prompts)} prompts, "
+                f"{num_images} pictures each); give one for each picture"
+            )
+        return tuple(
+            Request(prompt, check_seed(one)) for prompt, one in zip(repeated, seeds, strict=True)
+        )
+    first = fresh_seed() if seed is None else check_seed(seed)
+    if first + num_images - 1 > MAX_SEED:
+        raise UserError(f"seed {first}: with {num_images} pictures it runs beyond {MAX_SEED}")
+    return tuple(
+        Request(prompt, first + index) for prompt in prompts for index in range(num_images)
+    )
+
+
+def _override(
+    sampling: StageSampling,
+    stage: str,
+    steps: int | None,
+    guidance: float | None,
+    sampler: str | None,
+) -> StageSampling:
+    if steps is not None:
+        _check_count(f"steps_{stage}", steps, MAX_STEPS)
+        sampling = replace(sampling, steps=steps)
+    if guidance is not None:
+        if not (math.isfinite(guidance) and guidance >= 1):
+            raise UserError(
+                f"guidance_{stage} {guidance}: 1 switches guidance off, more is stronger; "
+                f"this model's own is {sampling.guidance:g}"
+            )
+        sampling = replace(sampling, guidance=float(guidance))
+    if sampler is not None:
+        if sampler not in SAMPLER_NAMES:
+            guess = nearest(sampler, SAMPLER_NAMES)
+            hint = f"did you mean {guess!r}? " if guess else ""
+            raise UserError(f"sampler {sampler!r}: {hint}valid: {', '.join(SAMPLER_NAMES)}")
+        # The check above is what makes the narrower type true.
+        sampling = replace(sampling, sampler=sampler)  # type: ignore[arg-type]
+    return sampling
+
+
+def _check_count(name: str, value: int, largest: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
+        raise UserError(f"{name} {value!r}: a whole number from 1 to {largest} is needed")
+
+
+def _check_text(text: str, which: str) -> None:
+    if not isinstance(text, str):
+        raise UserError(f"{which} is {text!r}; text is needed")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{which} is not valid text: {error.reason}") from error

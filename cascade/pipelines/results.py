@@ -1,0 +1,138 @@
+"""What pipelines give back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cascade.pipelines.plan import Plan
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One finished picture and how it came to be."""
+
+    image: Image.Image
+    """RGB, 8 bits."""
+    pixels: Tensor
+    """``(3, H, W)`` float32 in [0, 1], on the CPU."""
+    prompt: str
+    """Its prompt."""
+    seed: int
+    """Its seed; alone, with the same settings, it gives the same picture."""
+    stage_c_latents: Tensor
+    """``(16, h, w)`` float32, what Stage C drew."""
+    stage_b_latents: Tensor
+    """``(4, H/4, W/4)`` float32, what Stage B drew and Stage A decoded."""
+    seconds: dict[str, float]
+    """Seconds by stage; a batch's seconds are shared out evenly among its pictures."""
+    metadata: dict[str, str]
+    """Text for the PNG: all that is needed to make the picture again."""
+
+
+@dataclass(frozen=True)
+class CascadeOutput:
+    """All pictures of a call, in the order of its plan."""
+
+    pictures: list[Image.Image]
+    """RGB pictures."""
+    pixels: Tensor
+    """``(N, 3, H, W)`` float32 in [0, 1], on the CPU."""
+    prompts: list[str]
+    """The prompt of each picture."""
+    seeds: list[int]
+    """The seed of each picture."""
+    stage_c_latents: Tensor
+    """``(N, 16, h, w)`` float32, what Stage C drew."""
+    stage_b_latents: Tensor
+    """``(N, 4, H/4, W/4)`` float32, what Stage B drew and Stage A decoded."""
+    seconds: dict[str, float]
+    """Seconds by stage, all pictures together."""
+    notices: list[str]
+    """What was changed, and what the user should know."""
+    metadata: list[dict[str, str]]
+    """Text for each picture's PNG."""
+
+
+def collect(pictures: Sequence[Picture], notices: Sequence[str]) -> CascadeOutput:
+    """Put finished pictures of one size together; at least one is needed."""
+    stages = pictures[0].seconds
+    return CascadeOutput(
+        pictures=[picture.image for picture in pictures],
+        pixels=torch.stack([picture.pixels for picture in pictures]),
+        prompts=[picture.prompt for picture in pictures],
+        seeds=[picture.seed for picture in pictures],
+        stage_c_latents=torch.stack([picture.stage_c_latents for picture in pictures]),
+        stage_b_latents=torch.stack([picture.stage_b_latents for picture in pictures]),
+        seconds={name: sum(picture.seconds[name] for picture in pictures) for name in stages},
+        notices=list(notices),
+        metadata=[picture.metadata for picture in pictures],
+    )
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during a call: what was finished by then is kept."""
+
+    def __init__(self, finished: list[Picture], num_wanted: int) -> None:
+        """Keep the finished pictures."""
+        super().__init__(f"interrupted after {len(finished)} of {num_wanted} pictures")
+        self.finished = finished
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A rough look at pictures that Stage C is still drawing."""
+
+    images: list[Image.Image]
+    """Small RGB pictures, one for each of ``indices``."""
+    indices: tuple[int, ...]
+    """Positions of the pictures in the plan."""
+    step: int
+    """Steps done."""
+    num_steps: int
+    """Steps of Stage C."""
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Pictures that went down the cascade and came up again."""
+
+    pixels: Tensor
+    """``(B, 3, H, W)`` float32 in [0, 1], on the CPU."""
+    stage_c_latents: Tensor | None
+    """``(B, 16, h, w)`` float32, what the compressor kept; None if only Stage A was used."""
+    stage_b_latents: Tensor
+    """``(B, 4, H/4, W/4)`` float32, what Stage A decoded."""
+
+
+def describe(plan: Plan, index: int, *, model: str, weights: str, dtype: str) -> dict[str, str]:
+    """Return the PNG text of a plan's picture; the same picture always has the same text.
+
+    Args:
+        plan: The plan.
+        index: Position of the picture in it.
+        model: Name of the model.
+        weights: Hash of its files.
+        dtype: Number format that it ran in.
+    """
+    request = plan.requests[index]
+    settings = {
+        "width": plan.width,
+        "height": plan.height,
+        "stage_c": asdict(plan.stage_c),
+        "stage_b": asdict(plan.stage_b),
+        "dtype": dtype,
+    }
+    return {
+        "prompt": request.prompt,
+        "negative_prompt": plan.negative_prompt,
+        "seed": str(request.seed),
+        "settings": json.dumps(settings, sort_keys=True),
+        "model": model,
+        "model_hash": weights,
+    }

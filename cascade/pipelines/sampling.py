@@ -1,0 +1,138 @@
+"""One diffusion stage: noise to latents, with guidance and a check at every step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cascade.diffusion.denoiser import Denoiser
+from cascade.diffusion.guidance import Denoise, Guided, unguided
+from cascade.diffusion.prediction import Prediction
+from cascade.diffusion.samplers import SAMPLERS, OnStep, StepInfo
+from cascade.diffusion.schedules import CosineSchedule
+from cascade.pipelines.finite import check_finite
+from cascade.pipelines.spec import StageSampling
+from cascade.rng import PictureNoise
+from cascade.text.encoder import TextFeatures
+from stages.conditions import concat
+from stages.stage_b import StageB, StageBCondition
+from stages.stage_c import StageC, StageCCondition
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """Text states of B pictures, and of what guidance leads each of them away from."""
+
+    text: TextFeatures
+    negative: TextFeatures
+    """As many as ``text``, and as long."""
+
+
+def sample_stage_c(
+    network: StageC,
+    sampling: StageSampling,
+    prompted: Prompted,
+    noise: PictureNoise,
+    latent_size: tuple[int, int],
+    *,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Draw Stage C latents of B prompts.
+
+    Args:
+        network: Stage C; device and number format are those of its weights.
+        sampling: Sampler, steps, guidance.
+        prompted: The prompts' states.
+        noise: One seed for each picture.
+        latent_size: Height and width of the latents.
+        on_step: Called after each step.
+
+    Returns:
+        ``(B, 16, h, w)`` float32.
+
+    Raises:
+        NonFiniteError: Naming the step.
+    """
+    weight = next(network.parameters())
+    cond, uncond = (
+        StageCCondition(states.hidden.to(weight), states.pooled.to(weight))
+        for states in (prompted.text, prompted.negative)
+    )
+    guided = sampling.guidance != 1
+    prepared = network.prepare(concat([cond, uncond]) if guided else cond)
+    x = noise.randn((network.config.latent_channels, *latent_size))
+    return _sample("Stage C", network, sampling, cond, prepared, noise, x, on_step)
+
+
+def sample_stage_b(
+    network: StageB,
+    sampling: StageSampling,
+    stage_c_latents: Tensor,
+    prompted: Prompted,
+    noise: PictureNoise,
+    latent_shape: tuple[int, int, int],
+    *,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Draw Stage B latents that fit Stage C latents ``(B, 16, h, w)``.
+
+    Guidance leads away from the negative prompt with Stage C latents of zeros, as in training.
+
+    Args:
+        network: Stage B; device and number format are those of its weights.
+        sampling: Sampler, steps, guidance.
+        stage_c_latents: What Stage C drew, or the compressor made of a picture.
+        prompted: The prompts' states.
+        noise: One seed for each picture.
+        latent_shape: Channels, height and width of the latents: Stage A's.
+        on_step: Called after each step.
+
+    Returns:
+        ``(B, 4, H/4, W/4)`` float32.
+
+    Raises:
+        NonFiniteError: Naming the step.
+    """
+    weight = next(network.parameters())
+    latents = stage_c_latents.to(weight)
+    cond = StageBCondition(latents, prompted.text.pooled.to(weight))
+    uncond = StageBCondition(torch.zeros_like(latents), prompted.negative.pooled.to(weight))
+    guided = sampling.guidance != 1
+    prepared = network.prepare(concat([cond, uncond]) if guided else cond, latent_shape[1:])
+    x = noise.randn(latent_shape)
+    return _sample("Stage B", network, sampling, cond, prepared, noise, x, on_step)
+
+
+def _sample(
+    stage: str,
+    network: nn.Module,
+    sampling: StageSampling,
+    cond: object,
+    prepared: object,
+    noise: PictureNoise,
+    x: Tensor,
+    on_step: OnStep | None,
+) -> Tensor:
+    """Sample from noise ``x``; under guidance ``prepared`` is the pair [cond, uncond]."""
+    weight = next(network.parameters())
+
+    def check(info: StepInfo) -> None:
+        check_finite(info.x0_hat, stage, weight.dtype, step=info.index, num_steps=info.num_steps)
+        if on_step is not None:
+            on_step(info)
+
+    schedule = CosineSchedule(shift=sampling.shift)
+    denoiser = Denoiser(network, schedule, Prediction(sampling.prediction), dtype=weight.dtype)
+    denoise: Denoise = unguided(denoiser, prepared)
+    if sampling.guidance != 1:
+        denoise = Guided(denoiser, cond, prepared, sampling.guidance, rescale=sampling.rescale)
+    return SAMPLERS[sampling.sampler](
+        denoise,
+        schedule,
+        x.to(weight.device),
+        schedule.times(sampling.steps),
+        randn_like=noise.randn_like,
+        on_step=check,
+    )

@@ -1,0 +1,139 @@
+"""``model.json``: what a model folder holds and how its stages were meant to be sampled.
+
+A model folder holds ``model.json``, ``stage_a``, ``stage_b``, ``stage_c``, ``compressor`` and
+``previewer`` as ``.safetensors``, and ``text/``, a transformers text model with its tokenizer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from cascade.checkpoints.files import atomic_write_text, file_hash
+from cascade.config import from_dict, to_dict
+from cascade.errors import UserError
+from cascade.text.encoder import TextConfig
+
+SPEC_FILE = "model.json"
+
+
+@dataclass(frozen=True)
+class StageSampling:
+    """How one diffusion stage is sampled unless the user says otherwise."""
+
+    sampler: Literal["ddpm", "ddim", "dpmpp_2m"] = "ddpm"
+    """Sampler; "ddpm" as published."""
+    steps: int = 20
+    """Network evaluations."""
+    guidance: float = 4.0
+    """Classifier-free guidance scale; 1 switches guidance off."""
+    rescale: float = 0.0
+    """Share of the guided prediction that is brought back to the conditional one's spread."""
+    shift: float = 1.0
+    """Resolution shift of the noise schedule; 1 is none."""
+    prediction: Literal["epsilon", "v", "x0"] = "epsilon"
+    """What the network was trained to predict."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that sample nothing."""
+        if self.steps < 1:
+            raise ValueError(f"steps is {self.steps}; at least 1 is needed")
+        if not self.guidance >= 1:
+            raise ValueError(f"guidance is {self.guidance}; 1 is off, more is stronger")
+        if not 0 <= self.rescale <= 1:
+            raise ValueError(f"rescale is {self.rescale}; it lies in [0, 1]")
+        if not self.shift > 0:
+            raise ValueError(f"shift is {self.shift}; it must be positive")
+
+
+@dataclass(frozen=True)
+class CascadeSpec:
+    """Everything about a trained cascade that its networks' files do not say."""
+
+    name: str
+    """Name of the model, stored in the pictures that it makes."""
+    image_size: int
+    """Width and height that it was trained at, in pixels; the default of both."""
+    pixels_per_stage_c_cell: float
+    """Pixels along one side of a Stage C latent cell: 42.67 as published for 1024 px."""
+    size_multiple: int = 32
+    """Widths and heights are multiples of this many pixels."""
+    min_size: int = 64
+    """Smallest width and height, in pixels."""
+    max_size: int = 4096
+    """Largest width and height, in pixels."""
+    generation: Literal["v3"] = "v3"
+    """Which generation of the networks it is: v3 is Stable Cascade's."""
+    stage_c: StageSampling = field(default_factory=StageSampling)
+    """Sampling of Stage C."""
+    stage_b: StageSampling = field(
+        default_factory=lambda: StageSampling(steps=10, guidance=1.1, shift=1.0)
+    )
+    """Sampling of Stage B."""
+    text: TextConfig = field(default_factory=TextConfig)
+    """Which text states the stages were trained on."""
+    licence: str = ""
+    """Licence of the weights."""
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that contradict each other."""
+        if self.size_multiple < 1 or self.pixels_per_stage_c_cell < 1:
+            raise ValueError(
+                f"size_multiple={self.size_multiple} and pixels_per_stage_c_cell="
+                f"{self.pixels_per_stage_c_cell} must be at least 1"
+            )
+        sizes = (self.min_size, self.image_size, self.max_size)
+        if any(size % self.size_multiple for size in sizes):
+            raise ValueError(
+                f"min_size, image_size and max_size are {sizes}; they must be multiples of "
+                f"size_multiple={self.size_multiple}"
+            )
+        if not 0 < self.min_size <= self.image_size <= self.max_size:
+            raise ValueError(f"min_size <= image_size <= max_size does not hold: {sizes}")
+
+    def stage_c_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the Stage C latents of a picture of this height and width."""
+        # The tolerance keeps 128 / 21.333 at 6 cells, as 128 * 0.75 / 16 is.
+        height, width = (
+            max(1, math.ceil(side / self.pixels_per_stage_c_cell - 1e-3)) for side in image_size
+        )
+        return height, width
+
+
+def load_spec(folder: Path) -> CascadeSpec:
+    """Read ``model.json`` of a model folder.
+
+    Raises:
+        UserError: If the folder holds none, or it is not valid.
+    """
+    path = folder / SPEC_FILE
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder}: not a cascade's model folder: it holds no {SPEC_FILE}"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(data, Mapping):
+        raise UserError(f"{path}: an object with the fields of CascadeSpec is needed")
+    return from_dict(CascadeSpec, data, str(path))
+
+
+def save_spec(spec: CascadeSpec, folder: Path) -> None:
+    """Write ``model.json`` into a model folder, at once or not at all."""
+    atomic_write_text(folder / SPEC_FILE, json.dumps(to_dict(spec), indent=2) + "\n")
+
+
+def model_hash(folder: Path) -> str:
+    """Return 12 hex digits over the names and contents of a model's weights and settings."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in {".safetensors", ".json"}:
+            digest.update(f"{path.relative_to(folder).as_posix()} {file_hash(path)}\n".encode())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,222 @@
+"""From a prompt to a PNG: ``python sample.py --prompt "a flat icon of a blue fish"``.
+
+Thin: it reads the command line, checks what can be checked before anything is computed, lets
+:class:`cascade.pipelines.cascade.CascadePipeline` work, and saves each picture when it is finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from cascade.config import nearest
+from cascade.errors import UserError, run_main
+
+if TYPE_CHECKING:
+    from cascade.pipelines.results import Picture, Preview
+
+DEMO_MODEL = Path(__file__).resolve().parent / "weights" / "demo"
+STAGE_TITLES = {"text": "text", "stage_c": "Stage C", "stage_b": "Stage B", "stage_a": "Stage A"}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, raised."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage."""
+        raise UserError(f"{message}; see --help")
+
+
+def make_parser() -> Parser:
+    """Return the command line's parser."""
+    parser = Parser(
+        prog="sample.py",
+        description="Make pictures of prompts with a cascade, by default the embedded one.",
+        epilog="The same command with the same seed gives the same bytes. Each PNG carries its "
+        "prompt, seed and settings as text. Ctrl-C keeps the pictures that are finished.",
+        allow_abbrev=False,
+    )
+    what = parser.add_argument_group("what to make")
+    what.add_argument(
+        "--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be repeated"
+    )
+    what.add_argument(
+        "--prompts-file",
+        type=Path,
+        metavar="FILE",
+        help="text file with a prompt a line; empty lines and lines with a leading # are skipped",
+    )
+    what.add_argument(
+        "--negative-prompt", default="", metavar="TEXT", help="what to steer away from"
+    )
+    what.add_argument(
+        "--num-images", type=int, default=1, metavar="N", help="pictures a prompt (default 1)"
+    )
+    what.add_argument(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="seed of each prompt's first picture, the next ones count up (default: a fresh one)",
+    )
+    what.add_argument("--width", type=int, metavar="PX", help="default: the model's own")
+    what.add_argument("--height", type=int, metavar="PX", help="default: the model's own")
+
+    how = parser.add_argument_group("how to make it (default: as the model's makers chose)")
+    how.add_argument("--steps-c", type=int, metavar="N", help="steps of Stage C: what is seen")
+    how.add_argument("--steps-b", type=int, metavar="N", help="steps of Stage B: how finely")
+    how.add_argument(
+        "--guidance-c", type=float, metavar="X", help="how strictly Stage C obeys; 1 is off"
+    )
+    how.add_argument(
+        "--guidance-b", type=float, metavar="X", help="how strictly Stage B obeys; 1 is off"
+    )
+    how.add_argument("--sampler", metavar="NAME", help="ddpm, ddim or dpmpp_2m, for both stages")
+
+    where = parser.add_argument_group("with what, and where to")
+    where.add_argument(
+        "--model",
+        default=str(DEMO_MODEL),
+        metavar="MODEL",
+        help="model folder, or organisation/name on the hub, which is the only thing here that "
+        "uses the network (default: weights/demo)",
+    )
+    where.add_argument(
+        "--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps"
+    )
+    where.add_argument(
+        "--dtype", default="auto", metavar="NAME", help="auto, float32, bfloat16, float16"
+    )
+    where.add_argument(
+        "--out",
+        type=Path,
+        default=Path("outputs"),
+        metavar="PATH",
+        help="folder, in which pictures are numbered and nothing is replaced; or FILE.png, which "
+        "is replaced if it is there (default: outputs)",
+    )
+    where.add_argument(
+        "--grid", action="store_true", help="also all pictures in one; alone if --out is a file"
+    )
+    where.add_argument(
+        "--preview",
+        action="store_true",
+        help="keep a rough NAME.preview.png up to date while Stage C runs",
+    )
+    return parser
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line.
+
+    Raises:
+        UserError: For what the parser does not know, naming the nearest option.
+    """
+    parser = make_parser()
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].split("=", 1)[0]
+        known = [flag for action in parser._actions for flag in action.option_strings]
+        guess = nearest(name, known) if name.startswith("-") else None
+        hint = f"did you mean {guess}?" if guess else "put a prompt of several words in quotes;"
+        raise UserError(f"unknown argument {name!r}: {hint} see --help")
+    return options
+
+
+def read_prompts(options: argparse.Namespace) -> list[str]:
+    """Return the prompts of the command line, then those of the file.
+
+    Raises:
+        UserError: If there are none, or the file cannot be read.
+    """
+    prompts: list[str] = list(options.prompt)
+    path: Path | None = options.prompts_file
+    if path is not None:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            raise UserError(f"{path}: not a text file in UTF-8") from None
+        stripped = (line.strip() for line in lines)
+        found = [line for line in stripped if line and not line.startswith("#")]
+        if not found:
+            raise UserError(f"{path}: no prompts in it; write one a line")
+        prompts += found
+    if not prompts:
+        raise UserError('no prompt given; for instance --prompt "a 3D render of a red apple"')
+    return prompts
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Make the pictures that the command line asks for."""
+    options = parse(sys.argv[1:] if argv is None else argv)
+    prompts = read_prompts(options)
+    # Libraries log what they have to say, such as the words of a prompt that is too long.
+    logging.basicConfig(level=logging.WARNING, format="notice: %(message)s")
+
+    # What follows costs seconds to import, so that --help and slips come first.
+    from cascade.checkpoints.hub import resolve
+    from cascade.pipelines.outputs import Outputs
+    from cascade.pipelines.plan import make_plan
+    from cascade.pipelines.spec import load_spec
+
+    folder = resolve(options.model)
+    plan = make_plan(
+        load_spec(folder),
+        prompts,
+        negative_prompt=options.negative_prompt,
+        seed=options.seed,
+        num_images=options.num_images,
+        steps_c=options.steps_c,
+        steps_b=options.steps_b,
+        guidance_c=options.guidance_c,
+        guidance_b=options.guidance_b,
+        sampler=options.sampler,
+        width=options.width,
+        height=options.height,
+    )
+    outputs = Outputs.prepare(options.out, plan.requests, grid=options.grid)
+    for notice in plan.notices:
+        print(f"notice: {notice}", file=sys.stderr)
+
+    started_s = time.perf_counter()
+    from cascade.pipelines.cascade import CascadePipeline
+
+    pipeline = CascadePipeline(folder, device=options.device, dtype=options.dtype)
+    ready_s = time.perf_counter() - started_s
+    print(f"{pipeline.spec.name} on {pipeline.device}, ready in {ready_s:.1f} s")
+
+    def on_preview(preview: Preview) -> None:
+        for index, image in zip(preview.indices, preview.images, strict=True):
+            outputs.save_preview(index, image)
+
+    finished: list[Picture] = []
+    exit_code = 0
+    try:
+        for picture in pipeline.run(plan, on_preview=on_preview if options.preview else None):
+            path = outputs.save(len(finished), picture)
+            finished.append(picture)
+            print(describe(picture, path), flush=True)
+    except KeyboardInterrupt:
+        print(f"stopped: {len(finished)} of {len(plan.requests)} pictures kept", file=sys.stderr)
+        exit_code = 130
+    grid = outputs.save_grid(finished)
+    if grid is not None:
+        print(f"{grid}  {len(finished)} pictures")
+    return exit_code
+
+
+def describe(picture: Picture, path: Path | None) -> str:
+    """Say where a picture is, its seed, and the seconds of each stage."""
+    where = path or f'"{picture.prompt}"'
+    seconds = ", ".join(
+        f"{STAGE_TITLES[stage]} {value:.2f} s" for stage, value in picture.seconds.items()
+    )
+    return f"{where}  seed {picture.seed}  ({seconds})"
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
