@@ -1,0 +1,232 @@
+"""Measure the demonstration cascade: ``python -m train.report_demo --shards data/demo``.
+
+Prints the figures of the model card and writes them to the folder of ``--out``:
+``report.md``, ``report.json`` and ``sheet.png``. Pictures that the model makes are kept under
+``--out``, so an interrupted run goes on where it stopped when the same command is run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import NoReturn
+
+from torch import Tensor
+
+from cascade.checkpoints.files import atomic_write_text
+from cascade.config import nearest
+from cascade.errors import UserError, run_main
+from cascade.evaluate.clip_scorer import ClipScorer
+from cascade.evaluate.sheet import SheetLayout, contact_sheet
+from cascade.images import pixels_to_images, save_png
+from cascade.pipelines.cascade import GPU_BATCH_SIZE, CascadePipeline
+from cascade.pipelines.placement import pick_device
+from train.study.demo_figures import (
+    Figures,
+    measure_agreement,
+    measure_reconstruction,
+    measure_sizes,
+)
+from train.study.demo_markdown import to_markdown
+from train.study.held_out import Split, read_folder, read_splits
+from train.study.pictures import PictureStore
+from train.study.provenance import describe_run
+
+_log = logging.getLogger(__name__)
+
+PARTS = ("sizes", "reconstruction", "retrieval", "sheet")
+SHEET_PROMPTS = Path(__file__).parents[1] / "configs" / "demo" / "sheet_prompts.txt"
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, raised."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage."""
+        raise UserError(f"{message}; see --help")
+
+
+def make_parser() -> Parser:
+    """Return the command line's parser."""
+    parser = Parser(
+        prog="python -m train.report_demo",
+        description="Measure the demonstration cascade on held-out pictures.",
+        epilog="Run the same command again to go on with an interrupted run.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", type=Path, default=Path("weights/demo"), help="model folder")
+    parser.add_argument(
+        "--shards",
+        type=Path,
+        help="folder with the shards of all splits (searched for *.tar); "
+        "needed for reconstruction and retrieval",
+    )
+    parser.add_argument(
+        "--parts", default=",".join(PARTS), help="figures to make, of %(default)s (default: all)"
+    )
+    parser.add_argument(
+        "--prompts", type=int, default=200, help="prompts asked of each split (default 200)"
+    )
+    parser.add_argument(
+        "--candidates", type=int, default=100, help="prompts to choose among (default 100)"
+    )
+    parser.add_argument(
+        "--sheet-prompts", type=Path, default=SHEET_PROMPTS, help="text file, a prompt a line"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seeds everything (default 0)")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        help="pictures made together; with 1, the default on a CPU, a picture is bit by bit the "
+        "one that sample.py makes of its prompt and seed",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default auto)")
+    parser.add_argument(
+        "--dtype", default="auto", help="auto, float32, bfloat16, float16 (default auto)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/report"), help="output folder")
+    return parser
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line and check its numbers.
+
+    Raises:
+        UserError: For an unknown option, naming the nearest, and for a number without sense.
+    """
+    parser = make_parser()
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].split("=", 1)[0]
+        guess = nearest(
+            name, [flag for action in parser._actions for flag in action.option_strings]
+        )
+        hint = f"did you mean {guess}? " if guess else ""
+        raise UserError(f"unknown argument {name!r}: {hint}see --help")
+    if options.batch_size is None:
+        options.batch_size = 1 if pick_device(options.device).type == "cpu" else GPU_BATCH_SIZE
+    for name, smallest in (("prompts", 2), ("candidates", 2), ("batch_size", 1), ("seed", 0)):
+        if getattr(options, name) < smallest:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {smallest}")
+    return options
+
+
+def parse_parts(text: str) -> tuple[str, ...]:
+    """Return the parts of a comma-separated list, in the order of :data:`PARTS`.
+
+    Raises:
+        UserError: For a name that is none of them.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in PARTS:
+            guess = nearest(name, PARTS)
+            hint = f"did you mean {guess!r}? " if guess else ""
+            raise UserError(f"--parts: no part {name!r}; {hint}valid: {', '.join(PARTS)}")
+    if not names:
+        raise UserError(f"--parts names nothing; valid: {', '.join(PARTS)}")
+    return tuple(part for part in PARTS if part in names)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Return the prompts of a text file: a prompt a line, without blank lines and comments.
+
+    Raises:
+        UserError: If there are none.
+    """
+    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    if not prompts:
+        raise UserError(f"{path}: no prompts in it; write one a line")
+    return prompts
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print, write."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    options = parse(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parts = parse_parts(options.parts)
+    device = pick_device(options.device)
+    options.out.mkdir(parents=True, exist_ok=True)
+    started_s = time.monotonic()
+    provenance = describe_run("train.report_demo", argv, options.seed, options.model, device)
+    figures = measure(options, parts)
+    text = to_markdown(figures, provenance, options.candidates)
+    content = {"provenance": asdict(provenance), **asdict(figures)}
+    atomic_write_text(options.out / "report.md", text)
+    atomic_write_text(options.out / "report.json", json.dumps(content, indent=2) + "\n")
+    print(text)
+    print(f"wrote {options.out}/report.md in {time.monotonic() - started_s:.0f} s")
+    return 0
+
+
+def measure(options: argparse.Namespace, parts: Sequence[str]) -> Figures:
+    """Make the figures of the named parts."""
+    figures = Figures()
+    if "sizes" in parts:
+        figures.sizes = measure_sizes(options.model)
+    if parts == ("sizes",):
+        return figures
+    splits: dict[str, Split] = {}
+    if "reconstruction" in parts or "retrieval" in parts:
+        splits = _read_shards(options.shards, options.prompts, options.seed)
+    pipeline = CascadePipeline(options.model, device=options.device, dtype=options.dtype)
+    store = _make_store(pipeline, options)
+    if "reconstruction" in parts:
+
+        def through_stage_a(pixels: Tensor) -> Tensor:
+            return pipeline.reconstruct(pixels, through="a").pixels
+
+        figures.reconstruction = measure_reconstruction(
+            splits, through_stage_a, store, options.seed
+        )
+    if "retrieval" in parts:
+        scorer = ClipScorer.from_folder(options.model / "text", pipeline.device)
+        figures.retrieval = []
+        for split in splits.values():
+            _log.info("prompt agreement of %s", split.name)
+            figures.retrieval += measure_agreement(
+                split, scorer, store, options.candidates, options.seed
+            )
+    if "sheet" in parts:
+        figures.sheet = _draw_sheet(options, store)
+    return figures
+
+
+def _read_shards(folder: Path | None, num_prompts: int, seed: int) -> dict[str, Split]:
+    if folder is None:
+        raise UserError("--shards is needed for reconstruction and retrieval: name the folder")
+    return read_splits(read_folder(folder), num_prompts, seed)
+
+
+def _make_store(pipeline: CascadePipeline, options: argparse.Namespace) -> PictureStore:
+    def generate(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        together = len(prompts)
+        return pipeline(prompts, seeds=seeds, batch_size=together, progress=False).pixels
+
+    def reconstruct(pixels: Tensor, seeds: Sequence[int]) -> Tensor:
+        return pipeline.reconstruct(pixels, seeds=seeds).pixels
+
+    dtype = str(pipeline.dtype).removeprefix("torch.")
+    folder = options.out / "pictures" / f"{pipeline.weights_hash}-{dtype}"
+    return PictureStore(folder, generate, reconstruct, options.batch_size)
+
+
+def _draw_sheet(options: argparse.Namespace, store: PictureStore) -> list[str]:
+    prompts = read_prompts(options.sheet_prompts)
+    pixels = store.generated(prompts, [options.seed] * len(prompts))
+    layout = SheetLayout(cell_px=max(128, pixels.shape[-1]))
+    sheet = contact_sheet(pixels_to_images(pixels), prompts, layout)
+    save_png(sheet, options.out / "sheet.png")
+    return prompts
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

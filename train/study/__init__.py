@@ -1,0 +1,1 @@
+"""Studies: what a trained model can do, measured on pictures that it was not trained on."""
