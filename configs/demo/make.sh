@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Makes the demonstration cascade again, from the zip files of the data to weights/demo.
+# Usage: bash configs/demo/make.sh FOLDER_WITH_THE_ZIPS
+# Every step is skipped if its result is there, so the same command goes on after a stop.
+set -euo pipefail
+data=${1:?usage: bash configs/demo/make.sh FOLDER_WITH_THE_ZIPS}
+shards=data/demo
+cache=runs/demo/cache
+
+for split in train test test_combo test_concept; do
+  [ -d "$shards/$split" ] && continue
+  for set in emoji grocery clothing; do
+    case "$set-$split" in
+      emoji-test | grocery-test_* | clothing-test_*) continue ;; # splits that the set does not have
+    esac
+    background=0
+    [ "$set-$split" = emoji-train ] && background=0.2
+    python -m train.data write --from "$data/$set.zip" --out "$shards/$split" --name "$set" \
+      --split "$split" --size 128 --background-variants "$background"
+  done
+done
+
+train() { # kind: trains it, or goes on with it, or leaves it when it is done
+  local done_file=runs/demo/$1/done
+  [ -f "$done_file" ] && return
+  local resume=()
+  [ -f "runs/demo/$1/checkpoints/last.ckpt" ] && resume=(--resume)
+  python -m train "$1" --config "configs/demo/$1.yaml" "${resume[@]}"
+  touch "$done_file"
+}
+
+precompute() {
+  [ -f "$cache/$1.safetensors" ] && return
+  shift
+  python -m train.data precompute --shards "$shards/train/*.tar" --out "$cache" "$@"
+}
+
+train clip
+precompute text --text runs/demo/clip/text
+train stage_a
+precompute stage_a --stage-a runs/demo/stage_a/stage_a.safetensors
+train stage_b
+precompute stage_c --compressor runs/demo/stage_b/compressor.safetensors
+train stage_c
+train previewer
+python -m train.assemble --config configs/demo/model.yaml --out weights/demo

@@ -1,0 +1,85 @@
+"""Exports the averaged weights as safetensors, at every checkpoint and at the end."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from cascade.checkpoints.files import save_network
+from train.callbacks.ema import WeightAverage, exported_networks
+from train.callbacks.ledger import Ledger
+
+_log = logging.getLogger(__name__)
+
+
+class Export(Callback):
+    """Writes ``OUT/NAME.safetensors`` for each exported network, averaged weights, atomically."""
+
+    def __init__(
+        self,
+        out: Path,
+        every_steps: int,
+        dtype: torch.dtype,
+        average: WeightAverage,
+        ledger: Ledger,
+    ) -> None:
+        """Take the folder, the interval, and the callbacks that hold what is exported."""
+        self.out = out
+        self.every_steps = every_steps
+        self.dtype = dtype
+        self.average = average
+        self.ledger = ledger
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Export every so many steps."""
+        if trainer.global_step % self.every_steps == 0:
+            self.write(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Export what the run ended with."""
+        self.write(trainer, pl_module)
+
+    def write(self, trainer: Trainer, system: LightningModule) -> None:
+        """Write all exported networks; only on the first rank."""
+        if not trainer.is_global_zero:
+            return
+        metadata = {
+            "weights": "ema",
+            "train_steps": str(pl_steps(system, trainer)),
+            "train_samples": str(self.ledger.samples),
+            "train_seconds": f"{self.ledger.total_seconds():.0f}",
+        }
+        for name, network in exported_networks(system).items():
+            averaged = copy.deepcopy(network)
+            averaged.load_state_dict(self.average.averages[name])
+            export_one(self.out, name, averaged, system, self.dtype, metadata)
+
+
+def pl_steps(system: LightningModule, trainer: Trainer) -> int:
+    """Return the steps of the main optimizer (``global_step`` counts every optimizer's)."""
+    return trainer.global_step // max(1, getattr(system, "num_optimizers", 1))
+
+
+def export_one(
+    out: Path,
+    name: str,
+    network: nn.Module,
+    system: LightningModule,
+    dtype: torch.dtype,
+    metadata: dict[str, str],
+) -> None:
+    """Write one network; a system may know a format of its own (a transformers folder)."""
+    own_export = getattr(system, "export_network", None)
+    if own_export is not None:
+        own_export(out, name, network, dtype, metadata)
+    else:
+        save_network(out / f"{name}.safetensors", network, dtype=dtype, metadata=metadata)
+    _log.info("exported %s to %s", name, out)

@@ -1,0 +1,220 @@
+"""A whole (small) data set in memory: pictures, captions, cached latents and text states.
+
+Training a cascade on two CPU cores or one GPU must not spend its hours on decoding and frozen
+encoders. ``load_pictures`` reads shards once; ``train.data.precompute`` adds what frozen networks
+make of them; ``CachedLoader`` serves batches whose content is a function of (seed, step) alone,
+so that a resumed run goes on with the batch that it would have seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from cascade.errors import UserError
+from train.data.shards import ShardReader
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Which pictures a run trains on, and how they are served."""
+
+    shards: str
+    """Shards to read: a glob or a brace pattern."""
+    batch_size: int
+    """Pictures a step and device."""
+    folder: str | None = None
+    """Folder of cached latents and text states, as ``python -m train.data precompute`` wrote it."""
+    seed: int = 0
+    """Seeds the order of the pictures and the choice among their captions."""
+
+
+@dataclass
+class Pictures:
+    """All pictures of the shards, in the order of the shards.
+
+    ``groups`` numbers the distinct caption lists: two pictures of one group can't be told apart by
+    text, so a contrastive loss must not push them apart.
+    """
+
+    keys: list[str]
+    pixels: Tensor  # uint8 (N, 3, H, W)
+    captions: list[tuple[str, ...]]
+    groups: Tensor  # int64 (N,)
+
+    def __len__(self) -> int:
+        """Return the number of pictures."""
+        return len(self.keys)
+
+    def fingerprint(self) -> str:
+        """Return a hash of the keys, captions and size, by which a cache knows its pictures."""
+        digest = hashlib.sha256(str(tuple(self.pixels.shape)).encode())
+        for key, captions in zip(self.keys, self.captions, strict=True):
+            digest.update(json.dumps([key, *captions]).encode())
+        return digest.hexdigest()[:12]
+
+
+def load_pictures(shards: str) -> Pictures:
+    """Read every picture of the shards into memory.
+
+    Raises:
+        UserError: No shard matches, no picture is left, or the pictures differ in size.
+    """
+    samples = list(ShardReader(shards))
+    if not samples:
+        raise UserError(f"{shards}: no readable picture with a caption; check the shards")
+    shapes = {tuple(sample.pixels.shape) for sample in samples}
+    if len(shapes) > 1:
+        raise UserError(
+            f"{shards}: pictures of {len(shapes)} sizes ({sorted(shapes)[:3]}...); "
+            "write the shards again with --size"
+        )
+    numbers: dict[tuple[str, ...], int] = {}
+    groups = [numbers.setdefault(sample.captions, len(numbers)) for sample in samples]
+    return Pictures(
+        keys=[sample.key for sample in samples],
+        pixels=torch.stack([sample.pixels for sample in samples]),
+        captions=[sample.captions for sample in samples],
+        groups=torch.tensor(groups),
+    )
+
+
+@dataclass
+class CachedBatch:
+    """One batch; what the cache does not hold is None."""
+
+    captions: list[str]
+    groups: Tensor  # (B,)
+    pixels: Tensor  # (B, 3, H, W) in [0, 1]
+    stage_a_latents: Tensor | None = None  # (B, 4, H/4, W/4)
+    stage_c_latents: Tensor | None = None  # (B, 16, h, w)
+    text_hidden: Tensor | None = None  # (B, L, D)
+    text_pooled: Tensor | None = None  # (B, P)
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self.captions)
+
+
+@dataclass
+class Cache:
+    """Pictures with what frozen networks made of them."""
+
+    pictures: Pictures
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    caption_rows: dict[str, int] = field(default_factory=dict)
+    null_text: tuple[Tensor, Tensor] | None = None  # hidden (L, D), pooled (P,) of ""
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> CachedBatch:
+        """Gather the pictures at ``indices``; one caption of each is drawn."""
+        draws = torch.rand(len(indices), generator=generator).tolist()
+        captions = []
+        for index, draw in zip(indices.tolist(), draws, strict=True):
+            choices = self.pictures.captions[index]
+            captions.append(choices[int(draw * len(choices))])
+        batch = CachedBatch(
+            captions=captions,
+            groups=self.pictures.groups[indices],
+            pixels=self.pictures.pixels[indices].float().div_(255.0),
+        )
+        if "stage_a_latents" in self.tensors:
+            batch.stage_a_latents = self.tensors["stage_a_latents"][indices].float()
+        if "stage_c_latents" in self.tensors:
+            batch.stage_c_latents = self.tensors["stage_c_latents"][indices].float()
+        if "text_hidden" in self.tensors:
+            rows = torch.tensor([self.caption_rows[caption] for caption in captions])
+            batch.text_hidden = self.tensors["text_hidden"][rows].float()
+            batch.text_pooled = self.tensors["text_pooled"][rows].float()
+        return batch
+
+
+CACHE_FILES = {
+    "text": ("text_hidden", "text_pooled"),
+    "stage_a": ("stage_a_latents",),
+    "stage_c": ("stage_c_latents",),
+}
+"""File of a cache folder -> tensors in it."""
+
+
+def load_cache(config: CacheConfig, expect: dict[str, str]) -> Cache:
+    """Load pictures and the cached parts that a run needs.
+
+    Args:
+        config: Shards and cache folder.
+        expect: Part ("text", "stage_a", "stage_c") -> hash of the weights that must have made it.
+
+    Raises:
+        UserError: A part is missing, or was made from other pictures or other weights.
+    """
+    pictures = load_pictures(config.shards)
+    cache = Cache(pictures)
+    for part, weights_hash in expect.items():
+        if config.folder is None:
+            raise UserError("data.folder: this run trains on a cache; name its folder")
+        path = Path(config.folder) / f"{part}.safetensors"
+        if not path.is_file():
+            raise UserError(f"{path}: not there; make it with: python -m train.data precompute")
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        found = (metadata.get("pictures"), metadata.get("weights"))
+        if found != (pictures.fingerprint(), weights_hash):
+            raise UserError(
+                f"{path}: made from pictures {found[0]} with weights {found[1]}, but this run has "
+                f"{pictures.fingerprint()} and {weights_hash}; precompute it again"
+            )
+        tensors = load_file(path)
+        cache.tensors.update({name: tensors[name] for name in CACHE_FILES[part]})
+        if part == "text":
+            captions = json.loads(metadata["captions"])
+            cache.caption_rows = {caption: row for row, caption in enumerate(captions)}
+            row = cache.caption_rows[""]
+            cache.null_text = (tensors["text_hidden"][row], tensors["text_pooled"][row])
+    return cache
+
+
+class _EndlessBatches(IterableDataset[CachedBatch]):
+    """Batch number ``step`` of an endless series of shuffled epochs."""
+
+    def __init__(self, cache: Cache, config: CacheConfig, start_step: int, rank: int, world: int):
+        self.cache = cache
+        self.config = config
+        self.start_step = start_step
+        self.rank = rank
+        self.world = world
+        if len(cache.pictures) < config.batch_size * world:
+            raise UserError(
+                f"data.batch_size is {config.batch_size} on {world} device(s), but the shards "
+                f"hold {len(cache.pictures)} pictures"
+            )
+
+    def __iter__(self) -> Iterator[CachedBatch]:
+        size = self.config.batch_size
+        per_epoch = len(self.cache.pictures) // (size * self.world)
+        step, epoch, order = self.start_step, -1, torch.empty(0)
+        while True:
+            if step // per_epoch != epoch:
+                epoch = step // per_epoch
+                generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
+                order = torch.randperm(len(self.cache.pictures), generator=generator)
+            first = (step % per_epoch) * size * self.world + self.rank * size
+            seed = (self.config.seed * 1_000_003 + step) * 4_099 + self.rank
+            yield self.cache.batch(
+                order[first : first + size], torch.Generator().manual_seed(seed)
+            )
+            step += 1
+
+
+def cached_loader(
+    cache: Cache, config: CacheConfig, *, start_step: int = 0, rank: int = 0, world: int = 1
+) -> DataLoader[CachedBatch]:
+    """Return an endless loader; it starts with the batch of ``start_step``."""
+    return DataLoader(_EndlessBatches(cache, config, start_step, rank, world), batch_size=None)

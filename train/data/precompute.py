@@ -1,0 +1,102 @@
+"""Runs frozen networks over a data set once and keeps what they say.
+
+Files of a cache folder, each with the fingerprints of its pictures and weights:
+``text.safetensors``, ``stage_a.safetensors``, ``stage_c.safetensors``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cascade.checkpoints.files import atomic_path, file_hash, load_network
+from cascade.errors import UserError
+from cascade.text.encoder import TextConfig, TextEncoder
+from stages.semantic_compressor import SemanticCompressor
+from stages.stage_a import StageA
+from train.data.cached import Pictures, load_pictures
+
+_log = logging.getLogger(__name__)
+
+
+def text_hash(folder: str | Path) -> str:
+    """Return the hash that names a text encoder: that of its weights file."""
+    return file_hash(Path(folder) / "model.safetensors")
+
+
+def precompute(
+    shards: str,
+    folder: Path,
+    *,
+    text: str | None = None,
+    text_config: TextConfig | None = None,
+    stage_a: str | None = None,
+    compressor: str | None = None,
+    batch_size: int = 64,
+    device: str = "cpu",
+) -> None:
+    """Write the cache parts whose networks are named.
+
+    Raises:
+        UserError: A network is missing or gives a value that is not finite.
+    """
+    pictures = load_pictures(shards)
+    folder.mkdir(parents=True, exist_ok=True)
+    base = {"pictures": pictures.fingerprint()}
+    if text is not None:
+        captions = sorted({"", *(c for captions in pictures.captions for c in captions)})
+        encoder = TextEncoder.from_folder(text, text_config or TextConfig(), device=device)
+        hidden, pooled = _encode_text(encoder, captions, batch_size * 4)
+        metadata = {**base, "weights": text_hash(text), "captions": json.dumps(captions)}
+        _write(folder / "text.safetensors", metadata, text_hidden=hidden, text_pooled=pooled)
+    if stage_a is not None:
+        network_a = load_network(stage_a, expect=StageA, device=device)
+        latents = _encode_pictures(network_a.encode, pictures, batch_size, device)
+        metadata = {**base, "weights": file_hash(Path(stage_a))}
+        _write(folder / "stage_a.safetensors", metadata, stage_a_latents=latents)
+    if compressor is not None:
+        network_c = load_network(compressor, expect=SemanticCompressor, device=device)
+        latents = _encode_pictures(network_c.encode, pictures, batch_size, device)
+        metadata = {**base, "weights": file_hash(Path(compressor))}
+        _write(folder / "stage_c.safetensors", metadata, stage_c_latents=latents)
+
+
+@torch.inference_mode()
+def _encode_text(
+    encoder: TextEncoder, captions: list[str], batch_size: int
+) -> tuple[Tensor, Tensor]:
+    hidden, pooled = [], []
+    for first in range(0, len(captions), batch_size):
+        features = encoder.encode(captions[first : first + batch_size])
+        hidden.append(features.hidden.half().cpu())
+        pooled.append(features.pooled.half().cpu())
+    return torch.cat(hidden), torch.cat(pooled)
+
+
+@torch.inference_mode()
+def _encode_pictures(
+    encode: Callable[[Tensor], Tensor], pictures: Pictures, batch_size: int, device: str
+) -> Tensor:
+    latents = []
+    for first in range(0, len(pictures), batch_size):
+        pixels = pictures.pixels[first : first + batch_size].to(device).float().div_(255.0)
+        latents.append(encode(pixels).half().cpu())
+    return torch.cat(latents)
+
+
+def _write(path: Path, metadata: dict[str, str], **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{path}: {name} would hold values that are not finite; not written")
+    started_s = time.monotonic()
+    with atomic_path(path) as temporary:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata=metadata)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    _log.info("wrote %s: %s in %.1f s", path, shapes, time.monotonic() - started_s)

@@ -1,0 +1,175 @@
+"""Shards to samples: the only place that knows the member names of a shard.
+
+A sample is a picture (``png``, ``jpg``, ``jpeg`` or ``webp``), a caption (``txt``) and optional
+metadata (``json``, whose ``captions`` lists further wordings), as img2dataset writes them.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import webdataset as wds
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from cascade.errors import UserError
+
+_log = logging.getLogger(__name__)
+
+PICTURE_KEYS = ("png", "jpg", "jpeg", "webp")
+CAPTION_KEY = "txt"
+METADATA_KEY = "json"
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture with its captions."""
+
+    key: str
+    pixels: Tensor  # uint8 (3, H, W)
+    captions: tuple[str, ...]
+    metadata: dict[str, Any]
+
+
+@dataclass
+class ReadReport:
+    """What a pass over shards met."""
+
+    read: int = 0
+    corrupt: list[str] = field(default_factory=list)
+    """Keys of samples whose picture or metadata could not be decoded."""
+    without_caption: list[str] = field(default_factory=list)
+    without_picture: list[str] = field(default_factory=list)
+
+    def summary(self) -> str:
+        """Return one line."""
+        parts = [f"{self.read} pictures read"]
+        for name in ("corrupt", "without_caption", "without_picture"):
+            keys = getattr(self, name)
+            if keys:
+                more = "..." if len(keys) > _SHOWN else ""
+                shown = ", ".join(keys[:_SHOWN])
+                parts.append(f"{len(keys)} skipped ({name.replace('_', ' ')}: {shown}{more})")
+        return "; ".join(parts)
+
+
+def expand_shards(pattern: str) -> list[str]:
+    """Return the files that a glob or a brace pattern (``{000..003}``) names, sorted.
+
+    Raises:
+        UserError: None is there.
+    """
+    files: list[str] = []
+    for part in _expand_braces(pattern):
+        files.extend(sorted(glob(part)))
+    if not files:
+        raise UserError(f"{pattern}: no shard matches; check the path or write them first")
+    return files
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if match is None:
+        return [pattern]
+    first, last = match.groups()
+    return [
+        expanded
+        for number in range(int(first), int(last) + 1)
+        for expanded in _expand_braces(
+            f"{pattern[: match.start()]}{number:0{len(first)}d}{pattern[match.end() :]}"
+        )
+    ]
+
+
+class ShardReader:
+    """Iterates over the samples of shards, in their order, once per iteration.
+
+    A sample that can't be read is skipped, counted in ``report``, and named when the pass ends; a
+    shard that can't be read stops the pass.
+    """
+
+    def __init__(self, shards: str) -> None:
+        """Take a glob or brace pattern."""
+        self.files = expand_shards(shards)
+        self.report = ReadReport()
+
+    def __iter__(self) -> Iterator[Sample]:
+        """Yield samples.
+
+        Raises:
+            UserError: A shard is no whole tar file.
+        """
+        self.report = ReadReport()
+        for file in self.files:
+            yield from self._shard(file)
+        level = logging.INFO if self.report.read and not self.report.corrupt else logging.WARNING
+        _log.log(level, "%d shards: %s", len(self.files), self.report.summary())
+
+    def _shard(self, file: str) -> Iterator[Sample]:
+        pipeline = wds.DataPipeline(
+            wds.SimpleShardList([file]), wds.tarfile_to_samples(handler=wds.reraise_exception)
+        )
+        try:
+            for members in pipeline:
+                sample = self._decode(members)
+                if sample is not None:
+                    self.report.read += 1
+                    yield sample
+        except (tarfile.TarError, EOFError) as error:
+            raise UserError(
+                f"{file}: not a whole tar file ({error}); write or download it again"
+            ) from error
+
+    def _decode(self, members: dict[str, Any]) -> Sample | None:
+        key = members["__key__"]
+        picture = next((members[name] for name in PICTURE_KEYS if name in members), None)
+        if picture is None:
+            self.report.without_picture.append(key)
+            return None
+        try:
+            pixels = decode_picture(picture)
+            metadata = json.loads(members.get(METADATA_KEY, b"{}"))
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
+            # Pillow raises SyntaxError for some broken PNG files.
+            self.report.corrupt.append(key)
+            return None
+        captions = metadata.get("captions") or [members.get(CAPTION_KEY, b"").decode("utf-8")]
+        captions = tuple(caption.strip() for caption in captions if caption.strip())
+        if not captions:
+            self.report.without_caption.append(key)
+            return None
+        return Sample(key, pixels, captions, metadata)
+
+
+def decode_picture(data: bytes) -> Tensor:
+    """Return a picture file's pixels, uint8 ``(3, H, W)``; alpha is composited on white."""
+    with Image.open(io.BytesIO(data)) as image:
+        image.load()
+        return torch.from_numpy(np.array(on_background(image, (255, 255, 255)))).permute(2, 0, 1)
+
+
+def on_background(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
+    """Return an RGB picture; what was transparent shows ``color``."""
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        layered = image.convert("RGBA")
+        background = Image.new("RGBA", layered.size, (*color, 255))
+        background.alpha_composite(layered)
+        return background.convert("RGB")
+    return image.convert("RGB")
+
+
+def shard_name(folder: Path, name: str, number: int) -> Path:
+    """Return the path of shard ``number`` of a set."""
+    return folder / f"{name}-{number:06d}.tar"

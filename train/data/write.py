@@ -1,0 +1,216 @@
+"""A folder of pictures with ``captions.jsonl`` to shards."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import random
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from cascade.checkpoints.files import atomic_path
+from cascade.errors import UserError
+from train.data.shards import on_background, shard_name
+
+_log = logging.getLogger(__name__)
+
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {
+    "light blue": (190, 220, 245),
+    "light pink": (250, 205, 215),
+    "light green": (200, 235, 200),
+    "light yellow": (252, 244, 190),
+    "light gray": (215, 215, 215),
+    "lavender": (220, 208, 245),
+    "peach": (255, 218, 190),
+    "mint": (190, 240, 220),
+}
+"""Plain colours for the pictures with alpha, by the words that name them in a caption."""
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """What ``python -m train.data write`` does."""
+
+    source: Path
+    """Folder or zip file with ``captions.jsonl`` and the pictures that it names."""
+    out: Path
+    """Folder for the shards."""
+    name: str | None = None
+    """Shards are called ``NAME-000000.tar``; None: the source's name."""
+    split: str | None = None
+    """Take only rows of this split; None: all rows."""
+    size: int | None = None
+    """Side of the square that pictures are shrunk and cropped to; None: as they are."""
+    background_variants: float = 0.0
+    """Share of the pictures with alpha that get a second copy on a named plain colour."""
+    shard_size: int = 1000
+    """Pictures a shard."""
+    seed: int = 0
+    """Seeds which pictures get a coloured copy, and the colours."""
+    force: bool = False
+    """Overwrite shards of the same name."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that can't work."""
+        if self.size is not None and not 8 <= self.size <= 8192:
+            raise UserError(f"--size {self.size}: choose a side between 8 and 8192")
+        if not 0.0 <= self.background_variants <= 1.0:
+            raise UserError(f"--background-variants {self.background_variants}: a share in [0, 1]")
+        if self.shard_size < 1:
+            raise UserError(f"--shard-size {self.shard_size}: at least 1")
+
+
+@dataclass(frozen=True)
+class WriteReport:
+    """What was written."""
+
+    written: int
+    shards: int
+    broken: tuple[str, ...]
+
+
+def write_shards(options: WriteOptions) -> WriteReport:
+    """Write shards with members ``KEY.png``, ``KEY.txt``, ``KEY.json``; each appears whole.
+
+    Raises:
+        UserError: No captions, no row of the split, shards that are there already.
+    """
+    source = _Source(options.source)
+    rows = [row for row in source.rows() if options.split in (None, row.get("split"))]
+    if not rows:
+        raise UserError(f"{options.source}: no row of split {options.split!r} in captions.jsonl")
+    name = options.name or options.source.stem
+    options.out.mkdir(parents=True, exist_ok=True)
+    there = sorted(options.out.glob(f"{name}-*.tar"))
+    if there and not options.force:
+        raise UserError(f"{there[0]}: is there already; choose another --out or add --force")
+    for old in there:
+        old.unlink()
+
+    broken: list[str] = []
+    written = shards = 0
+    pending: list[tuple[str, bytes, dict[str, Any]]] = []
+    for row in rows:
+        try:
+            pending.extend(_variants(row, source.read(row["file"]), options))
+        except (UnidentifiedImageError, OSError, SyntaxError, KeyError, ValueError) as error:
+            broken.append(f"{row.get('file', '(no file)')}: {error}")
+        while len(pending) >= options.shard_size:
+            chunk, pending = pending[: options.shard_size], pending[options.shard_size :]
+            _write_shard(shard_name(options.out, name, shards), chunk)
+            written, shards = written + len(chunk), shards + 1
+    if pending:
+        _write_shard(shard_name(options.out, name, shards), pending)
+        written, shards = written + len(pending), shards + 1
+    for line in broken:
+        _log.warning("skipped %s", line)
+    if not written:
+        raise UserError(f"{options.source}: not one picture could be read")
+    return WriteReport(written, shards, tuple(broken))
+
+
+class _Source:
+    """A folder or a zip file."""
+
+    def __init__(self, path: Path) -> None:
+        if not path.exists():
+            raise UserError(f"{path}: no such folder or zip file; check --from")
+        self.path = path
+        self.archive: zipfile.ZipFile | None = None
+        if path.is_file():
+            try:
+                self.archive = zipfile.ZipFile(path)
+            except zipfile.BadZipFile as error:
+                raise UserError(f"{path}: not a whole zip file; download it again") from error
+
+    def read(self, name: str) -> bytes:
+        """Return a file's bytes."""
+        if self.archive is not None:
+            return self.archive.read(name)
+        return (self.path / name).read_bytes()
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Yield the rows of ``captions.jsonl``."""
+        try:
+            lines = self.read("captions.jsonl").decode("utf-8").splitlines()
+        except (KeyError, FileNotFoundError) as error:
+            raise UserError(f"{self.path}: no captions.jsonl in it") from error
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{self.path}: captions.jsonl line {number}: {error}") from error
+
+
+def _variants(
+    row: dict[str, Any], data: bytes, options: WriteOptions
+) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
+    """Yield (key, PNG, metadata) of a picture, and perhaps of its coloured copy."""
+    key = Path(row["file"]).stem.replace(".", "_")  # a dot would end the key in a shard
+    captions = [text.strip() for text in row.get("captions") or [row["caption"]] if text.strip()]
+    with Image.open(io.BytesIO(data)) as image:
+        image.load()
+        yield key, *_member(image, (255, 255, 255), {**row, "captions": captions}, options)
+        # The choice depends on the key, not on the order: adding pictures changes no other's.
+        digest = hashlib.sha256(f"{options.seed}:{key}".encode()).hexdigest()
+        choice = random.Random(digest)
+        has_alpha = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+        if has_alpha and choice.random() < options.background_variants:
+            words = choice.choice(sorted(BACKGROUNDS))
+            colored = {
+                **row,
+                "captions": [f"{text} on a {words} background" for text in captions],
+                "background": words,
+            }
+            yield f"{key}_bg", *_member(image, BACKGROUNDS[words], colored, options)
+
+
+def _member(
+    image: Image.Image, color: tuple[int, int, int], row: dict[str, Any], options: WriteOptions
+) -> tuple[bytes, dict[str, Any]]:
+    # Composited before the resize: colours under transparent pixels never bleed into the edges.
+    picture = on_background(image, color)
+    crop = (0, 0, picture.width, picture.height)
+    if options.size is not None:
+        picture, crop = square(picture, options.size)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", compress_level=6)
+    extra = {"original_width": image.width, "original_height": image.height, "crop": list(crop)}
+    return buffer.getvalue(), {**row, **extra}
+
+
+def square(image: Image.Image, size: int) -> tuple[Image.Image, tuple[int, int, int, int]]:
+    """Cut the centre square and resize it.
+
+    Returns:
+        The picture and the crop's box (left, top, right, bottom) in the original's pixels.
+    """
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    box = (left, top, left + side, top + side)
+    return image.resize((size, size), Image.Resampling.LANCZOS, box=box), box
+
+
+def _write_shard(path: Path, samples: list[tuple[str, bytes, dict[str, Any]]]) -> None:
+    with atomic_path(path) as temporary, tarfile.open(temporary, "w") as tar:
+        for key, picture, row in samples:
+            _add(tar, f"{key}.png", picture)
+            _add(tar, f"{key}.txt", row["captions"][0].encode())
+            _add(tar, f"{key}.json", json.dumps(row, sort_keys=True).encode())
+    _log.info("wrote %s: %d pictures", path, len(samples))
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))

@@ -1,0 +1,79 @@
+"""The denoising loss of Stage B and Stage C."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cascade.diffusion import weighting
+from cascade.diffusion.prediction import Prediction, target
+from cascade.diffusion.schedules import CosineSchedule
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """How a stage is noised, what it predicts, how its loss is weighted."""
+
+    prediction: Literal["epsilon", "v", "x0"] = "epsilon"
+    """What the network outputs (epsilon in all published stages)."""
+    weight: Literal["p2", "min_snr", "constant"] = "p2"
+    """Loss weight over log-SNR (p2 in the papers)."""
+    draw: Literal["uniform", "logit_normal", "official"] = "uniform"
+    """Distribution of the diffusion time."""
+    stratified: bool = True
+    """Spread the times of a batch evenly over the distribution: less noise in the gradient."""
+    shift: float = 1.0
+    """Resolution shift of the schedule in training."""
+
+    def schedule(self) -> CosineSchedule:
+        """Return the noise schedule of training."""
+        return CosineSchedule(shift=self.shift)
+
+
+@dataclass(frozen=True)
+class Noised:
+    """A noised batch and what the network should say of it."""
+
+    x_t: Tensor  # (B, C, H, W)
+    network_time: Tensor  # (B,)
+    target: Tensor  # (B, C, H, W)
+    weight: Tensor  # (B,)
+    t: Tensor  # (B,)
+
+
+def noise_batch(x0: Tensor, config: DiffusionConfig, generator: torch.Generator) -> Noised:
+    """Draw times and noise for a batch of clean latents.
+
+    Args:
+        x0: Clean latents, shape ``(B, C, H, W)``.
+        config: Schedule, prediction and weight.
+        generator: CPU generator, so that every device sees the same draws.
+    """
+    schedule, prediction = config.schedule(), Prediction(config.prediction)
+    t = weighting.draw_t(len(x0), generator, config.draw, stratified=config.stratified)
+    t = t.to(x0.device)
+    noise = torch.randn(x0.shape, generator=generator).to(x0.device)
+    alpha, sigma = (value.view(-1, 1, 1, 1) for value in schedule(t))  # (B, 1, 1, 1)
+    log_snr = schedule.log_snr(t)
+    if config.weight == "p2":
+        weight = weighting.p2(log_snr)
+    elif config.weight == "min_snr":
+        weight = weighting.min_snr(log_snr, prediction=prediction)
+    else:
+        weight = torch.ones_like(log_snr)
+    return Noised(
+        x_t=alpha * x0 + sigma * noise,
+        network_time=schedule.network_time(t),
+        target=target(prediction, x0, noise, alpha, sigma),
+        weight=weight,
+        t=t,
+    )
+
+
+def denoising_loss(predicted: Tensor, noised: Noised) -> tuple[Tensor, Tensor]:
+    """Return (weighted loss, unweighted mean squared error), both scalars, in float32."""
+    squared = (predicted.float() - noised.target).square().flatten(1).mean(dim=1)  # (B,)
+    return (squared * noised.weight).mean(), squared.mean().detach()

@@ -1,0 +1,75 @@
+"""What all training runs share: where they write, how long they last, how they step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run: its folder, length, precision and bookkeeping."""
+
+    out: str
+    """Folder of the run: checkpoints, logs, exported weights."""
+    max_steps: int
+    """Optimizer steps after which training ends."""
+    seed: int = 0
+    """Seeds weights, data order, noise and dropout."""
+    max_minutes: float | None = None
+    """Wall-clock limit of this start of the run; a later ``--resume`` goes on."""
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "bf16-mixed"
+    """Lightning's precision; weights and optimizer state stay float32 in the mixed ones."""
+    log_every_steps: int = 50
+    """Steps between rows of ``metrics.csv``."""
+    checkpoint_every_steps: int = 500
+    """Steps between resumable checkpoints and exports of the averaged weights."""
+    keep_checkpoints: int = 1
+    """Resumable checkpoints kept beside ``last.ckpt``."""
+    ema_decay: float = 0.999
+    """Decay of the averaged weights; warmed up as ``(1 + n) / (10 + n)``."""
+    threads: int | None = None
+    """CPU threads of torch; None leaves torch's default."""
+    accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
+    """Where to train; "auto" takes a GPU when there is one."""
+    devices: int = 1
+    """Devices on this machine."""
+    export_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Number format of the exported weights."""
+
+    def __post_init__(self) -> None:
+        """Check the values that would fail late."""
+        if self.max_steps < 1:
+            raise ValueError(f"max_steps is {self.max_steps}; at least 1 is needed")
+        if not 0.0 <= self.ema_decay < 1.0:
+            raise ValueError(f"ema_decay is {self.ema_decay}; it lies in [0, 1)")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with a warm-up and a decay."""
+
+    lr: float = 1e-4
+    """Peak learning rate (1e-4 in the Würstchen recipes)."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay of matrices and kernels; vectors get none."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """After the warm-up: constant, or a decay that ends at ``max_steps``."""
+    decay_from: float = 0.0
+    """Fraction of the run after which the decay starts (0.8: constant until then)."""
+    final_lr_fraction: float = 0.0
+    """Learning rate at the end as a fraction of the peak."""
+    grad_clip: float = 1.0
+    """Largest gradient norm; 0 switches clipping off."""
+    name: Literal["adamw", "muon"] = "adamw"
+    """``muon`` steps hidden matrices with Muon and the rest with AdamW."""
+    muon_lr: float = 0.01
+    """Learning rate of the matrices when ``name`` is muon."""
+
+
+EXPORT_KEYS = ("train_steps", "train_samples", "train_seconds")
+"""Metadata of an exported file that says what it cost."""

@@ -1,0 +1,64 @@
+"""The previewer: Stage C latents to a small picture, without Stage B."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stages.previewer import Previewer, PreviewerConfig
+from train.data.cached import CacheConfig, CachedBatch
+from train.losses.reconstruction import pixel_loss
+from train.optim import make_optimizer
+from train.settings import OptimConfig, RunConfig
+
+
+@dataclass(frozen=True)
+class PreviewerRun:
+    """The training of the previewer on cached Stage C latents."""
+
+    run: RunConfig
+    data: CacheConfig
+    model: PreviewerConfig
+    compressor: str
+    """Semantic compressor's file; the cache must come from it."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    init_from: str | None = None
+    """Exported previewer file to start with."""
+
+
+class PreviewerSystem(LightningModule):
+    """Wires the previewer, its loss and optimizer."""
+
+    def __init__(self, config: PreviewerRun) -> None:
+        """Build the network."""
+        super().__init__()
+        self.config = config
+        self.network = Previewer(config.model)
+
+    def exported_networks(self) -> dict[str, nn.Module]:
+        """Return what is averaged and exported."""
+        return {"previewer": self.network}
+
+    def training_step(self, batch: CachedBatch, batch_idx: int) -> Tensor:
+        """Predict the picture at the previewer's size, compare."""
+        predicted = self.network(batch.stage_c_latents)
+        small = F.interpolate(
+            batch.pixels, size=predicted.shape[-2:], mode="bilinear", antialias=True
+        )
+        loss = pixel_loss(predicted, small)
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimizer with its per-step schedule."""
+        optimizer, schedule = make_optimizer(
+            self.network.parameters(), self.config.optim, self.config.run.max_steps
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }

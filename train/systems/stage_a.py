@@ -1,0 +1,221 @@
+"""Stage A: reconstruct pictures through a 4x smaller latent."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from transformers import CLIPVisionModelWithProjection
+
+from stages.discriminator import Discriminator, DiscriminatorConfig
+from stages.stage_a import StageA, StageAConfig
+from train.data.cached import CacheConfig, CachedBatch
+from train.draws import step_generator
+from train.losses.reconstruction import (
+    feature_distance,
+    hinge_discriminator_loss,
+    hinge_generator_loss,
+    pixel_loss,
+)
+from train.optim import make_optimizer
+from train.settings import OptimConfig, RunConfig
+
+
+@dataclass(frozen=True)
+class StageALoss:
+    """Weights of Stage A's terms (the paper's: 1, 0.1 and 0, then 0.01)."""
+
+    pixels: float = 1.0
+    """Mean squared error of pixels in [0, 1]."""
+    codebook: float = 1.0
+    """Distance of the codes from the latents."""
+    commitment: float = 0.25
+    """Distance of the latents from their codes."""
+    perceptual: float = 0.1
+    """Distance of the features of a CLIP vision tower trained here."""
+    perceptual_layers: tuple[int, ...] = (1, 3)
+    """Hidden states of the vision tower that are compared (0 is the patch embedding)."""
+    adversarial: float = 0.01
+    """The decoder's share of the discriminator's verdict."""
+    adversarial_from_step: int = 10_000
+    """Step at which the discriminator starts to learn and to count."""
+
+
+@dataclass(frozen=True)
+class StageARun:
+    """The training of Stage A."""
+
+    run: RunConfig
+    data: CacheConfig
+    model: StageAConfig
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    loss: StageALoss = field(default_factory=StageALoss)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    crop: int = 128
+    """Side of the random crops that are trained on (128 in the paper)."""
+    quantize: float = 0.9
+    """Share of the steps that decode the quantized latents (the paper drops it with 0.1)."""
+    clip: str | None = None
+    """CLIP folder for the perceptual term; needed unless its weight is 0."""
+    init_from: str | None = None
+    """Exported Stage A file to start with."""
+
+    def __post_init__(self) -> None:
+        """The perceptual term needs a network."""
+        if self.loss.perceptual > 0 and self.clip is None:
+            raise ValueError(f"loss.perceptual is {self.loss.perceptual} but clip names no folder")
+
+
+class StageASystem(LightningModule):
+    """Wires the autoencoder, the discriminator, the feature network and two optimizers."""
+
+    num_optimizers = 2
+
+    def __init__(self, config: StageARun) -> None:
+        """Build the networks."""
+        super().__init__()
+        self.automatic_optimization = False
+        self.config = config
+        self.network = StageA(config.model)
+        self.discriminator = Discriminator(config.discriminator)
+        self.features: FrozenClipFeatures | None = None
+        if config.clip is not None and config.loss.perceptual > 0:
+            self.features = FrozenClipFeatures(config.clip, config.loss.perceptual_layers)
+
+    def exported_networks(self) -> dict[str, nn.Module]:
+        """Return what is averaged and exported."""
+        return {"stage_a": self.network}
+
+    def training_step(self, batch: CachedBatch, batch_idx: int) -> None:
+        """Step the autoencoder, then the discriminator once its time has come."""
+        config, loss = self.config, self.config.loss
+        generator = step_generator(self, config.run.seed)
+        pixels = random_crops(batch.pixels, config.crop, generator)
+        quantize = float(torch.rand((), generator=generator)) < config.quantize
+        output = self.network(pixels, quantize=quantize)
+        adversarial = self.steps_done() >= loss.adversarial_from_step
+
+        terms = {"pixels": loss.pixels * pixel_loss(output.pixels, pixels)}
+        terms["codebook"] = loss.codebook * output.codebook_loss
+        terms["commitment"] = loss.commitment * output.commitment_loss
+        if self.features is not None:
+            distance = feature_distance(self.features(output.pixels), self.features(pixels))
+            terms["perceptual"] = loss.perceptual * distance
+        if adversarial and loss.adversarial > 0:
+            fake = self.discriminator(output.pixels)
+            terms["adversarial"] = loss.adversarial * hinge_generator_loss(fake)
+        total = torch.stack(list(terms.values())).sum()
+
+        first, second = self.optimizers()
+        first.zero_grad()
+        self.manual_backward(total)
+        self.clip(first)
+        first.step()
+        verdict = torch.zeros((), device=self.device)
+        if adversarial and loss.adversarial > 0:
+            second.zero_grad()
+            verdict = hinge_discriminator_loss(
+                self.discriminator(pixels), self.discriminator(output.pixels.detach())
+            )
+            self.manual_backward(verdict)
+            self.clip(second)
+        second.step()
+        for schedule in self.lr_schedulers():
+            schedule.step()
+        self.log("loss", total, prog_bar=True)
+        self.log("discriminator", verdict)
+        for name, value in terms.items():
+            self.log(name, value)
+
+    def clip(self, optimizer: Any) -> None:
+        """Clip the gradients that ``optimizer`` is about to apply."""
+        if self.config.optim.grad_clip > 0:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, self.config.optim.grad_clip)
+
+    def steps_done(self) -> int:
+        """Return the steps of the autoencoder (Lightning counts both optimizers')."""
+        return self.global_step // self.num_optimizers
+
+    def configure_optimizers(self) -> Any:
+        """Return two optimizers, each with its schedule."""
+        steps = self.config.run.max_steps
+        ours = make_optimizer(self.network.parameters(), self.config.optim, steps)
+        theirs = make_optimizer(self.discriminator.parameters(), self.config.optim, steps)
+        return [ours[0], theirs[0]], [ours[1], theirs[1]]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the frozen feature network out of the checkpoint."""
+        state = checkpoint["state_dict"]
+        for key in [key for key in state if key.startswith("features.")]:
+            del state[key]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Give the feature network back, so that loading stays strict."""
+        own = copy.copy(self.state_dict())
+        checkpoint["state_dict"].update(
+            {key: value for key, value in own.items() if key.startswith("features.")}
+        )
+
+
+class FrozenClipFeatures(nn.Module):
+    """Patch features of a CLIP vision tower at a few depths, at any picture size."""
+
+    def __init__(self, folder: str, layers: tuple[int, ...]) -> None:
+        """Load the tower from a transformers folder with its ``preprocessor.json``."""
+        super().__init__()
+        from cascade.evaluate.clip_scorer import read_preprocessing
+
+        self.tower = CLIPVisionModelWithProjection.from_pretrained(
+            Path(folder), local_files_only=True, dtype=torch.float32
+        )
+        self.tower.eval().requires_grad_(False)
+        self.layers = layers
+        preprocessing = read_preprocessing(Path(folder))
+        self.register_buffer("mean", torch.tensor(preprocessing.mean).view(3, 1, 1), False)
+        self.register_buffer("std", torch.tensor(preprocessing.std).view(3, 1, 1), False)
+        self.patch = self.tower.config.patch_size
+
+    def train(self, mode: bool = True) -> FrozenClipFeatures:
+        """Stay in evaluation mode whatever the system does."""
+        return super().train(False)
+
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        """Return the features of each layer, ``(B, L, D)``."""
+        # Sides that are no multiple of the patch are cropped by the patch embedding itself.
+        rows, columns = (side // self.patch * self.patch for side in pixels.shape[-2:])
+        normalized = (pixels[..., :rows, :columns] - self.mean) / self.std
+        output = self.tower(
+            pixel_values=normalized, output_hidden_states=True, interpolate_pos_encoding=True
+        )
+        return [output.hidden_states[layer][:, 1:] for layer in self.layers]
+
+
+def random_crops(pixels: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """Cut a random square out of each picture.
+
+    Args:
+        pixels: Shape ``(B, 3, H, W)``.
+        size: Side of the squares; at most ``min(H, W)``.
+        generator: CPU generator.
+
+    Returns:
+        Shape ``(B, 3, size, size)``.
+    """
+    height, width = pixels.shape[-2:]
+    if size > min(height, width):
+        raise ValueError(f"crop is {size} but the pictures are {width}x{height}; make it smaller")
+    if size == height == width:
+        return pixels
+    tops = torch.randint(height - size + 1, (len(pixels),), generator=generator).tolist()
+    lefts = torch.randint(width - size + 1, (len(pixels),), generator=generator).tolist()
+    crops = [
+        picture[:, top : top + size, left : left + size]
+        for picture, top, left in zip(pixels, tops, lefts, strict=True)
+    ]
+    return torch.stack(crops)

@@ -1,0 +1,122 @@
+"""Stage B together with the semantic compressor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from cascade.diffusion.schedules import CosineSchedule
+from stages.semantic_compressor import CompressorConfig, SemanticCompressor
+from stages.stage_b import StageB, StageBCondition, StageBConfig
+from train.data.cached import CacheConfig, CachedBatch
+from train.draws import step_generator
+from train.losses.denoising import DiffusionConfig, denoising_loss, noise_batch
+from train.optim import make_optimizer
+from train.settings import OptimConfig, RunConfig
+
+
+@dataclass(frozen=True)
+class StageBRun:
+    """The joint training of Stage B and the semantic compressor."""
+
+    run: RunConfig
+    data: CacheConfig
+    model: StageBConfig
+    compressor: CompressorConfig
+    text: str
+    """Text encoder's folder; the cache must come from it."""
+    stage_a: str
+    """Stage A's file; the cache must come from it."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    caption_dropout: float = 0.05
+    """Share of samples that see the null prompt."""
+    condition_dropout: float = 0.05
+    """Share of samples whose compressor latents are zero (0.05 in v1's code, 0.1 in v3's)."""
+    condition_noise: float = 0.3
+    """Share of the other samples whose compressor latents are diffused, so that Stage B forgives
+    what Stage C gets wrong (0.3 in v1's code)."""
+    condition_noise_t: float = 0.5
+    """Largest diffusion time of that noise."""
+    init_from: str | None = None
+    """Folder with exported stage_b and compressor files to start with."""
+
+
+class StageBSystem(LightningModule):
+    """Wires Stage B, the compressor, their loss and optimizer."""
+
+    def __init__(self, config: StageBRun, null_text: tuple[Tensor, Tensor]) -> None:
+        """Build the networks; ``null_text`` is the hidden (L, D) and pooled (P,) of ""."""
+        super().__init__()
+        self.config = config
+        self.network = StageB(config.model)
+        self.compressor = SemanticCompressor(config.compressor)
+        self.register_buffer("null_pooled", null_text[1].float(), persistent=False)
+
+    def exported_networks(self) -> dict[str, nn.Module]:
+        """Return what is averaged and exported."""
+        return {"stage_b": self.network, "compressor": self.compressor}
+
+    def condition(self, batch: CachedBatch, generator: torch.Generator) -> StageBCondition:
+        """Compress the pictures, then noise and drop the result sample by sample."""
+        latents = self.compressor.encode(batch.pixels).float()  # (B, 16, h, w)
+        latents = corrupt_latents(
+            latents,
+            drop=self.config.condition_dropout,
+            noise=self.config.condition_noise,
+            noise_t=self.config.condition_noise_t,
+            generator=generator,
+        )
+        drop = torch.rand(len(batch), generator=generator) < self.config.caption_dropout
+        drop = drop.to(latents.device)
+        pooled = torch.where(drop[:, None], self.null_pooled, batch.text_pooled)
+        return StageBCondition(stage_c_latents=latents, text_pooled=pooled)
+
+    def training_step(self, batch: CachedBatch, batch_idx: int) -> Tensor:
+        """Noise the Stage A latents, predict, compare."""
+        generator = step_generator(self, self.config.run.seed)
+        noised = noise_batch(batch.stage_a_latents, self.config.diffusion, generator)
+        predicted = self.network(
+            noised.x_t, noised.network_time, self.condition(batch, generator)
+        )
+        loss, mse = denoising_loss(predicted, noised)
+        self.log("loss", loss, prog_bar=True)
+        self.log("mse", mse)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimizer with its per-step schedule."""
+        parameters = [*self.network.parameters(), *self.compressor.parameters()]
+        optimizer, schedule = make_optimizer(
+            parameters, self.config.optim, self.config.run.max_steps
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+
+def corrupt_latents(
+    latents: Tensor, *, drop: float, noise: float, noise_t: float, generator: torch.Generator
+) -> Tensor:
+    """Zero a share of the samples, diffuse a share of the others, each on its own draw.
+
+    Args:
+        latents: Compressor latents, shape ``(B, 16, h, w)``, about unit variance.
+        drop: Share that becomes zero.
+        noise: Share of the others that is diffused to a time drawn from ``U(0, noise_t)``.
+        noise_t: Largest diffusion time.
+        generator: CPU generator of the draws.
+    """
+    draws = torch.rand((3, len(latents)), generator=generator)
+    white = torch.randn(latents.shape, generator=generator).to(latents)
+    alpha, sigma = CosineSchedule()(draws[0] * noise_t)
+    noised = (draws[1] < noise).float()
+    alpha = (alpha * noised + (1.0 - noised)).to(latents).view(-1, 1, 1, 1)
+    sigma = (sigma * noised).to(latents).view(-1, 1, 1, 1)
+    keep = (draws[2] >= drop).to(latents).view(-1, 1, 1, 1)
+    return keep * (alpha * latents + sigma * white)

@@ -1,0 +1,85 @@
+"""Stage C: learn the compressed latents of a picture from its caption."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from cascade.text.encoder import TextConfig
+from stages.stage_c import StageC, StageCCondition, StageCConfig
+from train.data.cached import CacheConfig, CachedBatch
+from train.draws import step_generator
+from train.losses.denoising import DiffusionConfig, denoising_loss, noise_batch
+from train.optim import make_optimizer
+from train.settings import OptimConfig, RunConfig
+
+
+@dataclass(frozen=True)
+class StageCRun:
+    """The training of Stage C on cached latents and text states."""
+
+    run: RunConfig
+    data: CacheConfig
+    model: StageCConfig
+    text: str
+    """Text encoder's folder; the cache must come from it."""
+    compressor: str
+    """Semantic compressor's file; the cache must come from it."""
+    text_states: TextConfig = field(default_factory=TextConfig)
+    """Which hidden states the network reads; written into the model folder."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    caption_dropout: float = 0.05
+    """Share of samples, drawn one by one, that see the null prompt (0.05 in the papers)."""
+    init_from: str | None = None
+    """Exported Stage C file whose weights the run starts with."""
+
+
+class StageCSystem(LightningModule):
+    """Wires Stage C, its loss and its optimizer."""
+
+    def __init__(self, config: StageCRun, null_text: tuple[Tensor, Tensor]) -> None:
+        """Build the network; ``null_text`` is the hidden (L, D) and pooled (P,) of ""."""
+        super().__init__()
+        self.config = config
+        self.network = StageC(config.model)
+        self.register_buffer("null_hidden", null_text[0].float(), persistent=False)
+        self.register_buffer("null_pooled", null_text[1].float(), persistent=False)
+
+    def exported_networks(self) -> dict[str, nn.Module]:
+        """Return what is averaged and exported."""
+        return {"stage_c": self.network}
+
+    def condition(self, batch: CachedBatch, generator: torch.Generator) -> StageCCondition:
+        """Build the text condition; each sample loses its caption on its own draw."""
+        drop = torch.rand(len(batch), generator=generator) < self.config.caption_dropout
+        drop = drop.to(batch.text_hidden.device)
+        return StageCCondition(
+            text_hidden=torch.where(drop[:, None, None], self.null_hidden, batch.text_hidden),
+            text_pooled=torch.where(drop[:, None], self.null_pooled, batch.text_pooled),
+        )
+
+    def training_step(self, batch: CachedBatch, batch_idx: int) -> Tensor:
+        """Noise the latents, predict, compare."""
+        generator = step_generator(self, self.config.run.seed)
+        noised = noise_batch(batch.stage_c_latents, self.config.diffusion, generator)
+        cond = self.condition(batch, generator)
+        predicted = self.network(noised.x_t, noised.network_time, cond)
+        loss, mse = denoising_loss(predicted, noised)
+        self.log("loss", loss, prog_bar=True)
+        self.log("mse", mse)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimizer with its per-step schedule."""
+        optimizer, schedule = make_optimizer(
+            self.network.parameters(), self.config.optim, self.config.run.max_steps
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
