@@ -1,8 +1,13 @@
-"""Fixtures that several packages' tests share."""
+"""Fixtures that several packages' tests share; no test reaches for the network."""
 
 from __future__ import annotations
 
+import os
+import socket
 from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
@@ -18,6 +23,31 @@ from stages.stage_c import StageC, StageCConfig
 
 TEXT_CHANNELS, TEXT_POOLED, WINDOW = 16, 12, 16
 CAPTIONS = ["a 3D render of a red apple", "a flat icon of a blue fish", "a photo of a green hat"]
+
+
+_LOOPBACK = ("127.", "::1", "localhost")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device, and this machine has none")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing may leave this machine: only loopback and local sockets connect."""
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: object) -> None:
+        if isinstance(address, tuple) and not str(address[0]).startswith(_LOOPBACK):
+            raise AssertionError(f"a test reached for the network: {address}")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ from cascade.evaluate.clip_scorer import ClipScorer
 from cascade.evaluate.sheet import SheetLayout, contact_sheet
 from cascade.images import pixels_to_images, save_png
 from cascade.pipelines.cascade import GPU_BATCH_SIZE, CascadePipeline
-from cascade.pipelines.placement import pick_device
+from cascade.pipelines.placement import pick_device, pick_dtype
 from train.study.demo_figures import (
     Figures,
     measure_agreement,
@@ -156,7 +156,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = pick_device(options.device)
     options.out.mkdir(parents=True, exist_ok=True)
     started_s = time.monotonic()
-    provenance = describe_run("train.report_demo", argv, options.seed, options.model, device)
+    dtype = pick_dtype(options.dtype, device)
+    provenance = describe_run("train.report_demo", argv, options.seed, options.model, device, dtype)
     figures = measure(options, parts)
     text = to_markdown(figures, provenance, options.candidates)
     content = {"provenance": asdict(provenance), **asdict(figures)}

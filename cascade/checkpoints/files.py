@@ -25,8 +25,6 @@ _PREFIXES = ("_orig_mod.", "module.")  # torch.compile's and DistributedDataPara
 _SHOWN = 5
 
 
-
-
 N = TypeVar("N", bound=nn.Module)
 
 

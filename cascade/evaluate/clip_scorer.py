@@ -83,7 +83,7 @@ class ClipScorer:
             UserError: If the folder or one of its parts is missing or unreadable.
         """
         folder = Path(folder)
-        preprocessing = _read_preprocessing(folder / "preprocessor.json")
+        preprocessing = read_preprocessing(folder / "preprocessor.json")
         text_encoder = TextEncoder.from_folder(folder, TextConfig(), device=device)
         try:
             model = CLIPModel.from_pretrained(
@@ -132,7 +132,7 @@ class ClipScorer:
         return torch.cat(rows)
 
 
-def _read_preprocessing(path: Path) -> PicturePreprocessing:
+def read_preprocessing(path: Path) -> PicturePreprocessing:
     if not path.is_file():
         raise UserError(f"{path}: missing; it says how pictures enter the CLIP picture tower")
     try:

@@ -207,9 +207,7 @@ class _EndlessBatches(IterableDataset[CachedBatch]):
                 order = torch.randperm(len(self.cache.pictures), generator=generator)
             first = (step % per_epoch) * size * self.world + self.rank * size
             seed = (self.config.seed * 1_000_003 + step) * 4_099 + self.rank
-            yield self.cache.batch(
-                order[first : first + size], torch.Generator().manual_seed(seed)
-            )
+            yield self.cache.batch(order[first : first + size], torch.Generator().manual_seed(seed))
             step += 1
 
 

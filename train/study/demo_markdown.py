@@ -22,8 +22,9 @@ def to_markdown(figures: Figures, provenance: Provenance, num_candidates: int) -
     sections = []
     if figures.sizes is not None:
         sections.append(
-            "### Sizes and training cost\n\nSamples and seconds are those of the run that made "
-            "the file.\n\n" + sizes_table(figures.sizes)
+            "### Sizes and training cost\n\nSteps, samples and seconds are those of the run that "
+            "made the file; Stage B and the compressor come out of one run.\n\n"
+            + sizes_table(figures.sizes)
         )
     if figures.reconstruction is not None:
         sections.append(
@@ -47,7 +48,7 @@ def to_markdown(figures: Figures, provenance: Provenance, num_candidates: int) -
         "### Where these figures come from\n\n"
         f"- command: `{provenance.command}`\n- seed: {provenance.seed}\n"
         f"- commit: {provenance.commit}\n- weights: {provenance.weights}\n"
-        f"- machine: {provenance.machine}\n"
+        f"- machine: {provenance.machine}\n- number format: {provenance.dtype}\n"
     )
     return "\n".join(sections)
 
@@ -72,9 +73,7 @@ def sizes_table(rows: Sequence[FileSize]) -> str:
             f"{sum(row.parameters for row in rows):,}",
             f"{sum(row.bf16_mb for row in rows):.2f}",
             f"{sum(row.file_mb for row in rows):.2f}",
-            "",
-            _count(sum(row.train_samples or 0 for row in rows)),
-            _count(sum(row.train_seconds or 0 for row in rows)),
+            *[""] * 3,  # not to be added up: one run may make two files
         ]
     )
     head = ["file", "parameters", "MB in bf16", "MB of file", "steps", "samples", "seconds"]

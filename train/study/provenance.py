@@ -26,10 +26,17 @@ class Provenance:
     machine: str
     weights: str
     """Hash over the names and contents of the model's files."""
+    dtype: str
+    """Number format that the stages ran in."""
 
 
 def describe_run(
-    module: str, argv: Sequence[str], seed: int, model: Path, device: torch.device
+    module: str,
+    argv: Sequence[str],
+    seed: int,
+    model: Path,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Provenance:
     """Collect the provenance of a run of ``python -m module argv``."""
     return Provenance(
@@ -38,6 +45,7 @@ def describe_run(
         commit=_commit(),
         machine=_machine(device),
         weights=model_hash(model),
+        dtype=str(dtype).removeprefix("torch."),
     )
 
 

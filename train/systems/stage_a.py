@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection
 
+from cascade.evaluate.clip_scorer import read_preprocessing
 from stages.discriminator import Discriminator, DiscriminatorConfig
 from stages.stage_a import StageA, StageAConfig
 from train.data.cached import CacheConfig, CachedBatch
@@ -169,14 +170,12 @@ class FrozenClipFeatures(nn.Module):
     def __init__(self, folder: str, layers: tuple[int, ...]) -> None:
         """Load the tower from a transformers folder with its ``preprocessor.json``."""
         super().__init__()
-        from cascade.evaluate.clip_scorer import read_preprocessing
-
         self.tower = CLIPVisionModelWithProjection.from_pretrained(
             Path(folder), local_files_only=True, dtype=torch.float32
         )
         self.tower.eval().requires_grad_(False)
         self.layers = layers
-        preprocessing = read_preprocessing(Path(folder))
+        preprocessing = read_preprocessing(Path(folder) / "preprocessor.json")
         self.register_buffer("mean", torch.tensor(preprocessing.mean).view(3, 1, 1), False)
         self.register_buffer("std", torch.tensor(preprocessing.std).view(3, 1, 1), False)
         self.patch = self.tower.config.patch_size

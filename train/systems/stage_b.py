@@ -80,9 +80,7 @@ class StageBSystem(LightningModule):
         """Noise the Stage A latents, predict, compare."""
         generator = step_generator(self, self.config.run.seed)
         noised = noise_batch(batch.stage_a_latents, self.config.diffusion, generator)
-        predicted = self.network(
-            noised.x_t, noised.network_time, self.condition(batch, generator)
-        )
+        predicted = self.network(noised.x_t, noised.network_time, self.condition(batch, generator))
         loss, mse = denoising_loss(predicted, noised)
         self.log("loss", loss, prog_bar=True)
         self.log("mse", mse)

@@ -11,7 +11,7 @@ def test_the_command_is_the_one_typed_without_this_machine_s_folders(tmp_path: P
     (tmp_path / "model.json").write_text("{}")
     inside = Path.cwd() / "runs" / "x"
     argv = ["--shards", "/somewhere/else/shards", "--out", str(inside), "--parts", "a, b"]
-    found = describe_run("train.report_demo", argv, 3, tmp_path, torch.device("cpu"))
+    found = describe_run("train.report_demo", argv, 3, tmp_path, torch.device("cpu"), torch.float32)
     assert found.command == (
         "python -m train.report_demo --shards PATH_TO/shards --out runs/x --parts 'a, b'"
     )
