@@ -133,6 +133,11 @@ class ClipScorer:
 
 
 def read_preprocessing(path: Path) -> PicturePreprocessing:
+    """Read a ``preprocessor.json``.
+
+    Raises:
+        UserError: If it is missing or not valid.
+    """
     if not path.is_file():
         raise UserError(f"{path}: missing; it says how pictures enter the CLIP picture tower")
     try:
