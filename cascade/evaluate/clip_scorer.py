@@ -86,13 +86,11 @@ class ClipScorer:
         preprocessing = read_preprocessing(folder / "preprocessor.json")
         text_encoder = TextEncoder.from_folder(folder, TextConfig(), device=device)
         try:
-            model = CLIPModel.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
-            )
+            model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
         except (OSError, ValueError) as error:
             raise UserError(f"{folder}: not a CLIP with both towers: {error}") from error
         # transformers' wrapper hides the signature of to().
-        model.to(device)  # type: ignore[arg-type]
+        model.float().to(device)  # type: ignore[arg-type]
         return cls(model, text_encoder, preprocessing)
 
     @torch.inference_mode()
