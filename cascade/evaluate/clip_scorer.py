@@ -89,8 +89,7 @@ class ClipScorer:
             model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
         except (OSError, ValueError) as error:
             raise UserError(f"{folder}: not a CLIP with both towers: {error}") from error
-        # transformers' wrapper hides the signature of to().
-        model.float().to(device)  # type: ignore[arg-type]
+        model.float().to(device)
         return cls(model, text_encoder, preprocessing)
 
     @torch.inference_mode()
