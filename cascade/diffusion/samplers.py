@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -78,7 +79,7 @@ def sample_ddim(
     """
     x0 = x
     num_steps = len(times) - 1
-    for index, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for index, (t, t_next) in enumerate(pairwise(times)):
         x0 = denoise(x, t)
         (alpha, sigma), (alpha_next, sigma_next) = _scales(schedule, t, t_next, x)
         if on_step is not None:
@@ -112,7 +113,7 @@ def sample_ddpm(
     """
     x0 = x
     num_steps = len(times) - 1
-    for index, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for index, (t, t_next) in enumerate(pairwise(times)):
         x0 = denoise(x, t)
         (alpha, sigma), (alpha_next, sigma_next) = _scales(schedule, t, t_next, x)
         if on_step is not None:
@@ -148,7 +149,7 @@ def sample_dpmpp_2m(
     x0 = x
     previous: tuple[Tensor, Tensor] | None = None  # (x0_hat, step in half log-SNR)
     num_steps = len(times) - 1
-    for index, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for index, (t, t_next) in enumerate(pairwise(times)):
         x0 = denoise(x, t)
         (alpha, sigma), (alpha_next, sigma_next) = _scales(schedule, t, t_next, x)
         if on_step is not None:

@@ -184,7 +184,9 @@ def load_cache(config: CacheConfig, expect: dict[str, str]) -> Cache:
 class _EndlessBatches(IterableDataset[CachedBatch]):
     """Batch number ``step`` of an endless series of shuffled epochs."""
 
-    def __init__(self, cache: Cache, config: CacheConfig, start_step: int, rank: int, world: int):
+    def __init__(
+        self, cache: Cache, config: CacheConfig, start_step: int, rank: int, world: int
+    ) -> None:
         self.cache = cache
         self.config = config
         self.start_step = start_step
