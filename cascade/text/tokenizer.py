@@ -40,7 +40,9 @@ def train_tokenizer(
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[PAD, START, END],
+        # END must not be token 2: transformers takes a CLIP whose eos_token_id is 2 for one of the
+        # early exports and pools at the highest token id instead of the end.
+        special_tokens=[START, END, PAD],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         min_frequency=2,
         show_progress=False,
