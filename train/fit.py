@@ -21,6 +21,7 @@ from cascade.errors import UserError
 from train.callbacks.ema import WeightAverage
 from train.callbacks.export import Export
 from train.callbacks.ledger import Ledger
+from train.memory import keep_freed_memory
 from train.settings import OptimConfig, RunConfig
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ LoaderFrom = Callable[[int], "Iterable[object]"]
 def prepare(run: RunConfig, config: object) -> Path:
     """Seed, set threads, make the run's folder and keep the resolved configuration in it."""
     pl.seed_everything(run.seed, verbose=False)
+    keep_freed_memory()
     if run.threads is not None:
         torch.set_num_threads(run.threads)
     out = Path(run.out)

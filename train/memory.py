@@ -1,0 +1,28 @@
+"""Keeps memory that training frees and takes again at every step."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+# Names and numbers of glibc's malloc.h.
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_MAX = -4
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc not to give large freed blocks back to the system.
+
+    By default each activation above 32 MB is mapped anew and its pages are zeroed again at every
+    use: a step of the demonstration's Stage C took 3.2 s instead of 2.4 s on 2 CPU cores. The
+    process then keeps its peak size until it ends.
+
+    Returns:
+        Whether this system's C library took the settings.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:  # musl has no such settings
+        return False
+    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
