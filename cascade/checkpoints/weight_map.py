@@ -1,0 +1,182 @@
+"""Weights of one naming to another's: a table of links, followed in both directions, strictly.
+
+A table is an iterable of links, in our network's own order; whoever publishes a network gets one
+file of such tables. Nothing may be missing, left over or of another shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cascade.errors import UserError
+
+State = Mapping[str, Tensor]
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Link:
+    """Tensors of ours that hold the same numbers as tensors of theirs."""
+
+    ours: tuple[str, ...]
+    """Names of ours; joined along the first axis they are the joined tensors of theirs."""
+    theirs: tuple[str, ...]
+    """Names of theirs."""
+    our_parts: tuple[int, ...] = (1,)
+    """Relative heights of ours, as (1, 2) for a query beside a fused key and value."""
+    their_parts: tuple[int, ...] = (1,)
+    """Relative heights of theirs."""
+    their_leading_ones: int = 0
+    """Axes of size 1 that theirs have before the axes of ours."""
+
+
+Table = Iterable[Link]
+
+
+# What tables are made of
+
+
+def same(ours: str, theirs: str) -> Link:
+    """Link a tensor to one of the same shape."""
+    return Link((ours,), (theirs,))
+
+
+def layer(ours: str, theirs: str) -> Iterator[Link]:
+    """Link weight and bias of a layer."""
+    for name in ("weight", "bias"):
+        yield same(f"{ours}.{name}", f"{theirs}.{name}")
+
+
+def batch_norm(ours: str, theirs: str, affine: bool = True) -> Iterator[Link]:
+    """Link a batch norm, its statistics included."""
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    for name in (("weight", "bias") if affine else ()) + statistics:
+        yield same(f"{ours}.{name}", f"{theirs}.{name}")
+
+
+# Following them
+
+
+def to_ours(state: State, table: Table, network: nn.Module | None = None) -> dict[str, Tensor]:
+    """Give published weights our names and shapes.
+
+    Args:
+        state: The published weights.
+        table: Links of every tensor of both sides.
+        network: Ours, on any device, meta too; if given, every shape must fit it.
+
+    Raises:
+        UserError: Naming the first five missing, unexpected and misshapen tensors.
+    """
+    links = tuple(table)
+    shapes = None if network is None else _shapes(to_theirs(_on_meta(network), links))
+    steps = [_Step(link.theirs, link.ours, link.our_parts, _without_ones(link)) for link in links]
+    return _converted(state, steps, shapes)
+
+
+def to_theirs(state: State, table: Table, network: nn.Module | None = None) -> dict[str, Tensor]:
+    """Give our weights the published names and shapes; the inverse of ``to_ours``.
+
+    Args:
+        state: Our weights.
+        table: Links of every tensor of both sides.
+        network: Ours, on any device, meta too; if given, every shape must fit it.
+
+    Raises:
+        UserError: Naming the first five missing, unexpected and misshapen tensors.
+    """
+    shapes = None if network is None else _shapes(network.state_dict())
+    steps = [_Step(link.ours, link.theirs, link.their_parts, _with_ones(link)) for link in table]
+    return _converted(state, steps, shapes)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A link, seen in one direction."""
+
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    target_parts: tuple[int, ...]
+    reshape: Callable[[Tensor], Tensor]
+
+
+def _converted(
+    state: State, steps: Sequence[_Step], shapes: Mapping[str, torch.Size] | None
+) -> dict[str, Tensor]:
+    wanted = [source for step in steps for source in step.sources]
+    known = set(wanted)
+    assert len(known) == len(wanted), "a table names a tensor twice"
+    missing = [key for key in wanted if key not in state]
+    unexpected = [key for key in state if key not in known]
+    misshapen = [
+        f"{key} ({_sides(state[key].shape)} instead of {_sides(shapes[key])})"
+        for key in (wanted if shapes is not None else ())
+        if shapes is not None and key in state and state[key].shape != shapes[key]
+    ]
+    _refuse(missing=missing, unexpected=unexpected, misshapen=misshapen)
+    converted: dict[str, Tensor] = {}
+    for step in steps:
+        try:
+            converted.update(_follow(state, step))
+        except (RuntimeError, ValueError):
+            misshapen += [f"{key} ({_sides(state[key].shape)})" for key in step.sources]
+    _refuse(misshapen=misshapen)
+    return converted
+
+
+def _follow(state: State, step: _Step) -> dict[str, Tensor]:
+    tensors = [step.reshape(state[source]) for source in step.sources]
+    if len(step.targets) == 1:
+        return {step.targets[0]: tensors[0] if len(tensors) == 1 else torch.cat(tensors)}
+    joined = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+    unit, rest = divmod(len(joined), sum(step.target_parts))
+    if rest:
+        raise ValueError(f"a first axis of {len(joined)} has no parts {step.target_parts}")
+    parts = joined.split([unit * part for part in step.target_parts])
+    return dict(zip(step.targets, parts, strict=True))
+
+
+def _without_ones(link: Link) -> Callable[[Tensor], Tensor]:
+    def reshape(tensor: Tensor) -> Tensor:
+        ones = link.their_leading_ones
+        if tensor.shape[:ones] != (1,) * ones:
+            raise ValueError(f"{_sides(tensor.shape)} has no {ones} leading axes of size 1")
+        return tensor.reshape(tensor.shape[ones:]) if ones else tensor
+
+    return reshape
+
+
+def _with_ones(link: Link) -> Callable[[Tensor], Tensor]:
+    def reshape(tensor: Tensor) -> Tensor:
+        ones = link.their_leading_ones
+        return tensor.reshape(*(1,) * ones, *tensor.shape) if ones else tensor
+
+    return reshape
+
+
+def _refuse(**complaints: Sequence[str]) -> None:
+    """Raise if there is any complaint; the first five of each kind are named."""
+    told = []
+    for kind, keys in complaints.items():
+        if keys:
+            more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
+            told.append(f"{len(keys)} {kind}: {', '.join(keys[:_SHOWN])}{more}")
+    if told:
+        raise UserError(f"weights do not fit the configuration: {'; '.join(told)}")
+
+
+def _on_meta(network: nn.Module) -> dict[str, Tensor]:
+    return {key: value.to("meta") for key, value in network.state_dict().items()}
+
+
+def _shapes(state: State) -> dict[str, torch.Size]:
+    return {key: tensor.shape for key, tensor in state.items()}
+
+
+def _sides(shape: torch.Size) -> str:
+    return "x".join(str(side) for side in shape) or "scalar"
