@@ -234,8 +234,8 @@ def init_weights(module: nn.Module) -> None:
                 nn.init.zeros_(layer.bias)
         if isinstance(layer, TimestepBlock):
             for mapper in (layer.mapper, *layer.extra_mappers.values()):
-                nn.init.zeros_(mapper.weight)
-                nn.init.zeros_(mapper.bias)
+                for parameter in mapper.parameters():
+                    nn.init.zeros_(parameter)
 
 
 def scale_residual_outputs(module: nn.Module, num_blocks: int) -> None:

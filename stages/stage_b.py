@@ -10,6 +10,7 @@ Stable Cascade checkpoints.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -312,7 +313,7 @@ class StageB(nn.Module):
         for level, blocks in enumerate(self.down_blocks):
             if level > 0:
                 x = self.down_samplers[level - 1](x)
-            for block in blocks:
+            for block in cast(nn.ModuleList, blocks):
                 x = block(x, None, times, cond.tokens)
             skips.append(x)
         x = skips.pop()
@@ -334,7 +335,7 @@ class StageB(nn.Module):
             x = resized.to(x.dtype).contiguous(memory_format=torch.channels_last)
         for repeat in range(self.config.up_repeats[index]):
             if repeat > 0:
-                x = self.repeat_mappers[index][repeat - 1](x)
-            for block_index, block in enumerate(self.up_blocks[index]):
+                x = cast(nn.ModuleList, self.repeat_mappers[index])[repeat - 1](x)
+            for block_index, block in enumerate(cast(nn.ModuleList, self.up_blocks[index])):
                 x = block(x, skip if block_index == 0 else None, times, tokens)
         return x

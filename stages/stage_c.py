@@ -10,6 +10,7 @@ Stable Cascade checkpoints.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -274,13 +275,13 @@ class StageC(nn.Module):
         for level, blocks in enumerate(self.down_blocks):
             if level > 0:
                 x = self.down_changes[level - 1](x)
-            for block in blocks:
+            for block in cast(nn.ModuleList, blocks):
                 x = block(x, None, times, prepared.tokens)
             skips.append(x)
         x = skips.pop()
         for index, blocks in enumerate(self.up_blocks):
             skip = skips.pop() if index > 0 else None
-            for block_index, block in enumerate(blocks):
+            for block_index, block in enumerate(cast(nn.ModuleList, blocks)):
                 x = block(x, skip if block_index == 0 else None, times, prepared.tokens)
             if index < len(self.up_changes):
                 x = self.up_changes[index](x)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from cascade.config import load_yaml, parse_overrides
 from cascade.errors import run_main
@@ -40,15 +41,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Lightning and transformers take seconds to import: only when a run really starts.
     from train import runs
 
-    run_class, start = {
+    kinds: dict[str, tuple[type[Any], Callable[..., None]]] = {
         "clip": (runs.ClipRun, runs.train_clip),
         "stage_a": (runs.StageARun, runs.train_stage_a),
         "stage_b": (runs.StageBRun, runs.train_stage_b),
         "stage_c": (runs.StageCRun, runs.train_stage_c),
         "previewer": (runs.PreviewerRun, runs.train_previewer),
-    }[options.kind]
-    config = load_yaml(run_class, options.config, overrides)
-    start(config, resume=options.resume)  # type: ignore[operator]
+    }
+    run_class, start = kinds[options.kind]
+    start(load_yaml(run_class, options.config, overrides), resume=options.resume)
     return 0
 
 

@@ -97,6 +97,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     def _muon_step(self, parameter: Tensor, lr: float, momentum: float = 0.95) -> None:
         state = self.state[parameter]
         grad = parameter.grad
+        assert grad is not None, "step() passes only parameters with a gradient"
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter)
         state["momentum"].lerp_(grad, 1.0 - momentum)

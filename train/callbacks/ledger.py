@@ -28,7 +28,7 @@ class Ledger(Callback):
     ) -> None:
         """Count the batch and log the rate."""
         self.samples += len(batch) * trainer.world_size
-        if (batch_idx + 1) % trainer.log_every_n_steps == 0:
+        if (batch_idx + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             elapsed_s = time.monotonic() - self._started_s
             pl_module.log("samples", float(self.samples))
             pl_module.log("samples_per_s", (self.samples - self._samples_at_start) / elapsed_s)

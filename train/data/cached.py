@@ -104,6 +104,17 @@ class CachedBatch:
         """Return the number of samples."""
         return len(self.captions)
 
+    def require(self, part: str) -> Tensor:
+        """Return a cached part.
+
+        Raises:
+            ValueError: The cache was loaded without it.
+        """
+        tensor = getattr(self, part)
+        if tensor is None:
+            raise ValueError(f"the batch has no {part}: load_cache was not asked for it")
+        return tensor
+
 
 @dataclass
 class Cache:

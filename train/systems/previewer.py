@@ -45,7 +45,7 @@ class PreviewerSystem(LightningModule):
 
     def training_step(self, batch: CachedBatch, batch_idx: int) -> Tensor:
         """Predict the picture at the previewer's size, compare."""
-        predicted = self.network(batch.stage_c_latents)
+        predicted = self.network(batch.require("stage_c_latents"))
         small = F.interpolate(
             batch.pixels, size=predicted.shape[-2:], mode="bilinear", antialias=True
         )

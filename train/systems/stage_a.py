@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from transformers import CLIPVisionModelWithProjection
+from transformers import CLIPModel
 
 from cascade.evaluate.clip_scorer import read_preprocessing
 from stages.discriminator import Discriminator, DiscriminatorConfig
@@ -25,6 +25,7 @@ from train.losses.reconstruction import (
 )
 from train.optim import make_optimizer
 from train.settings import OptimConfig, RunConfig
+from train.systems.clip import attention_kernel
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class StageASystem(LightningModule):
             terms["adversarial"] = loss.adversarial * hinge_generator_loss(fake)
         total = torch.stack(list(terms.values())).sum()
 
-        first, second = self.optimizers()
+        first, second = self.optimizers()  # type: ignore[attr-defined]
         first.zero_grad()
         self.manual_backward(total)
         self.clip(first)
@@ -126,7 +127,7 @@ class StageASystem(LightningModule):
             self.manual_backward(verdict)
             self.clip(second)
         second.step()
-        for schedule in self.lr_schedulers():
+        for schedule in self.lr_schedulers():  # type: ignore[union-attr]
             schedule.step()
         self.log("loss", total, prog_bar=True)
         self.log("discriminator", verdict)
@@ -167,18 +168,26 @@ class StageASystem(LightningModule):
 class FrozenClipFeatures(nn.Module):
     """Patch features of a CLIP vision tower at a few depths, at any picture size."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, folder: str, layers: tuple[int, ...]) -> None:
         """Load the tower from a transformers folder with its ``preprocessor.json``."""
         super().__init__()
-        self.tower = CLIPVisionModelWithProjection.from_pretrained(
-            Path(folder), local_files_only=True, dtype=torch.float32
+        whole = CLIPModel.from_pretrained(
+            Path(folder),
+            local_files_only=True,
+            dtype=torch.float32,
+            attn_implementation=attention_kernel(),
         )
+        self.tower = whole.vision_model
         self.tower.eval().requires_grad_(False)
         self.layers = layers
         preprocessing = read_preprocessing(Path(folder) / "preprocessor.json")
         self.register_buffer("mean", torch.tensor(preprocessing.mean).view(3, 1, 1), False)
         self.register_buffer("std", torch.tensor(preprocessing.std).view(3, 1, 1), False)
-        self.patch = self.tower.config.patch_size
+        vision: Any = whole.config.vision_config
+        self.patch = int(vision.patch_size)
 
     def train(self, mode: bool = True) -> FrozenClipFeatures:
         """Stay in evaluation mode whatever the system does."""

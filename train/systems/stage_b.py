@@ -49,6 +49,8 @@ class StageBRun:
 class StageBSystem(LightningModule):
     """Wires Stage B, the compressor, their loss and optimizer."""
 
+    null_pooled: Tensor
+
     def __init__(self, config: StageBRun, null_text: tuple[Tensor, Tensor]) -> None:
         """Build the networks; ``null_text`` is the hidden (L, D) and pooled (P,) of ""."""
         super().__init__()
@@ -73,13 +75,13 @@ class StageBSystem(LightningModule):
         )
         drop = torch.rand(len(batch), generator=generator) < self.config.caption_dropout
         drop = drop.to(latents.device)
-        pooled = torch.where(drop[:, None], self.null_pooled, batch.text_pooled)
+        pooled = torch.where(drop[:, None], self.null_pooled, batch.require("text_pooled"))
         return StageBCondition(stage_c_latents=latents, text_pooled=pooled)
 
     def training_step(self, batch: CachedBatch, batch_idx: int) -> Tensor:
         """Noise the Stage A latents, predict, compare."""
         generator = step_generator(self, self.config.run.seed)
-        noised = noise_batch(batch.stage_a_latents, self.config.diffusion, generator)
+        noised = noise_batch(batch.require("stage_a_latents"), self.config.diffusion, generator)
         predicted = self.network(noised.x_t, noised.network_time, self.condition(batch, generator))
         loss, mse = denoising_loss(predicted, noised)
         self.log("loss", loss, prog_bar=True)

@@ -42,6 +42,9 @@ class StageCRun:
 class StageCSystem(LightningModule):
     """Wires Stage C, its loss and its optimizer."""
 
+    null_hidden: Tensor
+    null_pooled: Tensor
+
     def __init__(self, config: StageCRun, null_text: tuple[Tensor, Tensor]) -> None:
         """Build the network; ``null_text`` is the hidden (L, D) and pooled (P,) of ""."""
         super().__init__()
@@ -57,16 +60,17 @@ class StageCSystem(LightningModule):
     def condition(self, batch: CachedBatch, generator: torch.Generator) -> StageCCondition:
         """Build the text condition; each sample loses its caption on its own draw."""
         drop = torch.rand(len(batch), generator=generator) < self.config.caption_dropout
-        drop = drop.to(batch.text_hidden.device)
+        hidden, pooled = batch.require("text_hidden"), batch.require("text_pooled")
+        drop = drop.to(hidden.device)
         return StageCCondition(
-            text_hidden=torch.where(drop[:, None, None], self.null_hidden, batch.text_hidden),
-            text_pooled=torch.where(drop[:, None], self.null_pooled, batch.text_pooled),
+            text_hidden=torch.where(drop[:, None, None], self.null_hidden, hidden),
+            text_pooled=torch.where(drop[:, None], self.null_pooled, pooled),
         )
 
     def training_step(self, batch: CachedBatch, batch_idx: int) -> Tensor:
         """Noise the latents, predict, compare."""
         generator = step_generator(self, self.config.run.seed)
-        noised = noise_batch(batch.stage_c_latents, self.config.diffusion, generator)
+        noised = noise_batch(batch.require("stage_c_latents"), self.config.diffusion, generator)
         cond = self.condition(batch, generator)
         predicted = self.network(noised.x_t, noised.network_time, cond)
         loss, mse = denoising_loss(predicted, noised)
