@@ -156,6 +156,11 @@ class ClipSystem(LightningModule):
         folder = out / name
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save_pretrained(folder)
+        # transformers 5 writes a class name that transformers 4 does not know; both know this one.
+        described = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        described |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+        described.pop("backend", None)
+        atomic_write_text(folder / "tokenizer_config.json", json.dumps(described, indent=2) + "\n")
         atomic_write_text(folder / "config.json", network.config.to_json_string())
         preprocessing = {
             "image_size": self.config.model.image_size,

@@ -1,0 +1,110 @@
+"""Put trained networks together: ``python -m train.assemble --config configs/demo/model.yaml``.
+
+Checks every file, that the parts were trained on each other, and that the model folder loads;
+then copies them into the model folder, each file whole or not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from cascade.checkpoints.files import atomic_path, load_network
+from cascade.config import load_yaml, parse_overrides
+from cascade.errors import UserError, run_main
+from cascade.pipelines.cascade import CascadePipeline
+from cascade.pipelines.spec import CascadeSpec, save_spec
+from stages.previewer import Previewer
+from stages.semantic_compressor import SemanticCompressor
+from stages.stage_a import StageA
+from stages.stage_b import StageB
+from stages.stage_c import StageC
+
+_log = logging.getLogger(__name__)
+
+NETWORKS: dict[str, type[nn.Module]] = {
+    "stage_a": StageA,
+    "stage_b": StageB,
+    "stage_c": StageC,
+    "compressor": SemanticCompressor,
+    "previewer": Previewer,
+}
+TEXT_FILES = (
+    "config.json",
+    "model.safetensors",
+    "preprocessor.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+"""What ``python -m train clip`` exports."""
+
+
+@dataclass(frozen=True)
+class AssembleConfig:
+    """Where the trained parts lie, and how the whole is sampled."""
+
+    spec: CascadeSpec
+    """Becomes ``model.json``."""
+    text: str
+    """Folder of the text encoder."""
+    stage_a: str
+    stage_b: str
+    stage_c: str
+    compressor: str
+    previewer: str
+    max_mb: float | None = None
+    """Largest sum of the weight files, in 10^6 bytes."""
+
+
+def assemble(config: AssembleConfig, out: Path) -> float:
+    """Write the model folder and load it once.
+
+    Returns:
+        Its weights in 10^6 bytes.
+
+    Raises:
+        UserError: A part is missing, is another network's, or does not fit the others; the weights
+            are larger than ``max_mb``.
+    """
+    sources = {f"{name}.safetensors": Path(getattr(config, name)) for name in NETWORKS}
+    for name, network in NETWORKS.items():
+        load_network(getattr(config, name), expect=network)
+    sources |= {f"text/{name}": Path(config.text) / name for name in TEXT_FILES}
+    for path in sources.values():
+        if not path.is_file():
+            raise UserError(f"{path}: not there; train it first")
+    total_mb = sum(p.stat().st_size for p in sources.values() if p.suffix == ".safetensors") / 1e6
+    if config.max_mb is not None and total_mb > config.max_mb:
+        raise UserError(f"the weights are {total_mb:.1f} MB; max_mb allows {config.max_mb:g}")
+    (out / "text").mkdir(parents=True, exist_ok=True)
+    for name, path in sources.items():
+        with atomic_path(out / name) as temporary:
+            shutil.copyfile(path, temporary)
+    save_spec(config.spec, out)
+    pipeline = CascadePipeline.from_folder(out, device="cpu")
+    _ = (pipeline.compressor, pipeline.previewer)  # loaded on first use: here, to check them
+    return total_mb
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, assemble, say what was written."""
+    parser = argparse.ArgumentParser(prog="python -m train.assemble", description=__doc__)
+    parser.add_argument("--config", required=True, help="YAML file of the model")
+    parser.add_argument("--out", type=Path, required=True, help="model folder to write")
+    options, rest = parser.parse_known_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    config = load_yaml(AssembleConfig, options.config, parse_overrides(rest))
+    total_mb = assemble(config, options.out)
+    _log.info("wrote %s: %.1f MB of weights", options.out, total_mb)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
