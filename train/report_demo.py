@@ -19,7 +19,7 @@ from typing import NoReturn
 
 from torch import Tensor
 
-from cascade.checkpoints.files import atomic_write_text
+from cascade.checkpoints.files import atomic_write_bytes, atomic_write_text
 from cascade.config import nearest
 from cascade.errors import UserError, run_main
 from cascade.evaluate.clip_scorer import ClipScorer
@@ -40,6 +40,7 @@ from train.study.provenance import describe_run
 
 _log = logging.getLogger(__name__)
 
+CARD_MARKS = ("<!-- figures -->", "<!-- /figures -->")
 PARTS = ("sizes", "reconstruction", "retrieval", "sheet")
 SHEET_PROMPTS = Path(__file__).parents[1] / "configs" / "demo" / "sheet_prompts.txt"
 
@@ -91,6 +92,13 @@ def make_parser() -> Parser:
         "--dtype", default="auto", help="auto, float32, bfloat16, float16 (default auto)"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/report"), help="output folder")
+    parser.add_argument(
+        "--card",
+        type=Path,
+        metavar="README.md",
+        help="also put the figures between the two 'figures' marks of this model card, and the "
+        "sheet beside it",
+    )
     return parser
 
 
@@ -147,6 +155,19 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
+def fill_card(card: str, figures: str, where: str) -> str:
+    """Return a model card with ``figures`` between its two marks.
+
+    Raises:
+        UserError: If the marks are not there, once each, in order.
+    """
+    parts = card.split(CARD_MARKS[0])
+    if len(parts) != 2 or parts[1].count(CARD_MARKS[1]) != 1:
+        raise UserError(f"{where}: needs the lines {CARD_MARKS[0]} and {CARD_MARKS[1]}, once each")
+    after = parts[1].split(CARD_MARKS[1])[1]
+    return f"{parts[0]}{CARD_MARKS[0]}\n\n{figures}\n{CARD_MARKS[1]}{after}"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -155,6 +176,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parts = parse_parts(options.parts)
     device = pick_device(options.device)
     options.out.mkdir(parents=True, exist_ok=True)
+    card_before = ""
+    if options.card is not None:
+        card_before = options.card.read_text(encoding="utf-8")
+        fill_card(card_before, "", str(options.card))  # a card without marks: now, not in an hour
     started_s = time.monotonic()
     dtype = pick_dtype(options.dtype, device)
     provenance = describe_run("train.report_demo", argv, options.seed, options.model, device, dtype)
@@ -163,6 +188,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     content = {"provenance": asdict(provenance), **asdict(figures)}
     atomic_write_text(options.out / "report.md", text)
     atomic_write_text(options.out / "report.json", json.dumps(content, indent=2) + "\n")
+    if options.card is not None:
+        atomic_write_text(options.card, fill_card(card_before, text, str(options.card)))
+        if "sheet" in parts:
+            atomic_write_bytes(
+                options.card.parent / "sheet.png", (options.out / "sheet.png").read_bytes()
+            )
     print(text)
     print(f"wrote {options.out}/report.md in {time.monotonic() - started_s:.0f} s")
     return 0

@@ -9,7 +9,14 @@ from PIL import Image
 
 from cascade.errors import UserError
 from train.data.write import WriteOptions, write_shards
-from train.report_demo import PARTS, SHEET_PROMPTS, main, parse_parts, read_prompts
+from train.report_demo import (
+    PARTS,
+    SHEET_PROMPTS,
+    fill_card,
+    main,
+    parse_parts,
+    read_prompts,
+)
 
 
 def test_the_sheet_has_thirty_two_different_prompts():
@@ -112,3 +119,16 @@ def test_the_whole_report_is_made_and_made_again_from_its_pictures(
     assert main(arguments) == 0
     assert json.loads((out / "report.json").read_text()) == report
     assert {path: path.stat().st_mtime_ns for path in (out / "pictures").rglob("*.png")} == made
+
+
+def test_figures_go_between_the_marks_of_a_card_and_replace_the_old_ones() -> None:
+    card = "# Title\n\n<!-- figures -->\nold\n<!-- /figures -->\n\n## After\n"
+    filled = fill_card(card, "new", "card")
+    assert filled == "# Title\n\n<!-- figures -->\n\nnew\n<!-- /figures -->\n\n## After\n"
+    assert fill_card(filled, "newer", "card").count("newer") == 1
+
+
+@pytest.mark.parametrize("card", ["", "<!-- figures -->", "<!-- /figures --> <!-- figures -->"])
+def test_a_card_without_both_marks_is_refused(card: str) -> None:
+    with pytest.raises(UserError, match="card: needs the lines"):
+        fill_card(card, "new", "card")
