@@ -63,6 +63,8 @@ def load_yaml(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> 
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file in UTF-8") from error
     if not isinstance(data, dict):
         raise UserError(f"{path}: a configuration is a mapping of keys to values")
     for override in overrides:
@@ -91,7 +93,9 @@ def _apply(data: dict[str, object], override: str) -> None:
     name, _, text = override.partition("=")
     *sections, key = name.split(".")
     for section in sections:
-        inner = data.setdefault(section, {})
+        inner = data.get(section)
+        if inner is None:  # not there, or "section:" without keys
+            inner = data[section] = {}
         if not isinstance(inner, dict):
             raise UserError(f"--{name}: {section} is a value, not a section")
         data = inner

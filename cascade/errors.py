@@ -14,6 +14,7 @@ class UserError(ValueError):
 _DISK = {
     errno.ENOSPC: "the disk is full; free some space or choose another folder",
     errno.EDQUOT: "your disk quota is used up; free some space or choose another folder",
+    errno.EFBIG: "the file is too large for this file system; choose another folder",
     errno.EACCES: "permission denied; choose a folder that you may write to",
     errno.EPERM: "operation not permitted; choose a folder that you may write to",
     errno.EROFS: "the file system is read-only; choose another folder",
