@@ -80,7 +80,7 @@ class _ResponseNorm(torch.autograd.Function):
         grad_energy = grad_share / mean
         grad_energy = grad_energy - (grad_share * energy).mean(dim=-1, keepdim=True) / mean**2
         # d energy / d x = x / energy; where the energy is 0, x is 0 as well.
-        slope = grad_energy / energy.clamp_min(torch.finfo(torch.float32).tiny)
+        slope = torch.where(energy > 0, grad_energy / energy, 0.0)
         grad_x = torch.addcmul(grad * scale.to(grad.dtype), x, slope.to(x.dtype))
         return grad_x, grad_gamma.to(gamma.dtype), grad_beta.to(gamma.dtype)
 
@@ -225,17 +225,18 @@ class TimestepBlock(nn.Module):
 def init_weights(module: nn.Module) -> None:
     """Xavier-uniform weights and zero biases for every Linear and Conv2d, as published.
 
-    Transposed convolutions keep PyTorch's own start.
+    Time modulations start as the identity. Transposed convolutions keep PyTorch's own start.
     """
     for layer in module.modules():
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
             nn.init.xavier_uniform_(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
-        if isinstance(layer, TimestepBlock):
-            for mapper in (layer.mapper, *layer.extra_mappers.values()):
-                for parameter in mapper.parameters():
-                    nn.init.zeros_(parameter)
+    # In a second pass: modules() gives a block before the layers inside it.
+    for block in module.modules():
+        if isinstance(block, TimestepBlock):
+            for parameter in block.parameters():
+                nn.init.zeros_(parameter)
 
 
 def scale_residual_outputs(module: nn.Module, num_blocks: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from cascade.checkpoints.blocks import Layout
@@ -198,15 +198,16 @@ def _stage_a(shapes: Shapes, declared: Declared) -> StageAConfig:
         if "vquantizer.embedding.weight" in shapes
         else "vquantizer.codebook.weight"
     ]
-    scale = {} if "scale_factor" not in declared else {"scale": float(declared["scale_factor"])}
-    return StageAConfig(
+    config = StageAConfig(
         channels=tuple(channels),
         encoder_blocks=tuple(encoder),
         decoder_blocks=tuple(decoder),
         latent_channels=latent,
         codebook_size=entries,
-        **scale,
     )
+    if "scale_factor" in declared:
+        config = replace(config, scale=float(declared["scale_factor"]))
+    return config
 
 
 def _autoencoder_levels(shapes: Shapes, where: str) -> tuple[list[int], list[int]]:

@@ -92,8 +92,9 @@ class TextEncoder:
             text_config = _text_config(folder)
             with torch.device("meta"):
                 model = CLIPTextModelWithProjection(text_config)
-        except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-            raise UserError(f"{folder}: not a readable CLIP folder: {error}") from error
+        except Exception as error:  # tokenizers and the hub's checks raise plain Exceptions
+            reason = " ".join(str(error).split())
+            raise UserError(f"{folder}: not a readable CLIP folder: {reason}") from error
         _load_text_tower(model, folder, device, dtype)
         return cls(tokenizer, model, config)
 
