@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from cascade.errors import run_main
+from stages.previewer import Previewer
+from stages.semantic_compressor import SemanticCompressor
+from stages.stage_a import StageA
+from stages.stage_b import StageB
+from stages.stage_c import StageC
+from train import __main__ as command
+from train import runs
+
+ROOT = Path(__file__).parents[1]
+NOT_A_RUN = {"model.yaml"}
+"""Configurations of other commands; this one is train.assemble's."""
+ALL = sorted((ROOT / "configs").rglob("*.yaml"))
+RUNS = [path for path in ALL if path.name not in NOT_A_RUN]
+
+EVERY_RUN = pytest.mark.parametrize(
+    "path", RUNS, ids=lambda path: str(path.relative_to(ROOT / "configs"))
+)
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, object, bool]]:
+    """What ``python -m train`` would have started: (kind, configuration, resume)."""
+    calls: list[tuple[str, object, bool]] = []
+    for kind in command.KINDS:
+
+        def start(config: object, *, resume: bool, kind: str = kind) -> None:
+            calls.append((kind, config, resume))
+
+        monkeypatch.setattr(runs, f"train_{kind}", start)
+    return calls
+
+
+def _kind(path: Path) -> str:
+    """``stage_c.yaml`` and ``stage_c_large.yaml`` are of kind ``stage_c``."""
+    [kind] = [k for k in command.KINDS if path.stem == k or path.stem.startswith(f"{k}_")]
+    return kind
+
+
+def _header(path: Path) -> str:
+    """Return the comment that a file opens with."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.lstrip("# "))
+    return "\n".join(lines)
+
+
+def test_the_demonstration_has_a_run_of_every_network() -> None:
+    demo = {path.stem for path in RUNS if path.parent.name == "demo"}
+    assert demo == set(command.KINDS)
+
+
+@EVERY_RUN
+def test_a_run_loads_as_its_name_says_and_starts_what_it_names(
+    path: Path, started: list[tuple[str, object, bool]]
+) -> None:
+    kind = _kind(path)
+    assert command.main([kind, "--config", str(path), "--resume", "--run.max_steps", "7"]) == 0
+    [(begun, config, resume)] = started
+    assert (begun, resume) == (kind, True)
+    assert type(config).__name__ == kind.title().replace("_", "") + "Run"
+    assert config.run.max_steps == 7  # type: ignore[attr-defined]
+    assert Path(config.run.out).name.startswith(kind)  # type: ignore[attr-defined]
+
+
+@EVERY_RUN
+def test_a_run_opens_with_what_it_is_for_what_it_needs_and_what_comes_out(path: Path) -> None:
+    header = _header(path)
+    for word in ("Purpose", "Hardware", "Size", "Result"):
+        assert re.search(rf"\b{word}: \S.{{5,}}", header), f"{path}: the header lacks {word}:"
+
+
+@EVERY_RUN
+def test_a_run_builds_networks_of_the_size_that_its_header_says(
+    path: Path, started: list[tuple[str, object, bool]]
+) -> None:
+    command.main([_kind(path), "--config", str(path)])
+    config = started[0][1]
+    said = [float(number) for number in re.findall(r"([\d.]+) M\b", _header(path))]
+    assert said, f"{path}: the header names no size"
+    found = [
+        sum(parameter.numel() for parameter in network.parameters()) / 1e6
+        for network in _networks(_kind(path), config)
+    ]
+    assert [round(size, 1) for size in found] == said
+
+
+def _networks(kind: str, config: object) -> list[nn.Module]:
+    with torch.device("meta"):
+        if kind == "clip":
+            return [config.model.build(_Vocabulary(config.model.vocab_size))]  # type: ignore[attr-defined]
+        if kind == "stage_b":
+            return [StageB(config.model), SemanticCompressor(config.compressor)]  # type: ignore[attr-defined]
+        network = {"stage_a": StageA, "stage_c": StageC, "previewer": Previewer}[kind]
+        return [network(config.model)]  # type: ignore[attr-defined]
+
+
+class _Vocabulary:
+    """As much of a tokenizer as a text tower's size depends on."""
+
+    bos_token_id, eos_token_id, pad_token_id = 0, 1, 2
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--optim.lrr", "1"], "optim.lrr: unknown key; did you mean 'lr'?"),
+        (["--run.max_steps", "many"], "run.max_steps: expected int, got 'many'"),
+        (["--run.max_steps", "0"], "run: max_steps is 0"),
+        (["--optim.name", "adam"], "optim.name: 'adam' is not one of adamw, muon; did you mean"),
+        (["--run.max_steps"], "--run.max_steps: a value is missing"),
+    ],
+)
+def test_a_slip_on_the_command_line_starts_nothing_and_is_one_line(
+    arguments: list[str],
+    message: str,
+    started: list[tuple[str, object, bool]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    argv = ["stage_a", "--config", str(ROOT / "configs/demo/stage_a.yaml"), *arguments]
+    assert run_main(lambda: command.main(argv)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and message in err and err.count("\n") == 1
+    assert started == []
+
+
+def test_a_run_of_one_network_is_refused_by_another(
+    started: list[tuple[str, object, bool]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["stage_c", "--config", str(ROOT / "configs/demo/stage_a.yaml")]
+    assert run_main(lambda: command.main(argv)) == 2
+    assert "unknown key" in capsys.readouterr().err
+    assert started == []
