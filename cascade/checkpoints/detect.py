@@ -24,6 +24,7 @@ from stages.stage_c_v2 import StageCV2Config
 
 Kind = Literal["stage_a", "stage_b", "stage_c", "compressor", "previewer"]
 Generation = Literal["v2", "v3"]
+FileLayout = Literal["ours", "original", "diffusers"]
 Shapes = Mapping[str, tuple[int, ...]]
 Declared = Mapping[str, Any]
 """A diffusers ``config.json``: what shapes do not tell, such as the number of heads."""
@@ -39,7 +40,7 @@ class Published:
     kind: Kind
     generation: Generation | None
     """None where the generations share the network: Stage A."""
-    layout: Layout
+    layout: FileLayout
     config: Any
     """Configuration of our network that takes these weights."""
 
@@ -76,7 +77,7 @@ def detect(shapes: Shapes, where: str, declared: Declared | None = None) -> Publ
             return Published("compressor", generation, "original", _compressor(shapes))
         if "blocks.0.weight" in shapes and len(shapes["blocks.0.weight"]) == 4:
             return Published("previewer", "v3", "original", _previewer(shapes))
-    except (KeyError, IndexError, ZeroDivisionError) as error:
+    except (KeyError, IndexError, StopIteration, ZeroDivisionError) as error:
         raise UserError(
             f"{where}: looks like a published network, but lacks {error}; download it again"
         ) from error
@@ -134,7 +135,9 @@ def _stage_c_v2(shapes: Shapes, declared: Declared) -> StageCV2Config:
 
 
 def _stage_b(shapes: Shapes, declared: Declared) -> StageBConfig:
-    cond, compressed = shapes["effnet_mapper.0.weight"][:2]
+    compressed = shapes["effnet_mapper.0.weight"][1]
+    # The mapper's own width is four times the first level's: only an attention tells the tokens'.
+    cond = next(shape[1] for key, shape in shapes.items() if key.endswith(".kv_mapper.1.weight"))
     pooled_name = "clip_txt_pooled_mapper.weight"
     pooled = shapes[pooled_name if pooled_name in shapes else "clip_mapper.weight"]
     patch = int(declared.get("patch_size", 2))

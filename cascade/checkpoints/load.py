@@ -1,0 +1,235 @@
+"""From any file of a cascade's network to that network: ours, the authors' own, or diffusers'."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cascade.checkpoints import autoencoders, stable_cascade, wuerstchen
+from cascade.checkpoints.detect import Generation, Kind, Published, detect
+from cascade.checkpoints.files import CLASS_KEY, CONFIG_KEY, assign_strictly
+from cascade.checkpoints.readers import Opened, open_weights
+from cascade.checkpoints.weight_map import State
+from cascade.config import from_dict
+from cascade.errors import UserError
+from stages.previewer import Previewer, PreviewerConfig
+from stages.semantic_compressor import CompressorConfig, SemanticCompressor
+from stages.stage_a import StageA, StageAConfig
+from stages.stage_b import StageB, StageBConfig
+from stages.stage_b_v2 import StageBV2, StageBV2Config
+from stages.stage_c import StageC, StageCConfig
+from stages.stage_c_v2 import StageCV2, StageCV2Config
+
+Rename = Callable[[State, Any], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One of our networks with the ways in and out of its published layouts."""
+
+    kind: Kind
+    generation: Generation | None
+    network: type[nn.Module]
+    config: type[Any]
+    from_layout: dict[str, Rename]
+    to_layout: dict[str, Rename]
+
+
+FAMILIES = (
+    Family(
+        "stage_a",
+        None,
+        StageA,
+        StageAConfig,
+        {
+            "original": autoencoders.stage_a_from_original,
+            "diffusers": autoencoders.stage_a_from_diffusers,
+        },
+        {
+            "original": autoencoders.stage_a_to_original,
+            "diffusers": autoencoders.stage_a_to_diffusers,
+        },
+    ),
+    Family(
+        "stage_b",
+        "v3",
+        StageB,
+        StageBConfig,
+        {
+            "original": stable_cascade.stage_b_from_original,
+            "diffusers": stable_cascade.stage_b_from_diffusers,
+        },
+        {
+            "original": stable_cascade.stage_b_to_original,
+            "diffusers": stable_cascade.stage_b_to_diffusers,
+        },
+    ),
+    Family(
+        "stage_c",
+        "v3",
+        StageC,
+        StageCConfig,
+        {
+            "original": stable_cascade.stage_c_from_original,
+            "diffusers": stable_cascade.stage_c_from_diffusers,
+        },
+        {
+            "original": stable_cascade.stage_c_to_original,
+            "diffusers": stable_cascade.stage_c_to_diffusers,
+        },
+    ),
+    Family(
+        "stage_b",
+        "v2",
+        StageBV2,
+        StageBV2Config,
+        {
+            "original": wuerstchen.stage_b_from_original,
+            "diffusers": wuerstchen.stage_b_from_diffusers,
+        },
+        {
+            "original": wuerstchen.stage_b_to_original,
+            "diffusers": wuerstchen.stage_b_to_diffusers,
+        },
+    ),
+    Family(
+        "stage_c",
+        "v2",
+        StageCV2,
+        StageCV2Config,
+        {
+            "original": wuerstchen.stage_c_from_original,
+            "diffusers": wuerstchen.stage_c_from_diffusers,
+        },
+        {
+            "original": wuerstchen.stage_c_to_original,
+            "diffusers": wuerstchen.stage_c_to_diffusers,
+        },
+    ),
+    Family(
+        "compressor",
+        None,
+        SemanticCompressor,
+        CompressorConfig,
+        {"original": autoencoders.compressor_from_original},
+        {"original": autoencoders.compressor_to_original},
+    ),
+    Family(
+        "previewer",
+        "v3",
+        Previewer,
+        PreviewerConfig,
+        {"original": autoencoders.previewer_from_original},
+        {"original": autoencoders.previewer_to_original},
+    ),
+)
+
+
+def identify(opened: Opened) -> Published:
+    """Tell which network the tensors are, in whose layout, of what sizes.
+
+    A file that was written here, in any layout, says its configuration in its metadata; of others
+    the sizes are read from the shapes.
+
+    Raises:
+        UserError: If they are none of the cascade's networks.
+    """
+    name = opened.metadata.get(CLASS_KEY)
+    known = next((family for family in FAMILIES if family.network.__name__ == name), None)
+    if name is not None and known is None:
+        raise UserError(f"{opened.where}: holds a {name}, which is no part of a cascade")
+    if known is None:
+        return detect(opened.shapes, opened.where, opened.declared)
+    try:
+        values = json.loads(opened.metadata[CONFIG_KEY])
+    except (KeyError, json.JSONDecodeError) as error:
+        raise UserError(f"{opened.where}: its metadata holds no configuration") from error
+    config = from_dict(known.config, values, f"{opened.where} (configuration)")
+    return Published(known.kind, known.generation, _layout(known, config, opened), config)
+
+
+def _layout(family: Family, config: Any, opened: Opened) -> Any:
+    """Find the layout whose names are the file's: ours first."""
+    with torch.device("meta"):
+        own = family.network(config).state_dict()
+    if 2 * len(own.keys() & opened.tensors.keys()) > len(opened.tensors):
+        return "ours"
+    for layout, rename in family.to_layout.items():
+        if set(rename(own, config)) == set(opened.tensors):
+            return layout
+    return "ours"  # whose loading then names what is missing and what is left over
+
+
+def family_of(published: Published) -> Family:
+    """Return the family of identified weights."""
+    for family in FAMILIES:
+        if family.kind == published.kind and family.generation in (None, published.generation):
+            return family
+    raise AssertionError(f"no family for {published}")
+
+
+def build(
+    opened: Opened,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> tuple[Published, nn.Module]:
+    """Build the network of identified weights and put them into it.
+
+    The network is built on the meta device; on a CPU and in the file's number format its tensors
+    are those of the file, memory-mapped.
+
+    Raises:
+        UserError: Naming the first missing, unexpected and misshapen keys.
+    """
+    published = identify(opened)
+    family = family_of(published)
+    state: State = opened.tensors
+    if published.layout != "ours":
+        try:
+            state = family.from_layout[published.layout](state, published.config)
+        except UserError as error:
+            raise UserError(f"{opened.where}: {error}") from error
+    with torch.device("meta"):
+        network = family.network(published.config)
+    moved = {
+        key: value.to(device, dtype) if value.is_floating_point() else value.to(device)
+        for key, value in state.items()
+    }
+    assign_strictly(network, moved, opened.where)
+    return published, network.eval()
+
+
+def load_any(
+    path: str | Path,
+    *,
+    expect: Sequence[Kind] | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> list[tuple[Published, nn.Module]]:
+    """Load every network of a file or folder, whatever its layout and name.
+
+    Args:
+        path: See ``open_weights``.
+        expect: Kinds that may come; others are an error.
+        device: Where the tensors go.
+        dtype: Number format; None keeps the file's.
+
+    Raises:
+        UserError: If the file is none of them, or does not fit.
+    """
+    loaded = []
+    for opened in open_weights(path):
+        published = identify(opened)
+        if expect is not None and published.kind not in expect:
+            raise UserError(
+                f"{opened.where}: holds a {published.kind}, but {' or '.join(expect)} is needed"
+            )
+        loaded.append(build(opened, device=device, dtype=dtype))
+    return loaded

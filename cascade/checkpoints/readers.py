@@ -1,0 +1,234 @@
+"""Opens files of weights that others wrote, without running any code of theirs.
+
+safetensors (one file, or shards with an index), PyTorch's zip files (tensors only), and folders of
+diffusers with a ``config.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import struct
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cascade.checkpoints.files import strip_prefixes
+from cascade.errors import UserError
+
+PICKLE_SUFFIXES = {".pt", ".pth", ".ckpt", ".bin"}
+CONFIG_FILE = "config.json"
+INDEX_SUFFIX = ".safetensors.index.json"
+_MAX_HEADER_BYTES = 64 << 20
+_MAX_JSON_BYTES = 64 << 20
+# Keys under which training scripts nest a network's tensors; averaged weights first.
+_NESTED = ("ema_state_dict", "state_dict_ema", "state_dict", "effnet_state_dict")
+
+
+@dataclass
+class Opened:
+    """Tensors of one network, memory-mapped where the format allows it."""
+
+    where: str
+    """The file, and the entry in it if there are several."""
+    tensors: dict[str, Tensor]
+    """By name, without the prefixes of wrappers."""
+    metadata: dict[str, str] = field(default_factory=dict)
+    """What the file says of itself."""
+    declared: dict[str, Any] = field(default_factory=dict)
+    """The ``config.json`` beside it."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each tensor."""
+        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+
+
+def open_weights(path: str | Path) -> list[Opened]:
+    """Open a file or a folder of weights.
+
+    Args:
+        path: A ``.safetensors`` file, an index of shards, a PyTorch file, or a diffusers folder.
+
+    Returns:
+        One entry a network: Würstchen's own Stage B file holds the compressor as well.
+
+    Raises:
+        UserError: If it is not there, is cut off, lies about its size, holds anything but tensors,
+            or holds no tensor.
+    """
+    path = Path(path)
+    if path.is_dir():
+        opened = [_open_folder(path)]
+    elif not path.is_file():
+        raise UserError(f"{path}: no such file or folder; check the path")
+    elif path.name.endswith(INDEX_SUFFIX):
+        opened = [Opened(str(path), _read_shards(path), {}, _declared(path.parent))]
+    elif path.suffix in PICKLE_SUFFIXES:
+        opened = _open_pickle(path)
+    else:
+        tensors, metadata = _read_safetensors(path)
+        opened = [Opened(str(path), tensors, metadata, _declared(path.parent))]
+    for one in opened:
+        one.tensors = strip_prefixes(one.tensors)
+        if not one.tensors:
+            raise UserError(f"{one.where}: holds no tensor at all; export or download it again")
+    return opened
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a small JSON object.
+
+    Raises:
+        UserError: If it is too large, or no JSON object.
+    """
+    if path.stat().st_size > _MAX_JSON_BYTES:
+        raise UserError(f"{path}: too large for a JSON file of settings; refused")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return value
+
+
+def weights_in(folder: Path) -> Path:
+    """Return the weights file or index of a folder of one network.
+
+    Of several variants the unmarked one wins, then the others in alphabetical order; safetensors
+    win over PyTorch's files.
+
+    Raises:
+        UserError: If there is none.
+    """
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
+    for suffix in (INDEX_SUFFIX, ".safetensors", ".bin", ".pt"):
+        found = [
+            name
+            for name in names
+            if name.endswith(suffix) and not (suffix == ".safetensors" and "-of-" in name)
+        ]
+        if found:
+            return folder / min(found, key=lambda name: (name.count("."), name))
+    raise UserError(f"{folder}: no weights in it (.safetensors, or .bin); check the folder")
+
+
+def _open_folder(folder: Path) -> Opened:
+    path = weights_in(folder)
+    declared = _declared(folder)
+    if path.name.endswith(INDEX_SUFFIX):
+        return Opened(str(path), _read_shards(path), {}, declared)
+    if path.suffix in PICKLE_SUFFIXES:
+        entries = _open_pickle(path)
+        if len(entries) != 1:
+            raise UserError(f"{path}: holds {len(entries)} networks; name the file itself")
+        return Opened(entries[0].where, entries[0].tensors, {}, declared)
+    tensors, metadata = _read_safetensors(path)
+    return Opened(str(path), tensors, metadata, declared)
+
+
+def _declared(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_FILE
+    return read_json(path) if path.is_file() else {}
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    _check_header(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise UserError(
+            f"{path}: not a whole safetensors file ({error}); download or export it again"
+        ) from error
+
+
+def _check_header(path: Path) -> None:
+    """Refuse a header that claims more than the file holds, before anything is allocated."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(8)
+    header = struct.unpack("<Q", start)[0] if len(start) == 8 else None
+    if header is None or header + 8 > size or header > _MAX_HEADER_BYTES:
+        claim = "is too short" if header is None else f"claims a header of {header} bytes"
+        raise UserError(
+            f"{path}: not a whole safetensors file (it {claim} and has {size} bytes); "
+            "download or export it again"
+        )
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, Mapping) or not weight_map:
+        raise UserError(f"{index}: no weight_map in it; download it again")
+    folder = index.parent.resolve()
+    tensors: dict[str, Tensor] = {}
+    for name in sorted({str(value) for value in weight_map.values()}):
+        # A plain name beside the index; hub caches link it to a blob elsewhere, so only the name
+        # is looked at.
+        if os.path.basename(name) != name or not name.endswith(".safetensors"):
+            raise UserError(f"{index}: names {name!r}, outside its own folder; refused")
+        shard = folder / name
+        if not shard.is_file():
+            raise UserError(f"{index}: names {name}, which is not there; download it again")
+        tensors.update(_read_safetensors(shard)[0])
+    missing = [key for key in weight_map if key not in tensors]
+    if missing:
+        raise UserError(f"{index}: {len(missing)} tensors in no shard: {', '.join(missing[:5])}")
+    return tensors
+
+
+def _open_pickle(path: Path) -> list[Opened]:
+    _check_zip(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path}: refused: it holds more than tensors and could run code when opened; "
+            "convert it to safetensors where it was made"
+        ) from error
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{path}: not a readable PyTorch file ({reason})") from error
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not named tensors")
+    found: dict[str, Mapping[Any, Any]] = {}
+    for name in _NESTED:
+        network = "compressor" if name.startswith("effnet") else "network"
+        if network not in found and isinstance(content.get(name), Mapping):
+            found[network] = content[name]
+    if not found:
+        found = {"network": content}
+    opened = []
+    for network, state in found.items():
+        tensors = {str(key): value for key, value in state.items() if isinstance(value, Tensor)}
+        where = str(path) if len(found) == 1 else f"{path} ({network})"
+        opened.append(Opened(where, tensors))
+    return opened
+
+
+def _check_zip(path: Path) -> None:
+    """Refuse what is not PyTorch's zip of stored, uncompressed entries: a zip bomb, above all."""
+    size = path.stat().st_size
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, struct.error) as error:
+        raise UserError(
+            f"{path}: not a PyTorch file of 2020 or later, or cut off; download it again"
+        ) from error
+    packed = [entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
+    if packed or math.fsum(entry.file_size for entry in entries) > size:
+        raise UserError(f"{path}: refused: it unpacks to more than it holds")
+    pickles = [entry for entry in entries if entry.filename.endswith(".pkl")]
+    if any(entry.file_size > _MAX_HEADER_BYTES for entry in pickles):
+        raise UserError(f"{path}: refused: its list of tensors is too large")
