@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from stages.embeddings import time_embedding
+
+
+def test_it_is_sines_then_cosines_of_ten_thousand_t():
+    t = torch.tensor([0.0, 0.25, 1.0])
+    embedded = time_embedding(t, 8)
+    assert embedded.shape == (3, 8) and embedded.dtype == torch.float32
+    for row, time in zip(embedded, t.tolist(), strict=True):
+        angles = [time * 10_000 * 10_000 ** (-k / 3) for k in range(4)]
+        expected = torch.tensor([math.sin(a) for a in angles] + [math.cos(a) for a in angles])
+        torch.testing.assert_close(row, expected, atol=2e-3, rtol=0)
+
+
+def test_zero_is_zeros_then_ones():
+    expected = torch.tensor([[0.0] * 32 + [1.0] * 32])
+    assert torch.equal(time_embedding(torch.zeros(1), 64), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_rounded_time_is_refused(dtype):
+    with pytest.raises(ValueError, match="float32"):
+        time_embedding(torch.zeros(1, dtype=dtype), 64)
+
+
+def test_rounding_the_time_would_lose_it():
+    """Why it is refused: upstream rounds first, and the first step's time becomes another."""
+    t = torch.tensor([0.9936, 0.6])
+    exact = time_embedding(t, 64)
+    rounded = time_embedding(t.bfloat16().float(), 64)
+    similarity = torch.nn.functional.cosine_similarity(exact, rounded)
+    assert (similarity < 0.9).all()
+
+
+def test_double_precision_times_are_taken():
+    t = torch.tensor([0.5], dtype=torch.float64)
+    assert torch.equal(time_embedding(t, 16), time_embedding(t.float(), 16))
+
+
+def test_close_times_differ():
+    embedded = time_embedding(torch.linspace(0, 1, 101), 64)
+    distances = torch.cdist(embedded, embedded) + 10 * torch.eye(101)
+    assert distances.min() > 0.1
