@@ -39,8 +39,15 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Check the values that would fail late."""
-        if self.max_steps < 1:
-            raise ValueError(f"max_steps is {self.max_steps}; at least 1 is needed")
+        counts = ("max_steps", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints")
+        for name in (*counts, "devices", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; at least 1 is needed")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}; it lies in [0, 2^32)")
+        if self.max_minutes is not None and not self.max_minutes > 0:
+            raise ValueError(f"max_minutes is {self.max_minutes}; it must be positive")
         if not 0.0 <= self.ema_decay < 1.0:
             raise ValueError(f"ema_decay is {self.ema_decay}; it lies in [0, 1)")
 
@@ -69,6 +76,24 @@ class OptimConfig:
     """``muon`` steps hidden matrices with Muon and the rest with AdamW."""
     muon_lr: float = 0.01
     """Learning rate of the matrices when ``name`` is muon."""
+
+    def __post_init__(self) -> None:
+        """Refuse what would train nothing or fail late."""
+        for name in ("lr", "muon_lr"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
+        if min(self.warmup_steps, self.weight_decay, self.grad_clip) < 0:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps}, weight_decay={self.weight_decay} and "
+                f"grad_clip={self.grad_clip} must not be negative"
+            )
+        if not (0 <= self.decay_from <= 1 and 0 <= self.final_lr_fraction <= 1):
+            raise ValueError(
+                f"decay_from={self.decay_from} and final_lr_fraction={self.final_lr_fraction} "
+                "lie in [0, 1]"
+            )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas={self.betas} lie in [0, 1)")
 
 
 EXPORT_KEYS = ("train_steps", "train_samples", "train_seconds")

@@ -28,8 +28,12 @@ class WeightAverage(Callback):
         """Start from the present weights, unless a checkpoint brought an average."""
         self._last_step = trainer.global_step
         for name, network in exported_networks(pl_module).items():
+            state = network.state_dict()
             if name not in self.averages:
-                self.averages[name] = {k: v.clone() for k, v in network.state_dict().items()}
+                self.averages[name] = {key: value.clone() for key, value in state.items()}
+            else:  # a checkpoint is read into the CPU's memory
+                average = self.averages[name]
+                self.averages[name] = {k: average[k].to(v.device) for k, v in state.items()}
 
     @torch.no_grad()
     def on_train_batch_end(

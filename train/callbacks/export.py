@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from cascade.checkpoints.files import save_network
+from cascade.errors import UserError
 from train.callbacks.ema import WeightAverage, exported_networks
 from train.callbacks.ledger import Ledger
 
@@ -35,6 +36,7 @@ class Export(Callback):
         self.dtype = dtype
         self.average = average
         self.ledger = ledger
+        self._written_step = -1
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -48,9 +50,14 @@ class Export(Callback):
         self.write(trainer, pl_module)
 
     def write(self, trainer: Trainer, system: LightningModule) -> None:
-        """Write all exported networks; only on the first rank."""
-        if not trainer.is_global_zero:
+        """Write all exported networks; only on the first rank.
+
+        Raises:
+            UserError: The weights are not finite; the earlier export stays.
+        """
+        if not trainer.is_global_zero or trainer.global_step == self._written_step:
             return
+        self._written_step = trainer.global_step
         metadata = {
             "weights": "ema",
             "train_steps": str(pl_steps(system, trainer)),
@@ -58,8 +65,14 @@ class Export(Callback):
             "train_seconds": f"{self.ledger.total_seconds():.0f}",
         }
         for name, network in exported_networks(system).items():
+            average = self.average.averages[name]
+            if not all(value.isfinite().all() for value in average.values()):
+                raise UserError(
+                    f"{name}: its weights are not finite at step {pl_steps(system, trainer)}; not "
+                    "exported, the last checkpoint is kept; lower optim.lr"
+                )
             averaged = copy.deepcopy(network)
-            averaged.load_state_dict(self.average.averages[name])
+            averaged.load_state_dict(average)
             export_one(self.out, name, averaged, system, self.dtype, metadata)
 
 

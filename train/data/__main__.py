@@ -35,6 +35,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     cache.add_argument("--shards", required=True, help="glob or brace pattern")
     cache.add_argument("--out", type=Path, required=True, help="cache folder")
     cache.add_argument("--text", help="text encoder's folder: cache text states")
+    cache.add_argument(
+        "--text-hidden",
+        choices=("pre_norm", "post_norm"),
+        default="pre_norm",
+        help="hidden states before or after the final norm",
+    )
+    cache.add_argument("--text-pad-to", type=int, help="tokens to pad to (default: the window)")
     cache.add_argument("--stage-a", help="Stage A's file: cache its latents")
     cache.add_argument("--compressor", help="compressor's file: cache Stage C latents")
     cache.add_argument("--batch-size", type=int, default=64)
@@ -65,12 +72,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         skipped = f", {len(report.broken)} skipped" if report.broken else ""
         print(f"{report.written} pictures in {report.shards} shards in {options.out}{skipped}")
         return 0
+    from cascade.text.encoder import TextConfig
     from train.data.precompute import precompute
 
     precompute(
         options.shards,
         options.out,
         text=options.text,
+        text_config=TextConfig(hidden=options.text_hidden, pad_to=options.text_pad_to),
         stage_a=options.stage_a,
         compressor=options.compressor,
         batch_size=options.batch_size,

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from cascade.errors import UserError
 from train.data.shards import ShardReader
+from train.draws import derived_seed
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ class CacheConfig:
     """Folder of cached latents and text states, as ``python -m train.data precompute`` wrote it."""
     seed: int = 0
     """Seeds the order of the pictures and the choice among their captions."""
+
+    def __post_init__(self) -> None:
+        """Refuse a batch of nothing."""
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}; at least 1 is needed")
 
 
 @dataclass
@@ -216,10 +222,11 @@ class _EndlessBatches(IterableDataset[CachedBatch]):
         while True:
             if step // per_epoch != epoch:
                 epoch = step // per_epoch
-                generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
+                seed = derived_seed("order", self.config.seed, epoch)
+                generator = torch.Generator().manual_seed(seed)
                 order = torch.randperm(len(self.cache.pictures), generator=generator)
             first = (step % per_epoch) * size * self.world + self.rank * size
-            seed = (self.config.seed * 1_000_003 + step) * 4_099 + self.rank
+            seed = derived_seed("captions", self.config.seed, step, self.rank)
             yield self.cache.batch(order[first : first + size], torch.Generator().manual_seed(seed))
             step += 1
 

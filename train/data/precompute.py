@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cascade.checkpoints.files import atomic_path, file_hash, load_network
 from cascade.errors import UserError
+from cascade.pipelines.placement import pick_device
 from cascade.text.encoder import TextConfig, TextEncoder
 from stages.semantic_compressor import SemanticCompressor
 from stages.stage_a import StageA
@@ -26,9 +27,10 @@ from train.data.cached import Pictures, load_pictures
 _log = logging.getLogger(__name__)
 
 
-def text_hash(folder: str | Path) -> str:
-    """Return the hash that names a text encoder: that of its weights file."""
-    return file_hash(Path(folder) / "model.safetensors")
+def text_hash(folder: str | Path, config: TextConfig | None = None) -> str:
+    """Return what names text states: the hash of the encoder's weights, and how it was read."""
+    weights, config = file_hash(Path(folder) / "model.safetensors"), config or TextConfig()
+    return weights if config == TextConfig() else f"{weights}/{config.hidden}/{config.pad_to}"
 
 
 def precompute(
@@ -45,25 +47,32 @@ def precompute(
     """Write the cache parts whose networks are named.
 
     Raises:
-        UserError: A network is missing or gives a value that is not finite.
+        UserError: No network is named, one is missing, does not take these pictures or gives a
+            value that is not finite.
     """
+    if text is None and stage_a is None and compressor is None:
+        raise UserError("precompute: name a network: --text, --stage-a or --compressor")
+    if batch_size < 1:
+        raise UserError(f"--batch-size {batch_size}: at least 1")
+    target = pick_device(device)
     pictures = load_pictures(shards)
     folder.mkdir(parents=True, exist_ok=True)
     base = {"pictures": pictures.fingerprint()}
     if text is not None:
         captions = sorted({"", *(c for captions in pictures.captions for c in captions)})
-        encoder = TextEncoder.from_folder(text, text_config or TextConfig(), device=device)
+        encoder = TextEncoder.from_folder(text, text_config or TextConfig(), device=target)
         hidden, pooled = _encode_text(encoder, captions, batch_size * 4)
-        metadata = {**base, "weights": text_hash(text), "captions": json.dumps(captions)}
+        weights = text_hash(text, text_config)
+        metadata = {**base, "weights": weights, "captions": json.dumps(captions)}
         _write(folder / "text.safetensors", metadata, text_hidden=hidden, text_pooled=pooled)
     if stage_a is not None:
-        network_a = load_network(stage_a, expect=StageA, device=device)
-        latents = _encode_pictures(network_a.encode, pictures, batch_size, device)
+        network_a = load_network(stage_a, expect=StageA, device=target)
+        latents = _encode_pictures(network_a.encode, pictures, batch_size, target)
         metadata = {**base, "weights": file_hash(Path(stage_a))}
         _write(folder / "stage_a.safetensors", metadata, stage_a_latents=latents)
     if compressor is not None:
-        network_c = load_network(compressor, expect=SemanticCompressor, device=device)
-        latents = _encode_pictures(network_c.encode, pictures, batch_size, device)
+        network_c = load_network(compressor, expect=SemanticCompressor, device=target)
+        latents = _encode_pictures(network_c.encode, pictures, batch_size, target)
         metadata = {**base, "weights": file_hash(Path(compressor))}
         _write(folder / "stage_c.safetensors", metadata, stage_c_latents=latents)
 
@@ -82,12 +91,15 @@ def _encode_text(
 
 @torch.inference_mode()
 def _encode_pictures(
-    encode: Callable[[Tensor], Tensor], pictures: Pictures, batch_size: int, device: str
+    encode: Callable[[Tensor], Tensor], pictures: Pictures, batch_size: int, device: torch.device
 ) -> Tensor:
     latents = []
     for first in range(0, len(pictures), batch_size):
         pixels = pictures.pixels[first : first + batch_size].to(device).float().div_(255.0)
-        latents.append(encode(pixels).half().cpu())
+        try:
+            latents.append(encode(pixels).half().cpu())
+        except ValueError as error:
+            raise UserError(f"the network does not take these pictures: {error}") from error
     return torch.cat(latents)
 
 

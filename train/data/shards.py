@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import webdataset as wds
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from cascade.errors import UserError
@@ -30,7 +30,17 @@ _log = logging.getLogger(__name__)
 PICTURE_KEYS = ("png", "jpg", "jpeg", "webp")
 CAPTION_KEY = "txt"
 METADATA_KEY = "json"
+BROKEN_PICTURE = (
+    UnidentifiedImageError,
+    Image.DecompressionBombError,
+    OSError,
+    SyntaxError,  # Pillow's word for some broken PNG files
+    ValueError,
+    TypeError,
+)
+"""What decoding a picture or its metadata raises when they are broken."""
 _SHOWN = 3
+_TAR_END = 1024  # bytes: two blocks of zeros end an archive
 
 
 @dataclass(frozen=True)
@@ -121,6 +131,7 @@ class ShardReader:
         pipeline = wds.DataPipeline(
             wds.SimpleShardList([file]), wds.tarfile_to_samples(handler=wds.reraise_exception)
         )
+        _require_end(file)
         try:
             for members in pipeline:
                 sample = self._decode(members)
@@ -128,9 +139,13 @@ class ShardReader:
                     self.report.read += 1
                     yield sample
         except (tarfile.TarError, EOFError) as error:
+            reason = str(error.args[0]) if error.args else type(error).__name__
             raise UserError(
-                f"{file}: not a whole tar file ({error}); write or download it again"
+                f"{file}: not a whole tar file ({reason}); write or download it again"
             ) from error
+        except ValueError as error:  # webdataset: one key has two members of one kind
+            reason = str(error.args[0]) if error.args else type(error).__name__
+            raise UserError(f"{file}: {reason}; write it again with distinct keys") from error
 
     def _decode(self, members: dict[str, Any]) -> Sample | None:
         key = members["__key__"]
@@ -141,23 +156,46 @@ class ShardReader:
         try:
             pixels = decode_picture(picture)
             metadata = json.loads(members.get(METADATA_KEY, b"{}"))
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
-            # Pillow raises SyntaxError for some broken PNG files.
+            first = members.get(CAPTION_KEY, b"").decode("utf-8")
+            captions = clean_captions(dict(metadata).get("captions") or [first])
+        except BROKEN_PICTURE:
             self.report.corrupt.append(key)
             return None
-        captions = metadata.get("captions") or [members.get(CAPTION_KEY, b"").decode("utf-8")]
-        captions = tuple(caption.strip() for caption in captions if caption.strip())
         if not captions:
             self.report.without_caption.append(key)
             return None
         return Sample(key, pixels, captions, metadata)
 
 
+def _require_end(file: str) -> None:
+    """Refuse a tar file that was cut: Python's reader takes some cuts for the archive's end."""
+    if not file.endswith(".tar"):
+        return  # a compressed one says so itself
+    with open(file, "rb") as shard:
+        size = shard.seek(0, io.SEEK_END)
+        shard.seek(max(0, size - _TAR_END))
+        if size < _TAR_END or any(shard.read()):
+            raise UserError(
+                f"{file}: not a whole tar file (its end is missing); write or download it again"
+            )
+
+
+def clean_captions(captions: object) -> tuple[str, ...]:
+    """Return the captions without surrounding blanks and without empty ones.
+
+    Raises:
+        ValueError: They are not a list of texts.
+    """
+    if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
+        raise ValueError(f"captions is {captions!r}; a list of texts is needed")
+    return tuple(text.strip() for text in captions if text.strip())
+
+
 def decode_picture(data: bytes) -> Tensor:
     """Return a picture file's pixels, uint8 ``(3, H, W)``; alpha is composited on white."""
     with Image.open(io.BytesIO(data)) as image:
-        image.load()
-        return torch.from_numpy(np.array(on_background(image, (255, 255, 255)))).permute(2, 0, 1)
+        upright = ImageOps.exif_transpose(image)
+        return torch.from_numpy(np.array(on_background(upright, (255, 255, 255)))).permute(2, 0, 1)
 
 
 def on_background(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:

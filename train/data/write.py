@@ -7,18 +7,20 @@ import io
 import json
 import logging
 import random
+import re
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from cascade.checkpoints.files import atomic_path
 from cascade.errors import UserError
-from train.data.shards import on_background, shard_name
+from train.data.shards import BROKEN_PICTURE, clean_captions, on_background, shard_name
 
 _log = logging.getLogger(__name__)
 
@@ -89,19 +91,21 @@ def write_shards(options: WriteOptions) -> WriteReport:
         raise UserError(f"{options.source}: no row of split {options.split!r} in captions.jsonl")
     name = options.name or options.source.stem
     options.out.mkdir(parents=True, exist_ok=True)
-    there = sorted(options.out.glob(f"{name}-*.tar"))
+    numbered = re.compile(re.escape(name) + r"-\d{6}\.tar")  # not those of a set NAME-more
+    there = sorted(path for path in options.out.iterdir() if numbered.fullmatch(path.name))
     if there and not options.force:
         raise UserError(f"{there[0]}: is there already; choose another --out or add --force")
     for old in there:
         old.unlink()
 
     broken: list[str] = []
+    keys = _Keys()
     written = shards = 0
     pending: list[tuple[str, bytes, dict[str, Any]]] = []
     for row in rows:
         try:
-            pending.extend(_variants(row, source.read(row["file"]), options))
-        except (UnidentifiedImageError, OSError, SyntaxError, KeyError, ValueError) as error:
+            pending.extend(_variants(keys.of(row), row, source.read(row["file"]), options))
+        except (*BROKEN_PICTURE, KeyError, zipfile.BadZipFile, zlib.error) as error:
             broken.append(f"{row.get('file', '(no file)')}: {error}")
         while len(pending) >= options.shard_size:
             chunk, pending = pending[: options.shard_size], pending[options.shard_size :]
@@ -147,19 +151,49 @@ class _Source:
             if not line.strip():
                 continue
             try:
-                yield json.loads(line)
+                row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise UserError(f"{self.path}: captions.jsonl line {number}: {error}") from error
+            if not isinstance(row, dict) or not isinstance(row.get("file"), str):
+                raise UserError(
+                    f"{self.path}: captions.jsonl line {number}: an object with a 'file' is needed"
+                )
+            yield row
+
+
+class _Keys:
+    """Gives each picture a key of its own, from its file's name."""
+
+    def __init__(self) -> None:
+        self.taken: set[str] = set()
+        self.files: set[str] = set()
+
+    def of(self, row: dict[str, Any]) -> str:
+        """Return the key; a name that another folder has taken gets its folder's name before it.
+
+        Raises:
+            ValueError: The file was listed before.
+        """
+        path = Path(row["file"])
+        for parts in ([path.stem], path.with_suffix("").parts):
+            # A dot would end the key in a shard, a slash makes it a folder.
+            key = "_".join(parts).replace(".", "_").replace("/", "_")
+            if key not in self.taken and row["file"] not in self.files:
+                self.taken.add(key)
+                self.files.add(row["file"])
+                return key
+        raise ValueError("listed twice in captions.jsonl")
 
 
 def _variants(
-    row: dict[str, Any], data: bytes, options: WriteOptions
+    key: str, row: dict[str, Any], data: bytes, options: WriteOptions
 ) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
     """Yield (key, PNG, metadata) of a picture, and perhaps of its coloured copy."""
-    key = Path(row["file"]).stem.replace(".", "_")  # a dot would end the key in a shard
-    captions = [text.strip() for text in row.get("captions") or [row["caption"]] if text.strip()]
-    with Image.open(io.BytesIO(data)) as image:
-        image.load()
+    captions = list(clean_captions(row.get("captions") or [row["caption"]]))
+    if not captions:
+        raise ValueError("without a caption")
+    with Image.open(io.BytesIO(data)) as opened:
+        image = ImageOps.exif_transpose(opened)
         yield key, *_member(image, (255, 255, 255), {**row, "captions": captions}, options)
         # The choice depends on the key, not on the order: adding pictures changes no other's.
         digest = hashlib.sha256(f"{options.seed}:{key}".encode()).hexdigest()

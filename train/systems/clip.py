@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
 from cascade.checkpoints.files import atomic_path, atomic_write_text
+from cascade.errors import UserError
 from train.data.cached import CacheConfig, CachedBatch
 from train.draws import step_generator
 from train.losses.contrastive import contrastive_loss
@@ -174,6 +175,38 @@ class ClipSystem(LightningModule):
         }
         with atomic_path(folder / "model.safetensors") as temporary:
             save_file(state, temporary, metadata={"format": "pt", **metadata})
+
+
+def load_clip(folder: str | Path, attention: str | None = None) -> CLIPModel:
+    """Load a CLIP with both towers from a transformers folder, in float32.
+
+    Raises:
+        UserError: It is not there or not readable.
+    """
+    try:
+        return CLIPModel.from_pretrained(
+            Path(folder),
+            local_files_only=True,
+            use_safetensors=True,
+            dtype=torch.float32,
+            attn_implementation=attention,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: not a CLIP with both towers: {error}") from error
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
+    """Load the tokenizer of an exported CLIP.
+
+    Raises:
+        UserError: It is not there or not readable.
+    """
+    if not (Path(folder) / "tokenizer.json").is_file():
+        raise UserError(f"{folder}: no tokenizer.json in it; a CLIP's folder needs one")
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: not a readable tokenizer: {error}") from error
 
 
 def attention_kernel() -> str:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from transformers import CLIPModel
 
 from cascade.evaluate.clip_scorer import read_preprocessing
 from stages.discriminator import Discriminator, DiscriminatorConfig
@@ -25,7 +24,7 @@ from train.losses.reconstruction import (
 )
 from train.optim import make_optimizer
 from train.settings import OptimConfig, RunConfig
-from train.systems.clip import attention_kernel
+from train.systems.clip import attention_kernel, load_clip
 
 
 @dataclass(frozen=True)
@@ -174,12 +173,7 @@ class FrozenClipFeatures(nn.Module):
     def __init__(self, folder: str, layers: tuple[int, ...]) -> None:
         """Load the tower from a transformers folder with its ``preprocessor.json``."""
         super().__init__()
-        whole = CLIPModel.from_pretrained(
-            Path(folder),
-            local_files_only=True,
-            dtype=torch.float32,
-            attn_implementation=attention_kernel(),
-        )
+        whole = load_clip(folder, attention_kernel())
         self.tower = whole.vision_model
         self.tower.eval().requires_grad_(False)
         self.layers = layers

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from cascade.diffusion.schedules import CosineSchedule
+from cascade.text.encoder import TextConfig
 from stages.semantic_compressor import CompressorConfig, SemanticCompressor
 from stages.stage_b import StageB, StageBCondition, StageBConfig
 from train.data.cached import CacheConfig, CachedBatch
@@ -31,6 +32,8 @@ class StageBRun:
     """Text encoder's folder; the cache must come from it."""
     stage_a: str
     """Stage A's file; the cache must come from it."""
+    text_states: TextConfig = field(default_factory=TextConfig)
+    """How the cache read the text encoder; the network itself sees the pooled states only."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     caption_dropout: float = 0.05

@@ -30,7 +30,8 @@ class StageCRun:
     compressor: str
     """Semantic compressor's file; the cache must come from it."""
     text_states: TextConfig = field(default_factory=TextConfig)
-    """Which hidden states the network reads; written into the model folder."""
+    """Which hidden states the network reads; the cache must hold these, and the model folder's
+    ``model.json`` must name them under ``text``."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     caption_dropout: float = 0.05
