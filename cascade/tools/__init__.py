@@ -1,0 +1,1 @@
+"""Commands on model files: ``python -m cascade.tools describe`` and ``convert``."""

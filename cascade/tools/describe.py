@@ -1,0 +1,169 @@
+"""Says what files of weights are: stage, generation, layout, sizes, origin, licence."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cascade.checkpoints.detect import Published
+from cascade.checkpoints.load import identify
+from cascade.checkpoints.readers import INDEX_SUFFIX, PICKLE_SUFFIXES, Opened, open_weights
+from cascade.errors import UserError
+from cascade.pipelines.spec import SPEC_FILE, load_spec
+from stages.semantic_compressor import CompressorConfig
+from stages.stage_a import StageAConfig
+
+LICENCES = {
+    "v2": "MIT (Würstchen v2)",
+    "v3": "Stability AI's non-commercial community licence (Stable Cascade)",
+}
+"""Licences of the published weights, by generation."""
+
+# Sizes that tell published weights from ones trained elsewhere: parameters -> name on the hub.
+_PUBLISHED = {
+    18_406_894: "Paella VQGAN f4, of Würstchen and of Stable Cascade",
+    20_198_000: "dome272/wuerstchen, inside model_v2_stage_b.pt",
+    20_197_968: "stabilityai/stable-cascade, effnet_encoder",
+    993_636_896: "warp-ai/wuerstchen-prior",
+    1_055_365_280: "warp-ai/wuerstchen",
+    3_589_103_632: "stabilityai/stable-cascade, stage_c",
+    1_030_785_040: "stabilityai/stable-cascade, stage_c_lite",
+    1_562_941_136: "stabilityai/stable-cascade, stage_b",
+    699_471_248: "stabilityai/stable-cascade, stage_b_lite",
+    3_979_651: "stabilityai/stable-cascade, previewer",
+}
+
+
+@dataclass(frozen=True)
+class Description:
+    """What one network's weights are."""
+
+    where: str
+    published: Published
+    parameters: int
+    """Learned values; buffers of norms not counted."""
+    dtypes: str
+    """Number formats with the share of values in each."""
+    megabytes: float
+    """Of 10^6 bytes."""
+    origin: str
+    licence: str
+
+    def lines(self) -> Iterator[str]:
+        """Yield the description, a line a fact."""
+        found = self.published
+        names = {"stage_a": "Stage A", "stage_b": "Stage B", "stage_c": "Stage C"}
+        generation = "" if found.generation is None else f", {found.generation}"
+        yield f"{self.where}"
+        yield f"  network     {names.get(found.kind, found.kind)}{generation}"
+        yield f"  layout      {found.layout}"
+        yield f"  parameters  {self.parameters:,} ({self.megabytes:,.1f} MB, {self.dtypes})"
+        yield f"  sizes       {_sizes(found.config)}"
+        compression = _compression(found.config)
+        if compression:
+            yield f"  compression {compression}"
+        yield f"  origin      {self.origin}"
+        yield f"  licence     {self.licence}"
+
+
+def describe_path(path: Path) -> list[Description]:
+    """Describe a file, a folder of one network, or every network under a model folder.
+
+    Raises:
+        UserError: If nothing there is a network of a cascade.
+    """
+    if not path.is_dir():
+        return [_describe(opened) for opened in open_weights(path)]
+    files = [file for file in sorted(path.rglob("*")) if _is_entry(file)]
+    described: list[Description] = []
+    passed_over: list[str] = []
+    for file in files:
+        try:
+            described += [_describe(opened) for opened in open_weights(file)]
+        except UserError as error:
+            passed_over.append(str(error))
+    if not described:
+        reason = passed_over[0] if passed_over else f"{path}: no weights in it"
+        raise UserError(reason)
+    return described
+
+
+def _is_entry(file: Path) -> bool:
+    if not file.is_file() or file.name.startswith("."):
+        return False
+    if file.name.endswith(INDEX_SUFFIX) or file.suffix in PICKLE_SUFFIXES:
+        return True
+    return file.suffix == ".safetensors" and "-of-" not in file.name
+
+
+def _describe(opened: Opened) -> Description:
+    published = identify(opened)
+    parameters = count_parameters(opened.tensors)
+    origin = "trained with Cascade" if opened.metadata.get("train_steps") else "unknown"
+    licence = "unknown; ask whoever gave it to you"
+    known = _PUBLISHED.get(parameters)
+    if known is not None:
+        origin = f"the published sizes: {known}"
+        licence = LICENCES.get(published.generation or "", "MIT (code and weights of Würstchen)")
+    spec_folder = Path(opened.where).parent
+    if (spec_folder / SPEC_FILE).is_file():
+        spec = load_spec(spec_folder)
+        origin, licence = f"{spec.name}, {origin}", spec.licence or licence
+    return Description(
+        where=opened.where,
+        published=published,
+        parameters=parameters,
+        dtypes=_dtypes(opened.tensors),
+        megabytes=sum(t.numel() * t.element_size() for t in opened.tensors.values()) / 1e6,
+        origin=origin,
+        licence=licence,
+    )
+
+
+def count_parameters(tensors: Mapping[str, Tensor]) -> int:
+    """Return the number of learned values: all but the statistics of batch norms."""
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    return sum(t.numel() for name, t in tensors.items() if not name.endswith(statistics))
+
+
+def _dtypes(tensors: Mapping[str, Tensor]) -> str:
+    counts: Counter[str] = Counter()
+    for tensor in tensors.values():
+        counts[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+    total = max(1, sum(counts.values()))
+    shares = [
+        name if count == total else f"{name} {100 * count / total:.3g} %"
+        for name, count in counts.most_common()
+        if count > total / 1000 or len(counts) == 1
+    ]
+    return ", ".join(shares)
+
+
+def _sizes(config: Any) -> str:
+    """Return the sizes that are not the defaults of a published network, or all main ones."""
+    shown = [
+        (field.name, getattr(config, field.name))
+        for field in fields(config)
+        if field.name.endswith(("channels", "blocks", "heads", "repeats", "size"))
+    ]
+    return ", ".join(f"{name} {_short(value)}" for name, value in shown)
+
+
+def _short(value: Any) -> str:
+    return "/".join(str(part) for part in value) if isinstance(value, tuple) else str(value)
+
+
+def _compression(config: Any) -> str:
+    if isinstance(config, StageAConfig):
+        return f"{config.downscale} pixels a latent cell along each side"
+    if isinstance(config, CompressorConfig):
+        side = 2 * math.prod(stage.stride for stage in config.stages) / config.input_fraction
+        values = 3 * side**2 / config.latent_channels
+        return f"{side:.2f} pixels a latent cell along each side, {values:.0f} values into one"
+    return ""
