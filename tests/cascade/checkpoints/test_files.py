@@ -97,6 +97,14 @@ def test_the_old_file_is_there_until_the_new_one_is_whole(tmp_path: Path) -> Non
     assert path.read_text() == "new"
 
 
+def test_whoever_reads_the_old_file_reads_it_to_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with open(path, encoding="utf-8") as reader:
+        atomic_write_text(path, "new")
+        assert reader.read() == "old", "the new file takes the name, not the place, of the old one"
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [

@@ -106,6 +106,28 @@ def _flow_error(sampler: Sampler, num_steps: int) -> float:
     return float((seen[-1].x_t - exact(0.1)).abs().max())
 
 
+def test_2m_takes_the_estimate_at_the_middle_of_steps_of_unequal_length() -> None:
+    """Algorithm 2 extrapolates in half log-SNR: exact for an estimate that is linear in it."""
+    schedule = CosineSchedule()
+    times = torch.tensor([0.8, 0.75, 0.4, 0.3, 0.2])
+
+    def level(t: Tensor) -> Tensor:
+        return schedule.log_snr(t) / 2
+
+    seen: list[StepInfo] = []
+    sample_dpmpp_2m(
+        lambda x, t: level(t).expand(x.shape), schedule, _noise(1), times, on_step=seen.append
+    )
+    alpha, sigma = schedule(times)
+    for i in (1, 2):
+        step = level(times[i + 1]) - level(times[i])
+        middle = level(times[i]) + step / 2
+        # The solution for an estimate that stays at ``middle`` during the step.
+        expected = sigma[i + 1] / sigma[i] * seen[i].x_t
+        expected = expected + alpha[i + 1] * (1 - torch.exp(-step)) * middle
+        torch.testing.assert_close(seen[i + 1].x_t, expected, atol=1e-5, rtol=1e-4)
+
+
 def test_ddim_with_eta_one_equals_ddpm() -> None:
     schedule = CosineSchedule()
     arguments = (_oracle(schedule, 0.7, 0.3), schedule, _noise(4, 2, 4, 4), schedule.times(12))
