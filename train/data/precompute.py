@@ -66,12 +66,14 @@ def precompute(
         metadata = {**base, "weights": weights, "captions": json.dumps(captions)}
         _write(folder / "text.safetensors", metadata, text_hidden=hidden, text_pooled=pooled)
     if stage_a is not None:
-        network_a = load_network(stage_a, expect=StageA, device=target)
+        network_a = load_network(stage_a, expect=StageA, device=target, dtype=torch.float32)
         latents = _encode_pictures(network_a.encode, pictures, batch_size, target)
         metadata = {**base, "weights": file_hash(Path(stage_a))}
         _write(folder / "stage_a.safetensors", metadata, stage_a_latents=latents)
     if compressor is not None:
-        network_c = load_network(compressor, expect=SemanticCompressor, device=target)
+        network_c = load_network(
+            compressor, expect=SemanticCompressor, device=target, dtype=torch.float32
+        )
         latents = _encode_pictures(network_c.encode, pictures, batch_size, target)
         metadata = {**base, "weights": file_hash(Path(compressor))}
         _write(folder / "stage_c.safetensors", metadata, stage_c_latents=latents)
