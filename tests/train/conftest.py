@@ -1,0 +1,162 @@
+"""A tiny data set, a cache of it and tiny run files: training in seconds."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from cascade.checkpoints.files import read_metadata
+from train.__main__ import main as train_main
+from train.data.precompute import precompute
+from train.data.write import WriteOptions, write_shards
+
+COLORS = ["red", "green", "blue", "black"]
+SHAPES = ["apple", "fish", "hat"]
+
+
+def write_source(folder: Path, count: int = 12, side: int = 32) -> Path:
+    """A folder of plain pictures with two wordings each."""
+    folder.mkdir(parents=True)
+    rows = []
+    for number in range(count):
+        color, shape = COLORS[number % 4], SHAPES[number % 3]
+        Image.new("RGB", (side, side), color).save(folder / f"{number:02d}.png")
+        captions = [f"a {color} {shape}", f"one {shape}, {color}"]
+        rows.append({"file": f"{number:02d}.png", "captions": captions, "split": "train"})
+    (folder / "captions.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return folder
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A folder of twelve 32 px pictures with captions.jsonl."""
+    return write_source(tmp_path / "source")
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The pattern of shards of twelve 32 px pictures."""
+    folder = tmp_path_factory.mktemp("shards")
+    write_shards(WriteOptions(source=write_source(folder / "source"), out=folder, name="tiny"))
+    return f"{folder}/*.tar"
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model's CLIP with the preprocessing of its picture tower."""
+    folder = tmp_path_factory.mktemp("clip") / "text"
+    shutil.copytree(tiny_model / "text", folder)
+    half = [0.5, 0.5, 0.5]
+    content = {"image_size": 32, "mean": half, "std": half}
+    (folder / "preprocessor.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache(shards: str, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of all parts, made by the tiny model."""
+    folder = tmp_path_factory.mktemp("cache")
+    precompute(
+        shards,
+        folder,
+        text=str(tiny_model / "text"),
+        stage_a=str(tiny_model / "stage_a.safetensors"),
+        compressor=str(tiny_model / "compressor.safetensors"),
+        batch_size=5,
+    )
+    return folder
+
+
+def config_in(path: Path) -> dict[str, object]:
+    """The configuration in an exported network's file."""
+    return json.loads(read_metadata(path)["cascade_config"])
+
+
+@dataclass
+class TinyRun:
+    """One tiny run file of a kind, and how to start it."""
+
+    kind: str
+    out: Path
+    config: Path
+
+    def start(self, *arguments: object) -> int:
+        return train_main([self.kind, "--config", str(self.config), *map(str, arguments)])
+
+    def metrics(self, version: int = 0) -> list[dict[str, str]]:
+        import csv
+
+        with open(self.out / "logs" / f"version_{version}" / "metrics.csv") as file:
+            return list(csv.DictReader(file))
+
+    def losses(self) -> list[float]:
+        return [float(row["loss"]) for row in self.metrics() if row["loss"]]
+
+
+MakeRun = Callable[..., TinyRun]
+
+
+@pytest.fixture
+def make_run(
+    tmp_path: Path, shards: str, cache: Path, tiny_model: Path, clip_folder: Path
+) -> MakeRun:
+    """Make a run file of a kind; keyword arguments replace sections' keys."""
+
+    def make(kind: str, name: str = "run", **sections: dict[str, object] | object) -> TinyRun:
+        out = tmp_path / name
+        config: dict[str, object] = {
+            "run": {
+                "out": str(out),
+                "max_steps": 4,
+                "precision": "32-true",
+                "log_every_steps": 1,
+                "checkpoint_every_steps": 2,
+                "ema_decay": 0.5,
+                "accelerator": "cpu",
+                "export_dtype": "float32",
+            },
+            "data": {"shards": shards, "batch_size": 4},
+            "optim": {"lr": 1e-2, "warmup_steps": 2, "schedule": "cosine"},
+            **_kind(kind, tiny_model, clip_folder),
+        }
+        if kind in ("stage_b", "stage_c", "previewer"):
+            config["data"] |= {"folder": str(cache)}  # type: ignore[operator]
+        for section, values in sections.items():
+            inner = config.get(section)
+            both = isinstance(inner, dict) and isinstance(values, dict)
+            config[section] = {**inner, **values} if both else values  # type: ignore[dict-item]
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(config))
+        return TinyRun(kind, out, path)
+
+    return make
+
+
+def _kind(kind: str, model: Path, clip: Path) -> dict[str, object]:
+    if kind == "clip":
+        sizes = {"text": 16, "vision": 16}
+        layers: dict[str, object] = {}
+        for tower, width in sizes.items():
+            layers |= {f"{tower}_width": width, f"{tower}_layers": 1, f"{tower}_heads": 2}
+        more = {"vocab_size": 300, "max_tokens": 12, "image_size": 16, "patch_size": 8}
+        return {"model": {**layers, **more, "projection": 8}}
+    networks: dict[str, object] = {"model": config_in(model / f"{kind}.safetensors")}
+    if kind == "stage_a":
+        networks |= {"discriminator": {"channels": [4, 8]}, "crop": 16, "clip": str(clip)}
+        loss = {"perceptual_layers": [1], "adversarial_from_step": 2}
+        return {**networks, "loss": loss}
+    if kind == "stage_b":
+        compressor = config_in(model / "compressor.safetensors") | {"stochastic_depth": 0.5}
+        networks |= {"compressor": compressor, "stage_a": str(model / "stage_a.safetensors")}
+    else:
+        networks |= {"compressor": str(model / "compressor.safetensors")}
+    if kind != "previewer":
+        networks |= {"text": str(model / "text")}
+    return networks

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from cascade.diffusion.prediction import Prediction, to_x0
+from train.losses.contrastive import contrastive_loss
+from train.losses.denoising import DiffusionConfig, denoising_loss, noise_batch
+from train.losses.reconstruction import (
+    feature_distance,
+    hinge_discriminator_loss,
+    hinge_generator_loss,
+    pixel_loss,
+)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("prediction", list(Prediction))
+def test_a_network_that_says_the_target_has_no_loss_and_knows_x0(prediction):
+    x0 = torch.randn(6, 4, 3, 3, generator=generator())
+    config = DiffusionConfig(prediction=prediction.value)
+    noised = noise_batch(x0, config, generator(1))
+    loss, mse = denoising_loss(noised.target, noised)
+    assert loss == mse == 0
+    alpha, sigma = (v.view(-1, 1, 1, 1) for v in config.schedule()(noised.t))
+    estimate = to_x0(noised.target, noised.x_t, alpha, sigma, prediction)
+    torch.testing.assert_close(estimate, x0, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("weight", "expected"),
+    [
+        ("constant", lambda snr: torch.ones_like(snr)),
+        ("p2", lambda snr: 1 / (1 + snr)),
+        ("min_snr", lambda snr: snr.clamp(max=5) / snr),
+    ],
+)
+def test_each_sample_weighs_by_its_signal_to_noise_ratio(weight, expected):
+    x0 = torch.randn(5, 4, 2, 2, generator=generator())
+    config = DiffusionConfig(weight=weight)
+    noised = noise_batch(x0, config, generator(1))
+    alpha, sigma = config.schedule()(noised.t)
+    torch.testing.assert_close(noised.weight, expected((alpha / sigma) ** 2), rtol=1e-4, atol=0)
+    errors = torch.arange(1.0, 6.0).view(-1, 1, 1, 1)
+    loss, mse = denoising_loss(noised.target + errors, noised)
+    torch.testing.assert_close(loss, (noised.weight * torch.arange(1.0, 6.0) ** 2).mean())
+    torch.testing.assert_close(mse, torch.tensor(11.0))
+
+
+def test_noise_depends_on_its_generator_alone():
+    x0 = torch.zeros(3, 4, 2, 2)
+    first, again, other = (
+        noise_batch(x0, DiffusionConfig(), generator(seed)) for seed in (0, 0, 1)
+    )
+    assert torch.equal(first.x_t, again.x_t)
+    assert not torch.equal(first.x_t, other.x_t)
+
+
+def test_all_distinct_groups_give_clip_s_loss():
+    logits = torch.randn(5, 5, generator=generator())
+    labels = torch.arange(5)
+    expected = 0.5 * (F.cross_entropy(logits, labels) + F.cross_entropy(logits.t(), labels))
+    torch.testing.assert_close(contrastive_loss(logits, labels), expected)
+
+
+def test_pictures_of_one_group_are_not_pushed_apart():
+    logits = torch.zeros(4, 4, requires_grad=True)
+    groups = torch.tensor([0, 0, 1, 2])
+    contrastive_loss(logits, groups).backward()
+    same = groups[:, None] == groups[None, :]
+    assert (logits.grad[same] < 0).all()  # pulled together, the twin's caption too
+    assert (logits.grad[~same] > 0).all()
+    best = torch.where(same, 20.0, -20.0)
+    assert contrastive_loss(best, groups).item() == pytest.approx(
+        0.5 * torch.tensor(2.0).log().item()
+    )
+
+
+def test_the_hinge_leaves_alone_what_is_judged_right():
+    real = torch.tensor([2.0, 0.5, -1.0], requires_grad=True)
+    fake = torch.tensor([-2.0, -0.5, 1.0], requires_grad=True)
+    loss = hinge_discriminator_loss(real, fake)
+    assert loss.item() == pytest.approx(0.5 * (2.5 / 3 + 2.5 / 3))
+    loss.backward()
+    assert real.grad.tolist() == pytest.approx([0, -1 / 6, -1 / 6])
+    assert fake.grad.tolist() == pytest.approx([0, 1 / 6, 1 / 6])
+    assert hinge_generator_loss(torch.tensor([1.0, 3.0])) == -2
+
+
+def test_pixels_are_compared_in_float32():
+    loss = pixel_loss(torch.full((4,), 0.5, dtype=torch.bfloat16), torch.zeros(4))
+    assert loss.dtype == torch.float32
+    assert loss == 0.25
+
+
+def test_features_are_compared_by_direction_and_only_ours_learn():
+    ours = torch.randn(2, 5, 8, generator=generator(), requires_grad=True)
+    theirs = (3 * ours).detach().requires_grad_()
+    assert feature_distance([ours], [theirs]).item() == pytest.approx(0, abs=1e-6)
+    assert feature_distance([ours], [-theirs]).item() == pytest.approx(4)
+    other = torch.randn(2, 5, 8, generator=generator(1)).requires_grad_()
+    feature_distance([ours, ours], [theirs, other]).backward()
+    assert ours.grad.abs().sum() > 0
+    assert theirs.grad is None and other.grad is None
