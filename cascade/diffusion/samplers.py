@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -102,12 +102,14 @@ def sample_ddpm(
     x: Tensor,
     times: Tensor,
     *,
+    last: Literal["x0", "mean"] = "x0",
     randn_like: RandnLike = torch.randn_like,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Sample the posterior ``q(x_s | x_t, x0_hat)`` at each step.
 
-    Arguments and result are those of ``sample_ddim``.
+    Arguments and result are those of ``sample_ddim``; with ``last="mean"`` the result is the mean
+    of the last step's posterior instead, as in Würstchen v2 and diffusers.
 
     Reference: Ho et al., 2020, arXiv:2006.11239, eq. 6-7.
     """
@@ -118,7 +120,7 @@ def sample_ddpm(
         (alpha, sigma), (alpha_next, sigma_next) = _scales(schedule, t, t_next, x)
         if on_step is not None:
             on_step(StepInfo(index, num_steps, float(t), x, x0))
-        if index + 1 == num_steps:
+        if index + 1 == num_steps and last == "x0":
             break
         step_alpha = alpha / alpha_next  # x_t = step_alpha x_s + sqrt(step_variance) noise
         step_variance = (1.0 - step_alpha.square()).clamp(0)
@@ -126,6 +128,8 @@ def sample_ddpm(
         mean = (
             alpha_next * step_variance * x0 + step_alpha * sigma_next.square() * x
         ) / sigma.square()
+        if index + 1 == num_steps:
+            return mean
         x = mean + variance.sqrt() * randn_like(x)
     return x0
 

@@ -138,7 +138,7 @@ def _override(
 ) -> StageSampling:
     if steps is not None:
         _check_count(f"steps_{stage}", steps, MAX_STEPS)
-        sampling = replace(sampling, steps=steps)
+        sampling = replace(sampling, steps=steps, times=())
     if guidance is not None:
         if not (math.isfinite(guidance) and guidance >= 1):
             raise UserError(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from cascade.diffusion.denoiser import Denoiser
 from cascade.diffusion.guidance import Denoise, Guided, unguided
 from cascade.diffusion.prediction import Prediction
-from cascade.diffusion.samplers import SAMPLERS, OnStep, StepInfo
+from cascade.diffusion.samplers import SAMPLERS, OnStep, StepInfo, sample_ddpm
 from cascade.diffusion.schedules import CosineSchedule
 from cascade.pipelines.finite import check_finite
 from cascade.pipelines.spec import StageSampling
@@ -18,7 +20,9 @@ from cascade.rng import PictureNoise
 from cascade.text.encoder import TextFeatures
 from stages.conditions import concat
 from stages.stage_b import StageB, StageBCondition
+from stages.stage_b_v2 import StageBV2, StageBV2Condition
 from stages.stage_c import StageC, StageCCondition
+from stages.stage_c_v2 import StageCV2, StageCV2Condition
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Prompted:
 
 
 def sample_stage_c(
-    network: StageC,
+    network: StageC | StageCV2,
     sampling: StageSampling,
     prompted: Prompted,
     noise: PictureNoise,
@@ -56,10 +60,15 @@ def sample_stage_c(
         NonFiniteError: Naming the step.
     """
     weight = next(network.parameters())
-    cond, uncond = (
-        StageCCondition(states.hidden.to(weight), states.pooled.to(weight))
-        for states in (prompted.text, prompted.negative)
-    )
+    states = (prompted.text, prompted.negative)
+    cond: Any
+    uncond: Any
+    if isinstance(network, StageCV2):
+        cond, uncond = (StageCV2Condition(one.hidden.to(weight)) for one in states)
+    else:
+        cond, uncond = (
+            StageCCondition(one.hidden.to(weight), one.pooled.to(weight)) for one in states
+        )
     guided = sampling.guidance != 1
     prepared = network.prepare(concat([cond, uncond]) if guided else cond)
     x = noise.randn((network.config.latent_channels, *latent_size))
@@ -67,7 +76,7 @@ def sample_stage_c(
 
 
 def sample_stage_b(
-    network: StageB,
+    network: StageB | StageBV2,
     sampling: StageSampling,
     stage_c_latents: Tensor,
     prompted: Prompted,
@@ -83,7 +92,8 @@ def sample_stage_b(
     Args:
         network: Stage B; device and number format are those of its weights.
         sampling: Sampler, steps, guidance.
-        stage_c_latents: What Stage C drew, or the compressor made of a picture.
+        stage_c_latents: What Stage C drew, or the compressor made of a picture, in the scale that
+            Stage B was trained on.
         prompted: The prompts' states.
         noise: One seed for each picture.
         latent_shape: Channels, height and width of the latents: Stage A's.
@@ -97,8 +107,14 @@ def sample_stage_b(
     """
     weight = next(network.parameters())
     latents = stage_c_latents.to(weight)
-    cond = StageBCondition(latents, prompted.text.pooled.to(weight))
-    uncond = StageBCondition(torch.zeros_like(latents), prompted.negative.pooled.to(weight))
+    cond: Any
+    uncond: Any
+    if isinstance(network, StageBV2):
+        cond = StageBV2Condition(latents, prompted.text.hidden.to(weight))
+        uncond = StageBV2Condition(torch.zeros_like(latents), prompted.negative.hidden.to(weight))
+    else:
+        cond = StageBCondition(latents, prompted.text.pooled.to(weight))
+        uncond = StageBCondition(torch.zeros_like(latents), prompted.negative.pooled.to(weight))
     guided = sampling.guidance != 1
     prepared = network.prepare(concat([cond, uncond]) if guided else cond, latent_shape[1:])
     x = noise.randn(latent_shape)
@@ -124,15 +140,21 @@ def _sample(
             on_step(info)
 
     schedule = CosineSchedule(shift=sampling.shift)
-    denoiser = Denoiser(network, schedule, Prediction(sampling.prediction), dtype=weight.dtype)
+    denoiser = Denoiser(
+        network, schedule, Prediction(sampling.prediction), sampling.time_input, weight.dtype
+    )
     denoise: Denoise = unguided(denoiser, prepared)
     if sampling.guidance != 1:
         denoise = Guided(denoiser, cond, prepared, sampling.guidance, rescale=sampling.rescale)
-    return SAMPLERS[sampling.sampler](
+    sampler = SAMPLERS[sampling.sampler]
+    if sampling.sampler == "ddpm":
+        sampler = partial(sample_ddpm, last=sampling.last_step)
+    times = torch.tensor(sampling.times) if sampling.times else schedule.times(sampling.steps)
+    return sampler(
         denoise,
         schedule,
         x.to(weight.device),
-        schedule.times(sampling.steps),
+        times,
         randn_like=noise.randn_like,
         on_step=check,
     )

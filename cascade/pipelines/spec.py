@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -38,9 +39,24 @@ class StageSampling:
     """Resolution shift of the noise schedule; 1 is none."""
     prediction: Literal["epsilon", "v", "x0"] = "epsilon"
     """What the network was trained to predict."""
+    times: tuple[float, ...] = ()
+    """Decreasing times in [0, 1], one more than steps; empty: equally spaced."""
+    time_input: Literal["cosine", "raw"] = "cosine"
+    """The time that the network is told: where the unshifted cosine has this noise (the authors'
+    v3 code), or the time itself (v2, and diffusers)."""
+    last_step: Literal["x0", "mean"] = "x0"
+    """What "ddpm" returns: its last estimate of x0 (the authors' v3 code), or the mean of its last
+    step (v2, and diffusers)."""
 
     def __post_init__(self) -> None:
         """Refuse values that sample nothing."""
+        if self.times and len(self.times) != self.steps + 1:
+            raise ValueError(
+                f"times has {len(self.times)} values; {self.steps} steps need one more"
+            )
+        falling = all(first > second for first, second in pairwise(self.times))
+        if not falling or any(not 0 <= time <= 1 for time in self.times):
+            raise ValueError(f"times is {self.times}; times fall, and lie in [0, 1]")
         if self.steps < 1:
             raise ValueError(f"steps is {self.steps}; at least 1 is needed")
         if not self.guidance >= 1:
@@ -67,8 +83,15 @@ class CascadeSpec:
     """Smallest width and height, in pixels."""
     max_size: int = 4096
     """Largest width and height, in pixels."""
-    generation: Literal["v3"] = "v3"
-    """Which generation of the networks it is: v3 is Stable Cascade's."""
+    generation: Literal["v2", "v3"] = "v3"
+    """Which generation of the networks it is: v2 is Würstchen's, v3 Stable Cascade's."""
+    stage_c_scale: float = 1.0
+    """Stage B is told ``z * stage_c_scale - stage_c_shift`` of Stage C's latents z (v2: 42)."""
+    stage_c_shift: float = 0.0
+    """See ``stage_c_scale`` (v2: 1)."""
+    stage_b_cells_per_stage_c_cell: float | None = None
+    """Stage A's latent has this many cells along each side for one of Stage C's, rounded down, and
+    the picture's size follows from it (diffusers: 10.67). None: it follows the picture's size."""
     stage_c: StageSampling = field(default_factory=StageSampling)
     """Sampling of Stage C."""
     stage_b: StageSampling = field(
@@ -76,7 +99,9 @@ class CascadeSpec:
     )
     """Sampling of Stage B."""
     text: TextConfig = field(default_factory=TextConfig)
-    """Which text states the stages were trained on."""
+    """Which text states Stage C was trained on; Stage B too, unless it has its own encoder."""
+    text_b: TextConfig | None = None
+    """Which states of its own text encoder Stage B was trained on (v2); None: it has none."""
     licence: str = ""
     """Licence of the weights."""
 

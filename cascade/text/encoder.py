@@ -71,31 +71,45 @@ class TextEncoder:
         folder: str | Path,
         config: TextConfig,
         *,
+        tokenizer_folder: str | Path | None = None,
         device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = torch.float32,
     ) -> TextEncoder:
         """Load a folder that holds a CLIP (both towers or the text one) and its tokenizer.
+
+        Args:
+            folder: Configuration and weights, in one file or in shards with an index.
+            config: Which states are read.
+            tokenizer_folder: Folder of the tokenizer, if it has one of its own (diffusers).
+            device: Where the weights go.
+            dtype: Number format of the weights; None keeps the file's.
 
         Raises:
             UserError: The folder or one of its files is missing or broken.
         """
         folder = Path(folder)
-        for name in ("config.json", "model.safetensors", "tokenizer.json"):
-            if not (folder / name).is_file():
-                raise UserError(f"{folder}: no {name} in it; a text encoder's folder needs one")
-        # transformers takes seconds to import as a whole; these two modules are enough.
-        from transformers.models.clip.modeling_clip import CLIPTextModelWithProjection
-        from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
+        tokens = folder if tokenizer_folder is None else Path(tokenizer_folder)
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder}: no config.json in it; a text encoder's folder needs one")
+        state = _text_tower(folder, device, dtype)
+        # transformers takes seconds to import as a whole; these modules are enough.
+        from transformers.models.clip.modeling_clip import (
+            CLIPTextModel,
+            CLIPTextModelWithProjection,
+        )
 
+        projects = "text_projection.weight" in state
         try:
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+            tokenizer = _load_tokenizer(tokens)
             text_config = _text_config(folder)
             with torch.device("meta"):
-                model = CLIPTextModelWithProjection(text_config)
+                model = (CLIPTextModelWithProjection if projects else CLIPTextModel)(text_config)
+        except UserError:
+            raise
         except Exception as error:  # tokenizers and the hub's checks raise plain Exceptions
             reason = " ".join(str(error).split())
             raise UserError(f"{folder}: not a readable CLIP folder: {reason}") from error
-        _load_text_tower(model, folder, device, dtype)
+        _fill(model, state, str(folder), device)
         return cls(tokenizer, model, config)
 
     def null(self) -> TextFeatures:
@@ -124,7 +138,9 @@ class TextEncoder:
         if self.config.hidden == "pre_norm":
             hidden = output.hidden_states[-1]
         hidden = hidden.reshape(len(rows), most * self.length, -1)  # (B, windows * L, D)
-        pooled = output.text_embeds.reshape(len(rows), most, -1)
+        # A text model without a projection (Würstchen v2) gives the state at the prompt's end.
+        pooled = output.text_embeds if "text_embeds" in output else output.pooler_output
+        pooled = pooled.reshape(len(rows), most, -1)
         pooled = torch.stack(
             [states[: len(row)].mean(dim=0) for states, row in zip(pooled, rows, strict=True)]
         )
@@ -173,20 +189,53 @@ def _text_config(folder: Path) -> Any:
     return CLIPTextConfig.from_dict(values)
 
 
-def _load_text_tower(
-    model: nn.Module, folder: Path, device: str | torch.device, dtype: torch.dtype
-) -> None:
-    """Fill a text model on the meta device from a CLIP's or a text model's weights."""
-    from cascade.checkpoints.files import assign_strictly, read_tensors
+def _load_tokenizer(folder: Path) -> Any:
+    """Load a tokenizer from its one file, or from CLIP's vocabulary and merges."""
+    if (folder / "tokenizer.json").is_file():
+        from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
 
-    path = folder / "model.safetensors"
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    for name in ("vocab.json", "merges.txt"):
+        if not (folder / name).is_file():
+            raise UserError(
+                f"{folder}: neither tokenizer.json nor {name} in it; a tokenizer's folder needs "
+                "tokenizer.json, or vocab.json and merges.txt"
+            )
+    from transformers import CLIPTokenizerFast  # type: ignore[attr-defined]
+
+    return CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
+
+
+def _text_tower(
+    folder: Path, device: str | torch.device, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """Read the text model's weights out of a CLIP's or a text model's folder."""
+    from cascade.checkpoints.readers import open_weights
+
+    [opened] = open_weights(folder)
     vision = ("vision_model.", "visual_projection.", "logit_scale")
-    state = {
-        key: tensor.to(dtype) if tensor.is_floating_point() else tensor
-        for key, tensor in read_tensors(path, device).items()
+    return {
+        key: value.to(device, dtype) if value.is_floating_point() else value.to(device)
+        for key, value in opened.tensors.items()
         if not key.startswith(vision) and not key.endswith("position_ids")
     }
-    assign_strictly(model, state, str(path))
+
+
+def _fill(
+    model: nn.Module, state: dict[str, Tensor], where: str, device: str | torch.device
+) -> None:
+    """Fill a text model on the meta device."""
+    from cascade.checkpoints.files import assign_strictly
+
+    # transformers 5 dropped the text model's own prefix; published files have it.
+    own = set(model.state_dict())
+    if not own & set(state):
+        prefix = "text_model."
+        if all(prefix + key in own for key in state):
+            state = {prefix + key: value for key, value in state.items()}
+        elif all(key.removeprefix(prefix) in own for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    assign_strictly(model, state, where)
     # Position ids are no weights: transformers makes them in the constructor, here on meta.
     for module in model.modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
