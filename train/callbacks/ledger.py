@@ -15,7 +15,7 @@ class Ledger(Callback):
         """Start at zero."""
         self.samples = 0
         self.seconds = 0.0
-        self._started_s = 0.0
+        self._started_s: float | None = None
         self._samples_at_start = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -29,14 +29,16 @@ class Ledger(Callback):
         """Count the batch and log the rate."""
         self.samples += len(batch) * trainer.world_size
         if (batch_idx + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            assert self._started_s is not None, "on_train_start comes before any batch"
             elapsed_s = time.monotonic() - self._started_s
             pl_module.log("samples", float(self.samples))
             pl_module.log("samples_per_s", (self.samples - self._samples_at_start) / elapsed_s)
 
     def total_seconds(self) -> float:
         """Return the seconds of this and of all earlier starts of the run."""
-        running = time.monotonic() - self._started_s if self._started_s else 0.0
-        return self.seconds + running
+        if self._started_s is None:
+            return self.seconds
+        return self.seconds + time.monotonic() - self._started_s
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts for the resumable checkpoint."""

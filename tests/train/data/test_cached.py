@@ -150,7 +150,7 @@ def test_the_fingerprint_knows_keys_captions_and_size(shards):
 
 
 def test_a_missing_part_or_folder_says_what_to_do(shards, cache, parts, tmp_path):
-    with pytest.raises(UserError, match="data.folder: this run trains on a cache"):
+    with pytest.raises(UserError, match=r"data\.folder: this run trains on a cache"):
         load_cache(config(shards), parts)
     with pytest.raises(UserError, match=r"text\.safetensors: not there; .*train.data precompute"):
         load_cache(config(shards, folder=str(tmp_path)), parts)

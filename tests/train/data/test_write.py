@@ -58,7 +58,7 @@ def test_only_rows_of_the_split_are_taken(source, tmp_path):
     put_rows(source, rows)
     samples = written(tmp_path / "out", source=source, split="test")
     assert [sample.key for sample in samples] == ["03", "07"]
-    with pytest.raises(UserError, match="no row of split 'tset' in captions.jsonl"):
+    with pytest.raises(UserError, match="no row of split 'tset' in captions"):
         written(tmp_path / "other", source=source, split="tset")
 
 
@@ -171,7 +171,7 @@ def test_a_member_that_a_zip_holds_broken_is_skipped(source, tmp_path):
 def test_shards_are_replaced_only_with_force_and_only_the_set_s_own(source, tmp_path):
     write_shards(WriteOptions(source=source, out=tmp_path / "out", name="set", shard_size=4))
     write_shards(WriteOptions(source=source, out=tmp_path / "out", name="set-big"))
-    with pytest.raises(UserError, match="set-000000.tar: is there already; .* --force"):
+    with pytest.raises(UserError, match=r"set-000000\.tar: is there already; .* --force"):
         write_shards(WriteOptions(source=source, out=tmp_path / "out", name="set"))
     write_shards(WriteOptions(source=source, out=tmp_path / "out", name="set", force=True))
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
@@ -209,7 +209,7 @@ def test_bad_captions_are_refused_with_their_line(content, message, source, tmp_
 
 def test_a_folder_without_captions_and_a_broken_zip_are_refused(source, tmp_path):
     (source / "captions.jsonl").unlink()
-    with pytest.raises(UserError, match="no captions.jsonl in it"):
+    with pytest.raises(UserError, match=r"no captions\.jsonl in it"):
         write_shards(WriteOptions(source=source, out=tmp_path / "out"))
     (tmp_path / "x.zip").write_bytes(io.BytesIO(b"PK nothing").getvalue())
     with pytest.raises(UserError, match="not a whole zip file"):

@@ -1,0 +1,144 @@
+"""The command: what it prints, and how it refuses what can't work."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cascade.errors import run_main
+from train.__main__ import KINDS
+
+ROOT = Path(__file__).parents[2]
+
+
+def refusal(run, capsys, *arguments: object) -> str:
+    """The one line that a refused run prints."""
+    assert run_main(lambda: run.start(*arguments)) == 2
+    captured = capsys.readouterr()
+    [line] = captured.err.splitlines()
+    assert captured.out == ""
+    assert line.startswith("error: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        ("stage_c", ["--model.hidden_chanels", "[8]"], "did you mean 'hidden_channels'?"),
+        ("stage_c", ["--run.max_stpes", "3"], "did you mean 'max_steps'?"),
+        ("stage_c", ["--optim.name", "adam"], "did you mean 'adamw'?"),
+        ("stage_c", ["--run.max_steps", "many"], "run.max_steps: expected int, got 'many'"),
+        ("stage_c", ["--run.max_steps", "0"], "run: max_steps is 0; at least 1"),
+        ("stage_c", ["--run.max_steps"], "--run.max_steps: a value is missing"),
+        ("stage_c", ["more"], "more: unexpected argument"),
+        ("stage_c", ["--data.shards", "/none/*.tar"], "/none/*.tar: no shard matches"),
+        ("stage_c", ["--data.batch_size", "13"], "data.batch_size is 13"),
+        ("stage_c", ["--data.folder", "/none"], "/none/text.safetensors: not there; make it with"),
+        ("stage_c", ["--data.folder", "null"], "data.folder: this run trains on a cache"),
+        ("stage_c", ["--text", "/none"], "/none/model.safetensors: no such file"),
+        ("stage_c", ["--compressor", "/none"], "/none: no such file"),
+        ("stage_c", ["--model.text_channels", "8"], "model.text_channels is 8 but the cached"),
+        ("stage_c", ["--text_states.hidden", "post_norm"], "precompute it again"),
+        ("stage_c", ["--init_from", "/none"], "/none: no such weights file"),
+        ("stage_b", ["--model.text_pooled_channels", "8"], "but the cached text states have 12"),
+        ("stage_b", ["--stage_a", "/none"], "/none: no such file"),
+        ("previewer", ["--resume"], "last.ckpt is not there; start without --resume"),
+        ("previewer", ["--run.accelerator", "mps"], "run.accelerator mps"),
+        ("stage_a", ["--crop", "64"], "crop is 64 but the pictures are 32x32"),
+        ("stage_a", ["--crop", "18"], "crop is 18; Stage A needs a multiple of 4"),
+        ("stage_a", ["--clip", "null"], "loss.perceptual is 0.1 but clip names no folder"),
+        ("stage_a", ["--clip", "/none"], "/none: not a CLIP with both towers"),
+        ("clip", ["--init_from", "/none"], "/none: no tokenizer.json in it"),
+    ],
+)
+def test_what_can_t_work_is_refused_in_one_line(kind, arguments, message, make_run, capsys):
+    assert message in refusal(make_run(kind), capsys, *arguments)
+
+
+def test_weights_of_another_size_are_no_start(make_run, tiny_model, capsys):
+    start = str(tiny_model / "previewer.safetensors")
+    run = make_run("previewer", init_from=start)
+    line = refusal(run, capsys, "--model.channels", "[8, 4]")
+    assert "previewer.safetensors: does not fit the configured model" in line
+    run = make_run("stage_c", init_from=start)
+    assert "holds a Previewer, but a StageC is needed" in refusal(run, capsys)
+
+
+def test_a_run_s_folder_that_can_t_be_made_is_named(make_run, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "run"
+    assert f"run.out {out}: can't be made" in refusal(
+        make_run("previewer"), capsys, "--run.out", out
+    )
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_the_right_to_write_is_named(make_run, tmp_path, capsys):
+    out = tmp_path / "closed"
+    out.mkdir(mode=0o500)
+    assert "permission denied" in refusal(make_run("previewer"), capsys, "--run.out", out)
+
+
+def test_a_fresh_start_over_a_run_is_one_line_too(make_run, capsys):
+    run = make_run("previewer")
+    run.start("--run.max_steps", 1)
+    capsys.readouterr()
+    assert "holds a run already; go on with --resume" in refusal(run, capsys)
+
+
+def test_a_loss_that_is_lost_ends_the_run_in_one_line(make_run, capsys):
+    run = make_run("previewer", optim={"grad_clip": 0.0, "lr": 1e30, "warmup_steps": 0})
+    assert "the loss is " in refusal(run, capsys, "--run.max_steps", 50)
+    assert not (run.out / "previewer.safetensors").exists()
+
+
+def test_an_unknown_kind_lists_the_kinds(make_run, capsys):
+    run = make_run("previewer")
+    run.kind = "stage_d"
+    with pytest.raises(SystemExit) as caught:
+        run.start()
+    assert caught.value.code == 2
+    assert all(kind in capsys.readouterr().err for kind in KINDS[:1])
+
+
+def test_the_run_s_folder_keeps_the_resolved_configuration(make_run):
+    run = make_run("previewer")
+    run.start("--run.max_steps", 1, "--optim.lr=0.003")
+    kept = yaml.safe_load((run.out / "config.yaml").read_text())
+    assert kept["optim"]["lr"] == 0.003
+    assert kept["optim"]["betas"] == [0.9, 0.95]
+    again = shutil.copy(run.out / "config.yaml", run.config)
+    run.config = Path(again)
+    assert run.start("--run.out", run.out.with_name("again")) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["stage_a", "stage_c"])
+def test_a_run_prints_its_own_lines_and_nothing_else(kind, make_run):
+    run = make_run(kind)
+    command = [sys.executable, "-m", "train", kind, "--config", str(run.config)]
+    printed = []
+    for more in ([], ["--resume", "--run.max_steps", "6"]):
+        done = subprocess.run(
+            command + more, cwd=ROOT, capture_output=True, text=True, timeout=300, check=True
+        )
+        assert done.stdout == ""
+        printed += done.stderr.splitlines()
+    out = re.escape(str(run.out))
+    number = r"[\d.]+"
+    ours = (
+        r"1 shards: 12 pictures read",
+        rf"step \d/[46]: loss -?{number}, {number} samples/s, {number} min left",
+        rf"exported {kind} to {out}",
+        rf"resuming {out} at step 4 of 6",
+        rf"{out}: [46] of [46] steps, (16|24) samples, \d+ s",
+    )
+    assert [line for line in printed if not any(re.fullmatch(own, line) for own in ours)] == []
+    assert sum(line.startswith("step ") for line in printed) == 6

@@ -1,0 +1,193 @@
+"""What a system draws for each sample, and which networks learn when."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+import torch
+
+from cascade.config import load_yaml
+from stages.semantic_compressor import SemanticCompressor
+from train.data.cached import CachedBatch
+from train.systems.clip import random_crop
+from train.systems.stage_a import FrozenClipFeatures, StageARun, StageASystem, random_crops
+from train.systems.stage_b import StageBRun, StageBSystem, corrupt_latents
+from train.systems.stage_c import StageCRun, StageCSystem
+
+SAMPLES = 4000
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def batch_of(count: int, **parts: torch.Tensor) -> CachedBatch:
+    return CachedBatch(
+        captions=["a"] * count,
+        groups=torch.arange(count),
+        pixels=parts.pop("pixels", torch.rand(count, 3, 8, 8, generator=generator())),
+        **parts,
+    )
+
+
+def null_text(length: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.full((length, 16), -1.0), torch.full((12,), -1.0)
+
+
+def shares(draw: torch.Tensor, rate: float) -> bool:
+    """Whether a share of samples is the rate within four standard deviations."""
+    return abs(draw.float().mean().item() - rate) < 4 * (rate * (1 - rate) / len(draw)) ** 0.5
+
+
+def test_stage_c_drops_captions_sample_by_sample_at_its_rate(make_run):
+    run = load_yaml(StageCRun, make_run("stage_c", caption_dropout=0.1).config)
+    system = StageCSystem(run, null_text())
+    ones = {"text_hidden": torch.ones(SAMPLES, 3, 16), "text_pooled": torch.ones(SAMPLES, 12)}
+    cond = system.condition(batch_of(SAMPLES, **ones), generator())
+    dropped = cond.text_pooled[:, 0] < 0
+    assert shares(dropped, 0.1)
+    signs = torch.where(dropped, -1.0, 1.0)
+    assert torch.equal(cond.text_hidden, signs.view(-1, 1, 1).expand(-1, 3, 16))
+    assert torch.equal(cond.text_pooled, signs.view(-1, 1).expand(-1, 12))
+
+
+def test_stage_b_drops_captions_and_conditions_each_on_its_own_draw(make_run, monkeypatch):
+    run = load_yaml(
+        StageBRun,
+        make_run("stage_b", caption_dropout=0.2, condition_dropout=0.1, condition_noise=0.0).config,
+    )
+    system = StageBSystem(run, null_text())
+    monkeypatch.setattr(
+        SemanticCompressor, "encode", lambda self, pixels: torch.ones(len(pixels), 16, 2, 2)
+    )
+    pooled = torch.ones(SAMPLES, 12)
+    cond = system.condition(batch_of(SAMPLES, text_pooled=pooled), generator())
+    no_text, no_latents = cond.text_pooled[:, 0] < 0, cond.stage_c_latents[:, 0, 0, 0] == 0
+    assert shares(no_text, 0.2)
+    assert shares(no_latents, 0.1)
+    assert shares(no_text & no_latents, 0.02)
+
+
+def test_conditions_are_zeroed_noised_or_left_alone_sample_by_sample():
+    latents = torch.ones(SAMPLES, 16, 2, 2)
+    result = corrupt_latents(latents, drop=0.1, noise=0.3, noise_t=0.5, generator=generator())
+    flat = result.flatten(1)
+    zero, same = (flat == 0).all(1), (flat == 1).all(1)
+    assert shares(zero, 0.1)
+    assert shares(~zero & ~same, 0.9 * 0.3)
+    noised = flat[~zero & ~same]
+    spread = noised.std(dim=1)
+    assert spread.min() < 0.1 and 0.6 < spread.max() < 1.2  # each at its own time
+    assert noised.mean().item() == pytest.approx(0.9, abs=0.05)
+    whole = corrupt_latents(latents, drop=0.0, noise=0.0, noise_t=0.5, generator=generator())
+    assert torch.equal(whole, latents)
+
+
+def test_stage_b_teaches_the_compressor(make_run):
+    run = load_yaml(StageBRun, make_run("stage_b").config)
+    system = StageBSystem(run, null_text())
+    system.log = lambda *_, **__: None
+    system._trainer = types.SimpleNamespace(global_step=0, global_rank=0)
+    for parameter in system.network.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    batch = batch_of(
+        4,
+        pixels=torch.rand(4, 3, 32, 32, generator=generator()),
+        stage_a_latents=torch.randn(4, 4, 8, 8, generator=generator()),
+        text_pooled=torch.randn(4, 12, generator=generator()),
+    )
+    system.training_step(batch, 0).backward()
+    gradient = sum(p.grad.abs().sum() for p in system.compressor.parameters() if p.grad is not None)
+    assert gradient > 0
+    assert set(system.exported_networks()) == {"stage_b", "compressor"}
+
+
+def parameters_of(run) -> dict[str, torch.Tensor]:
+    return torch.load(run.out / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def test_the_discriminator_starts_at_its_step(make_run):
+    run = make_run("stage_a", loss={"adversarial_from_step": 2})
+    run.start("--run.max_steps", 2)
+    rows = run.metrics()
+    assert [float(row["discriminator"]) for row in rows] == [0.0, 0.0]
+    assert not any(row.get("adversarial") for row in rows)
+    before = {k: v for k, v in parameters_of(run).items() if k.startswith("discriminator.")}
+    run.start("--run.max_steps", 3, "--resume")
+    [row] = run.metrics(1)
+    assert float(row["discriminator"]) > 0
+    assert float(row["adversarial"]) != 0
+    after = parameters_of(run)
+    weights = [key for key in before if key.endswith(("weight", "original", "bias"))]
+    assert weights
+    assert any(not torch.equal(before[key], after[key]) for key in weights)
+
+
+def test_an_untouched_discriminator_is_the_seed_s(make_run):
+    states = []
+    for name, steps in (("one", 1), ("two", 2)):
+        run = make_run("stage_a", name, loss={"adversarial_from_step": 10})
+        run.start("--run.max_steps", steps)
+        states.append(parameters_of(run))
+    for key, value in states[0].items():
+        if key.startswith("discriminator.") and not key.endswith(("_u", "_v")):
+            assert torch.equal(value, states[1][key]), key
+
+
+def test_the_frozen_clip_gets_no_gradient_but_the_reconstruction_does(clip_folder):
+    features = FrozenClipFeatures(str(clip_folder), (0, 1))
+    features.train()
+    assert not any(module.training for module in features.modules())
+    pixels = torch.rand(2, 3, 32, 32, generator=generator(), requires_grad=True)
+    first, second = features(pixels)
+    assert first.shape == second.shape == (2, 4, 16)
+    (first.sum() + second.square().sum()).backward()
+    assert pixels.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in features.parameters())
+    assert features(torch.rand(1, 3, 50, 70))[0].shape == (1, 3 * 4, 16)
+
+
+def test_frozen_features_stay_out_of_checkpoints_and_optimizers(make_run):
+    run = make_run("stage_a")
+    run.start("--run.max_steps", 1)
+    assert not [key for key in parameters_of(run) if key.startswith("features.")]
+    system = StageASystem(load_yaml(StageARun, run.config))
+    optimizers, _ = system.configure_optimizers()
+    trained = {
+        id(p)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+    assert not trained & {id(p) for p in system.features.parameters()}
+
+
+def test_without_its_weight_the_perceptual_term_loads_nothing(make_run):
+    config = make_run("stage_a", loss={"perceptual": 0.0}, clip=None).config
+    assert StageASystem(load_yaml(StageARun, config)).features is None
+
+
+def test_stage_a_crops_each_picture_elsewhere():
+    index = torch.arange(32.0)
+    pixels = torch.stack(
+        [index.view(-1, 1).expand(32, 32), index.expand(32, 32), 0 * index.expand(32, 32)]
+    )
+    crops = random_crops(pixels.expand(50, -1, -1, -1), 8, generator())
+    assert crops.shape == (50, 3, 8, 8)
+    tops, lefts = crops[:, 0, 0, 0], crops[:, 1, 0, 0]
+    assert len(tops.unique()) > 10 and len(lefts.unique()) > 10
+    assert 0 <= tops.min() and tops.max() <= 24
+    assert torch.equal(crops[:, 0, 7, 0] - tops, torch.full((50,), 7.0))
+    assert random_crops(pixels[None], 32, generator()).shape == (1, 3, 32, 32)
+    with pytest.raises(ValueError, match="crop is 33 but the pictures are 32x32"):
+        random_crops(pixels[None], 33, generator())
+
+
+def test_clip_crops_one_square_of_the_asked_share():
+    pixels = torch.rand(2, 3, 40, 40, generator=generator())
+    sizes = {random_crop(pixels, 0.5, generator(seed)).shape[-2:] for seed in range(30)}
+    assert all(20 <= rows == columns <= 40 for rows, columns in sizes)
+    assert len(sizes) > 5
+    assert random_crop(pixels, 1.0, generator()).shape == pixels.shape
