@@ -11,17 +11,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from cascade.checkpoints.files import load_network
 from cascade.checkpoints.hub import resolve
 from cascade.diffusion.samplers import StepInfo
 from cascade.errors import UserError
 from cascade.images import pixels_to_images
 from cascade.pipelines.finite import check_finite, check_not_black
+from cascade.pipelines.fit import check_fit
+from cascade.pipelines.parts import Dialect, Source, open_source
 from cascade.pipelines.placement import pick_device, pick_dtype
 from cascade.pipelines.plan import Plan, make_plan
 from cascade.pipelines.prompts import PromptStates
@@ -34,17 +35,11 @@ from cascade.pipelines.results import (
     describe,
 )
 from cascade.pipelines.sampling import sample_stage_b, sample_stage_c
-from cascade.pipelines.spec import load_spec, model_hash
 from cascade.pipelines.watch import Clock, OnPreview, Watch
 from cascade.rng import PictureNoise
-from cascade.text.encoder import TextEncoder
 from stages.previewer import Previewer
 from stages.semantic_compressor import SemanticCompressor
-from stages.stage_a import StageA
-from stages.stage_b import StageB
-from stages.stage_c import StageC
-
-N = TypeVar("N", bound=nn.Module)
+from stages.stage_b_v2 import StageBV2
 
 GPU_BATCH_SIZE = 4
 """Pictures that run together on a GPU unless the caller says otherwise."""
@@ -59,12 +54,16 @@ class CascadePipeline:
     """
 
     def __init__(
-        self, folder: str | Path, *, device: str = "auto", dtype: str | torch.dtype = "auto"
+        self,
+        folder: str | Path | Source,
+        *,
+        device: str = "auto",
+        dtype: str | torch.dtype = "auto",
     ) -> None:
         """Load a model folder; nothing is downloaded.
 
         Args:
-            folder: A folder with ``model.json``, the stages' files, and ``text/``.
+            folder: A folder of ours or of published weights, or what ``open_source`` made of one.
             device: "auto", "cpu", "cuda", "cuda:1", "mps".
             dtype: Number format of the stages: "auto", "float32", "bfloat16", "float16". The text
                 encoder always runs in float32.
@@ -72,20 +71,27 @@ class CascadePipeline:
         Raises:
             UserError: If something is missing or does not fit.
         """
-        self.folder = Path(folder)
-        self.spec = load_spec(self.folder)
+        self._source = open_source(folder) if isinstance(folder, (str, Path)) else folder
+        self.folder = self._source.folder
+        self.spec = self._source.spec
         self.device = pick_device(str(device))
         self.dtype = pick_dtype(dtype, self.device)
-        self.text_encoder = TextEncoder.from_folder(
-            self.folder / "text", self.spec.text, device=self.device
+        self._parts = self._source.load(self.device, self.dtype)
+        self.text_encoder = self._parts.text
+        self.text_encoder_b = self._parts.text_b or self._parts.text
+        self.stage_c = self._parts.stage_c
+        self.stage_b = self._parts.stage_b
+        self.stage_a = self._parts.stage_a
+        check_fit(
+            self.text_encoder, self.stage_c, self.stage_b, self.stage_a, str(self.folder)
         )
-        self.stage_c = self._load("stage_c", StageC)
-        self.stage_b = self._load("stage_b", StageB)
-        self.stage_a = self._load("stage_a", StageA)
-        cell = self.stage_a.downscale * self.stage_b.config.patch_size
+        cells = self.stage_b.config.patch_size
+        if isinstance(self.stage_b, StageBV2):
+            cells = self.stage_b.config.latent_multiple
+        cell = self.stage_a.downscale * cells
         if self.spec.size_multiple % cell:
             raise UserError(
-                f"{self.folder}: model.json's size_multiple is {self.spec.size_multiple}, but "
+                f"{self.folder}: the model's size_multiple is {self.spec.size_multiple}, but "
                 f"Stage A and Stage B together need multiples of {cell} pixels"
             )
 
@@ -98,19 +104,33 @@ class CascadePipeline:
 
     @classmethod
     def from_pretrained(
-        cls, model: str | Path, *, device: str = "auto", dtype: str | torch.dtype = "auto"
+        cls,
+        model: str | Path,
+        *,
+        device: str = "auto",
+        dtype: str | torch.dtype = "auto",
+        dialect: Dialect = "official",
+        lite: bool = False,
     ) -> CascadePipeline:
         """Load a model folder, or fetch ``organisation/name`` from the hub and load that.
+
+        Args:
+            model: A folder, or an id on the hub.
+            device: See the constructor.
+            dtype: See the constructor.
+            dialect: For published weights: sampled as their authors do, or as diffusers does.
+            lite: For published weights in several sizes: take the smaller ones.
 
         Raises:
             UserError: If it is neither, cannot be fetched, or does not fit.
         """
-        return cls(resolve(model), device=device, dtype=dtype)
+        source = open_source(resolve(model), dialect=dialect, lite=lite)
+        return cls(source, device=device, dtype=dtype)
 
     @cached_property
     def compressor(self) -> SemanticCompressor:
         """The semantic compressor, loaded when a picture is first encoded."""
-        network = self._load("compressor", SemanticCompressor)
+        network: SemanticCompressor = self._parts.extra("compressor", str(self.folder))
         size = (self.spec.image_size, self.spec.image_size)
         made, declared = network.config.latent_size(size), self.spec.stage_c_size(size)
         if made != declared:
@@ -123,12 +143,13 @@ class CascadePipeline:
     @cached_property
     def previewer(self) -> Previewer:
         """The previewer, loaded when a preview is first asked for."""
-        return self._load("previewer", Previewer)
+        network: Previewer = self._parts.extra("previewer", str(self.folder))
+        return network
 
     @cached_property
     def weights_hash(self) -> str:
         """Hash over the model's files, as stored in pictures."""
-        return model_hash(self.folder)
+        return self._source.weights_hash()
 
     def __call__(
         self,
@@ -225,7 +246,7 @@ class CascadePipeline:
             raise UserError(
                 f"batch_size {batch_size} and preview_every {preview_every} must be at least 1"
             )
-        states = PromptStates(self.text_encoder)
+        states = self._prompt_states()
         for start in range(0, len(plan.requests), batch_size):
             batch = range(start, min(start + batch_size, len(plan.requests)))
             watch = Watch(batch, len(plan.requests), progress, on_preview, preview_every)
@@ -285,26 +306,25 @@ class CascadePipeline:
             latents = sample_stage_b(
                 self.stage_b,
                 self.spec.stage_b,
-                stage_c_latents,
-                PromptStates(self.text_encoder).pair(prompts, ""),
+                self._told(stage_c_latents),
+                self._prompt_states()[1].pair(prompts, ""),
                 PictureNoise(seeds, "stage_b"),
-                self._latent_shape(height, width),
+                self._latent_shape(height, width, stage_c_latents),
             )
             return Reconstruction(self._decode(latents).cpu(), stage_c_latents.cpu(), latents.cpu())
 
-    def _load(self, name: str, network: type[N]) -> N:
-        path = self.folder / f"{name}.safetensors"
-        return load_network(path, expect=network, device=self.device, dtype=self.dtype)
-
     @torch.inference_mode()
-    def _make_batch(self, plan: Plan, states: PromptStates, watch: Watch) -> list[Picture]:
+    def _make_batch(
+        self, plan: Plan, states: tuple[PromptStates, PromptStates], watch: Watch
+    ) -> list[Picture]:
         """Run one batch through all stages."""
         requests = [plan.requests[index] for index in watch.batch]
         seeds = [request.seed for request in requests]
         clock = Clock(self.device)
 
         with clock("text"):
-            prompted = states.pair([request.prompt for request in requests], plan.negative_prompt)
+            prompts = [request.prompt for request in requests]
+            prompted, prompted_b = (one.pair(prompts, plan.negative_prompt) for one in states)
 
         with clock("stage_c"), watch.stage("Stage C", plan.stage_c.steps) as count:
 
@@ -326,10 +346,10 @@ class CascadePipeline:
             stage_b_latents = sample_stage_b(
                 self.stage_b,
                 plan.stage_b,
-                stage_c_latents,
-                prompted,
+                self._told(stage_c_latents),
+                prompted_b,
                 PictureNoise(seeds, "stage_b"),
-                self._latent_shape(plan.height, plan.width),
+                self._latent_shape(plan.height, plan.width, stage_c_latents),
                 on_step=count,
             )
 
@@ -358,10 +378,38 @@ class CascadePipeline:
         weights = self.weights_hash
         return describe(plan, index, model=self.spec.name, weights=weights, dtype=dtype)
 
-    def _latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+    def _prompt_states(self) -> tuple[PromptStates, PromptStates]:
+        """Return what Stage C and Stage B read of prompts; the same if they share an encoder."""
+        states = PromptStates(self.text_encoder)
+        if self.text_encoder_b is self.text_encoder:
+            return states, states
+        return states, PromptStates(self.text_encoder_b)
+
+    def _told(self, stage_c_latents: Tensor) -> Tensor:
+        """Return Stage C's latents in the scale that Stage B was trained on."""
+        return stage_c_latents * self.spec.stage_c_scale - self.spec.stage_c_shift
+
+    def _latent_shape(
+        self, height: int, width: int, stage_c_latents: Tensor
+    ) -> tuple[int, int, int]:
         """Shape of a picture's Stage B latents."""
-        side = self.stage_a.downscale
-        return self.stage_a.config.latent_channels, height // side, width // side
+        channels, cells = (
+            self.stage_a.config.latent_channels,
+            self.spec.stage_b_cells_per_stage_c_cell,
+        )
+        if cells is None:
+            side = self.stage_a.downscale
+            return channels, height // side, width // side
+        rows, columns = (int(side * cells) for side in stage_c_latents.shape[-2:])
+        multiple = self.stage_b.config.patch_size
+        if isinstance(self.stage_b, StageBV2):
+            multiple = self.stage_b.config.latent_multiple
+        if rows % multiple or columns % multiple:
+            raise UserError(
+                f"{width}x{height}: by diffusers' rule Stage A's latents are {columns}x{rows}, but "
+                f"Stage B takes multiples of {multiple}; use another size, or the official dialect"
+            )
+        return channels, rows, columns
 
     def _decode(self, stage_b_latents: Tensor) -> Tensor:
         """Turn Stage B latents into pixels ``(B, 3, H, W)``, float32 in [0, 1]."""

@@ -1,0 +1,128 @@
+"""The loaded networks of one cascade, wherever they came from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar
+
+import torch
+from torch import nn
+
+from cascade.checkpoints.files import load_network
+from cascade.errors import UserError
+from cascade.pipelines.spec import SPEC_FILE, CascadeSpec, load_spec, model_hash
+from cascade.text.encoder import TextEncoder
+from stages.previewer import Previewer
+from stages.semantic_compressor import SemanticCompressor
+from stages.stage_a import StageA
+from stages.stage_b import StageB
+from stages.stage_b_v2 import StageBV2
+from stages.stage_c import StageC
+from stages.stage_c_v2 import StageCV2
+
+N = TypeVar("N", bound=nn.Module)
+Extra = Literal["compressor", "previewer"]
+Dialect = Literal["official", "diffusers"]
+
+
+@dataclass
+class CascadeParts:
+    """What a pipeline runs."""
+
+    stage_a: StageA
+    stage_b: StageB | StageBV2
+    stage_c: StageC | StageCV2
+    text: TextEncoder
+    """Stage C's text encoder, and Stage B's unless it has one of its own."""
+    text_b: TextEncoder | None = None
+    """Stage B's own text encoder (v2)."""
+    extras: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    """Loaders of what only some calls need: "compressor", "previewer"."""
+
+    def extra(self, name: Extra, where: str) -> Any:
+        """Load a part that only some calls need.
+
+        Raises:
+            UserError: If the model has none.
+        """
+        if name not in self.extras:
+            raise UserError(f"{where}: this model has no {name}; its files came without one")
+        return self.extras[name]()
+
+
+class Source(Protocol):
+    """A model on this disk: its settings at once, its networks when asked."""
+
+    folder: Path
+    spec: CascadeSpec
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> CascadeParts:
+        """Load the networks."""
+        ...
+
+    def weights_hash(self) -> str:
+        """Return 12 hex digits that tell these weights from others."""
+        ...
+
+
+class OwnFolder:
+    """A model folder that was written here: ``model.json``, the stages' files, ``text/``."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read ``model.json``.
+
+        Raises:
+            UserError: If it is missing or not valid.
+        """
+        self.folder = folder
+        self.spec = load_spec(folder)
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> CascadeParts:
+        """Load the stages; the compressor and the previewer wait until they are needed."""
+
+        def load(name: str, network: type[N]) -> N:
+            path = self.folder / f"{name}.safetensors"
+            return load_network(path, expect=network, device=device, dtype=dtype)
+
+        text = TextEncoder.from_folder(self.folder / "text", self.spec.text, device=device)
+        text_b = None
+        if self.spec.text_b is not None:
+            folder = self.folder / "text_b"
+            text_b = TextEncoder.from_folder(folder, self.spec.text_b, device=device)
+        v2 = self.spec.generation == "v2"
+        return CascadeParts(
+            stage_c=load("stage_c", StageCV2) if v2 else load("stage_c", StageC),
+            stage_b=load("stage_b", StageBV2) if v2 else load("stage_b", StageB),
+            stage_a=load("stage_a", StageA),
+            text=text,
+            text_b=text_b,
+            extras={
+                "compressor": lambda: load("compressor", SemanticCompressor),
+                "previewer": lambda: load("previewer", Previewer),
+            },
+        )
+
+    def weights_hash(self) -> str:
+        """Hash all weights and settings."""
+        return model_hash(self.folder)
+
+
+def open_source(path: str | Path, *, dialect: Dialect = "official", lite: bool = False) -> Source:
+    """Find out what a model folder is: one of ours, or published files in any layout.
+
+    Args:
+        path: The folder.
+        dialect: For published weights: sampled as their authors do, or as diffusers does.
+        lite: For published weights in several sizes: take the smaller ones.
+
+    Raises:
+        UserError: If no cascade is there.
+    """
+    path = Path(path)
+    if (path / SPEC_FILE).is_file():
+        return OwnFolder(path)
+    from cascade.pipelines.published import PublishedFiles
+
+    return PublishedFiles(path, dialect, lite)

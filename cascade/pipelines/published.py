@@ -1,0 +1,294 @@
+"""Published cascades on this disk: folders of diffusers, or the authors' own files.
+
+What each file is is told by its content; folders' and files' names only say where to look.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cascade.checkpoints.detect import Published
+from cascade.checkpoints.load import build, identify
+from cascade.checkpoints.readers import (
+    INDEX_SUFFIX,
+    PICKLE_SUFFIXES,
+    Opened,
+    open_weights,
+    read_json,
+)
+from cascade.errors import UserError
+from cascade.pipelines.parts import CascadeParts, Dialect
+from cascade.pipelines.spec import CascadeSpec, StageSampling
+from cascade.text.encoder import TextConfig, TextEncoder
+
+V2_SCALE = 0.3764
+V3_SCALE = 0.43
+"""Stage A's latents are divided by this; diffusers' folder of v3 says v2's by mistake."""
+V2_TIMES = tuple(
+    [1.0 - index / 19 * (1 / 3) for index in range(20)]
+    + [(2 / 3) * (1 - index / 10) for index in range(1, 11)]
+)
+_NEEDED = ("stage_c", "stage_b", "stage_a")
+_CELLS = 42.67
+_HASHED_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class _Found:
+    opened: Opened
+    published: Published
+    path: Path
+
+    @property
+    def values(self) -> int:
+        return sum(tensor.numel() for tensor in self.opened.tensors.values())
+
+
+class PublishedFiles:
+    """Würstchen v2 or Stable Cascade, in any published layout."""
+
+    def __init__(self, folder: Path, dialect: Dialect = "official", lite: bool = False) -> None:
+        """Look through the folder; only headers are read.
+
+        Raises:
+            UserError: If a stage or a text encoder is missing, or the generations are mixed.
+        """
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder; name a model's folder")
+        self.folder = folder
+        self.dialect = dialect
+        found = list(_networks(folder))
+        self._parts = {kind: _choose(found, kind, lite) for kind in ("stage_c", "stage_b")}
+        self._parts |= {
+            kind: _choose(found, kind, lite=False)
+            for kind in ("stage_a", "compressor", "previewer")
+        }
+        missing = [kind for kind in _NEEDED if self._parts[kind] is None]
+        if len(missing) == len(_NEEDED):
+            raise UserError(
+                f"{folder}: not a cascade: neither model.json nor any published network in it"
+            )
+        if missing:
+            raise UserError(
+                f"{folder}: no {' and no '.join(missing)} in it; a cascade needs Stage C (prior), "
+                "Stage B (decoder) and Stage A (vqgan): put them into one folder"
+            )
+        stage_c, stage_b = self._part("stage_c"), self._part("stage_b")
+        if stage_c.published.generation != stage_b.published.generation:
+            raise UserError(
+                f"{folder}: {stage_c.opened.where} is {stage_c.published.generation} and "
+                f"{stage_b.opened.where} is {stage_b.published.generation}; use one generation"
+            )
+        self.generation = stage_c.published.generation
+        self._encoders = list(_text_encoders(folder))
+        self._text = self._encoder_for(stage_c, "Stage C")
+        self._text_b = self._encoder_for(stage_b, "Stage B")
+        self.spec = self._make_spec()
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> CascadeParts:
+        """Load the networks."""
+
+        def load(kind: str) -> Any:
+            return self._build(self._part(kind), device, dtype)
+
+        text_dtype = torch.float32 if device.type == "cpu" else dtype
+        text = _load_text(self._text, self.spec.text, device, text_dtype)
+        text_b = None
+        if self.spec.text_b is not None:
+            text_b = _load_text(self._text_b, self.spec.text_b, device, text_dtype)
+        extras: dict[str, Callable[[], Any]] = {
+            kind: partial(load, kind)
+            for kind in ("compressor", "previewer")
+            if self._parts[kind] is not None
+        }
+        return CascadeParts(
+            stage_c=load("stage_c"),
+            stage_b=load("stage_b"),
+            stage_a=load("stage_a"),
+            text=text,
+            text_b=text_b,
+            extras=extras,
+        )
+
+    def weights_hash(self) -> str:
+        """Hash the names, sizes and a part of the content of the files; whole ones are large."""
+        digest = hashlib.sha256(self.dialect.encode())
+        for kind, part in sorted(self._parts.items()):
+            if part is not None:
+                digest.update(f"{kind} {_sampled_hash(part.path)}\n".encode())
+        return digest.hexdigest()[:12]
+
+    def _part(self, kind: str) -> _Found:
+        part = self._parts[kind]
+        assert part is not None, f"{kind} is not among the files"
+        return part
+
+    def _build(self, part: _Found, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        published, network = build(part.opened, device=device, dtype=dtype)
+        if published.kind == "stage_a":
+            # The constant belongs to the Stage B that was trained on these latents.
+            scale = published.config.scale
+            if self.dialect == "official" or "scale_factor" not in part.opened.declared:
+                scale = V2_SCALE if self.generation == "v2" else V3_SCALE
+            network.config = replace(published.config, scale=scale)  # type: ignore[assignment]
+        return network
+
+    def _encoder_for(self, part: _Found, stage: str) -> _TextFolder:
+        config = part.published.config
+        width = getattr(config, "text_channels", None) or config.text_pooled_channels
+        fitting = [one for one in self._encoders if one.width == width]
+        if not fitting:
+            widths = ", ".join(f"{one.folder.name} ({one.width})" for one in self._encoders)
+            raise UserError(
+                f"{self.folder}: no text encoder {width} wide for {stage} (found: "
+                f"{widths or 'none'}); put its folders text_encoder and tokenizer here, as the "
+                "diffusers folder of the same model has them"
+            )
+        # Of two, the one in the stage's own pipeline folder.
+        near = [one for one in fitting if part.path.is_relative_to(one.folder.parent)]
+        return (near or fitting)[0]
+
+    def _make_spec(self) -> CascadeSpec:
+        stage_b_own = self._text_b.folder != self._text.folder
+        base = CascadeSpec(
+            name="wuerstchen-v2" if self.generation == "v2" else "stable-cascade",
+            image_size=1024,
+            pixels_per_stage_c_cell=_CELLS,
+            size_multiple=64 if self.generation == "v2" else 8,
+            min_size=128,
+            max_size=4096,
+            generation="v2" if self.generation == "v2" else "v3",
+        )
+        if self.generation == "v2":
+            raw = StageSampling(steps=12, guidance=1.0, time_input="raw", last_step="mean")
+            times = V2_TIMES if self.dialect == "official" else ()
+            stage_c = replace(
+                raw,
+                steps=29 if times else 60,
+                guidance=4.0 if times else 8.0,
+                times=times,
+            )
+            spec = replace(
+                base,
+                stage_c=stage_c,
+                stage_b=raw,
+                stage_c_scale=42.0,
+                stage_c_shift=1.0,
+                text=TextConfig(hidden="post_norm"),
+                text_b=TextConfig(hidden="post_norm"),
+                licence="MIT",
+            )
+        elif self.dialect == "official":
+            spec = replace(
+                base,
+                stage_c=StageSampling(steps=20, guidance=4.0, rescale=0.7, shift=2.0),
+                stage_b=StageSampling(steps=10, guidance=1.1, rescale=0.7),
+                text=TextConfig(hidden="pre_norm"),
+                text_b=TextConfig(hidden="pre_norm") if stage_b_own else None,
+                licence="Stability AI non-commercial community licence",
+            )
+        else:
+            raw = StageSampling(steps=20, guidance=4.0, time_input="raw", last_step="mean")
+            spec = replace(
+                base,
+                stage_c=raw,
+                stage_b=replace(raw, steps=10, guidance=1.0),
+                text=TextConfig(hidden="pre_norm"),
+                text_b=TextConfig(hidden="pre_norm") if stage_b_own else None,
+                licence="Stability AI non-commercial community licence",
+            )
+        if self.dialect == "diffusers":
+            return replace(spec, stage_b_cells_per_stage_c_cell=10.67)
+        return spec
+
+
+@dataclass(frozen=True)
+class _TextFolder:
+    folder: Path
+    tokenizer: Path
+    width: int
+
+
+def _networks(folder: Path) -> Iterator[_Found]:
+    """Yield every network of a cascade in a folder and two levels below."""
+    for path in _entries(folder, depth=2):
+        if _is_text_encoder(path.parent):
+            continue
+        for opened in open_weights(path):
+            try:
+                published = identify(opened)
+            except UserError:
+                continue  # an image encoder, a LoRA: no part of the cascade's own networks
+            yield _Found(opened, published, path)
+
+
+def _entries(folder: Path, depth: int) -> Iterator[Path]:
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir() and depth:
+            yield from _entries(path, depth - 1)
+        elif path.name.endswith(INDEX_SUFFIX) or path.suffix in PICKLE_SUFFIXES:
+            yield path
+        elif path.suffix == ".safetensors" and "-of-" not in path.name:
+            yield path
+
+
+def _is_text_encoder(folder: Path) -> bool:
+    config = folder / "config.json"
+    return config.is_file() and str(read_json(config).get("model_type", "")).startswith("clip")
+
+
+def _text_encoders(folder: Path) -> Iterator[_TextFolder]:
+    """Yield the text encoders in a folder and two levels below, each with its tokenizer."""
+    for config in sorted((*folder.glob("*/config.json"), *folder.glob("*/*/config.json"))):
+        values = read_json(config)
+        if "text_config" in values:
+            values = {**values["text_config"], "model_type": "clip_text_model"}
+        if values.get("model_type") != "clip_text_model":
+            continue
+        home = config.parent
+        names = (home.name.replace("text_encoder", "tokenizer"), "tokenizer", home.name)
+        for name in names:
+            tokenizer = home.parent / name
+            if any((tokenizer / file).is_file() for file in ("tokenizer.json", "vocab.json")):
+                yield _TextFolder(home, tokenizer, int(values.get("hidden_size", 512)))
+                break
+
+
+def _choose(found: Sequence[_Found], kind: str, lite: bool) -> _Found | None:
+    """Choose among files of one kind: the large network unless ``lite``, the unmarked variant."""
+    fitting = [one for one in found if one.published.kind == kind]
+    if not fitting:
+        return None
+    sizes = {one.values for one in fitting}
+    wanted = min(sizes) if lite else max(sizes)
+    fitting = [one for one in fitting if one.values == wanted]
+    return min(fitting, key=lambda one: (one.path.suffix in PICKLE_SUFFIXES, len(one.path.name)))
+
+
+def _load_text(
+    found: _TextFolder, config: TextConfig, device: torch.device, dtype: torch.dtype
+) -> TextEncoder:
+    return TextEncoder.from_folder(
+        found.folder, config, tokenizer_folder=found.tokenizer, device=device, dtype=dtype
+    )
+
+
+def _sampled_hash(path: Path) -> str:
+    """Hash a file's size and 16 blocks spread over it."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        for index in range(16):
+            file.seek(max(0, (size - _HASHED_BYTES) * index // 15))
+            digest.update(file.read(_HASHED_BYTES))
+    return digest.hexdigest()
