@@ -70,8 +70,13 @@ def train_stage_c(config: StageCRun, *, resume: bool) -> None:
         "text": text_hash(config.text, config.text_states),
         "stage_c": file_hash(Path(config.compressor)),
     }
+    if config.image_share > 0:
+        expect["image"] = text_hash(config.text)
     cache = load_cache(config.data, expect)
     assert cache.null_text is not None, "load_cache gives the null text with the text part"
+    if config.image_share > 0 and config.model.image_channels is not None:
+        embeds = cache.tensors["image_embeds"]
+        _fits("model.image_channels", config.model.image_channels, embeds, "image embeddings")
     _fits("model.text_channels", config.model.text_channels, cache.null_text[0])
     _fits("model.text_pooled_channels", config.model.text_pooled_channels, cache.null_text[1])
     system = StageCSystem(config, cache.null_text)
@@ -106,10 +111,10 @@ def _tokenizer(
     return train_tokenizer(captions, config.model.vocab_size, config.model.max_tokens)
 
 
-def _fits(key: str, wanted: int, state: Tensor) -> None:
-    """Check a text width of the network against the cache's."""
+def _fits(key: str, wanted: int, state: Tensor, what: str = "text states") -> None:
+    """Check a width of the network against the cache's."""
     if state.shape[-1] != wanted:
-        raise UserError(f"{key} is {wanted} but the cached text states have {state.shape[-1]}")
+        raise UserError(f"{key} is {wanted} but the cached {what} have {state.shape[-1]}")
 
 
 def _start_from(network: nn.Module, path: str | None) -> None:

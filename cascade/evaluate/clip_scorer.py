@@ -103,13 +103,21 @@ class ClipScorer:
         Returns:
             ``(N, D)`` unit vectors on the CPU.
         """
-        rows = []
-        for start in range(0, len(pixels), batch_size):
-            batch = pixels[start : start + batch_size].float()
-            prepared = self.preprocessing(batch.to(self.visual_projection.weight.device))
-            pooled = self.vision_model(pixel_values=prepared).pooler_output
-            rows.append(F.normalize(self.visual_projection(pooled), dim=1).cpu())
-        return torch.cat(rows)
+        starts = range(0, len(pixels), batch_size)
+        rows = [self.project_pictures(pixels[i : i + batch_size]).cpu() for i in starts]
+        return F.normalize(torch.cat(rows), dim=1)
+
+    @torch.inference_mode()
+    def project_pictures(self, pixels: Tensor) -> Tensor:
+        """Return CLIP's embeddings of pictures ``(B, 3, H, W)`` as they come: ``(B, D)`` float32.
+
+        These, not of unit length, are what Stage C is told of a picture.
+        """
+        prepared = self.preprocessing(pixels.float().to(self.visual_projection.weight.device))
+        projected: Tensor = self.visual_projection(
+            self.vision_model(pixel_values=prepared).pooler_output
+        )
+        return projected
 
     @torch.inference_mode()
     def embed_prompts(self, prompts: Sequence[str], batch_size: int = 64) -> Tensor:

@@ -37,6 +37,7 @@ precompute() {
 
 train clip
 precompute text --text runs/demo/clip/text
+precompute image --image runs/demo/clip/text
 train stage_a
 precompute stage_a --stage-a runs/demo/stage_a/stage_a.safetensors
 train stage_b

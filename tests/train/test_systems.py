@@ -6,8 +6,10 @@ import types
 
 import pytest
 import torch
+import yaml
 
 from cascade.config import load_yaml
+from cascade.errors import UserError
 from stages.semantic_compressor import SemanticCompressor
 from train.data.cached import CachedBatch
 from train.systems.clip import random_crop
@@ -50,6 +52,31 @@ def test_stage_c_drops_captions_sample_by_sample_at_its_rate(make_run):
     signs = torch.where(dropped, -1.0, 1.0)
     assert torch.equal(cond.text_hidden, signs.view(-1, 1, 1).expand(-1, 3, 16))
     assert torch.equal(cond.text_pooled, signs.view(-1, 1).expand(-1, 12))
+
+
+def test_stage_c_is_told_of_its_own_picture_at_its_rate_half_of_them_without_a_caption(make_run):
+    model = {**config_of_stage_c(make_run), "image_channels": 5}
+    made = make_run("stage_c", name="image", caption_dropout=0.0, image_share=0.3, model=model)
+    system = StageCSystem(load_yaml(StageCRun, made.config), null_text())
+    ones = {"text_hidden": torch.ones(SAMPLES, 3, 16), "text_pooled": torch.ones(SAMPLES, 12)}
+    embeds = torch.randn(SAMPLES, 5, generator=generator(1))
+    cond = system.condition(batch_of(SAMPLES, image_embeds=embeds, **ones), generator())
+    assert cond.image.shape == (SAMPLES, 1, 5)
+    given = cond.image[:, 0].any(dim=1)
+    assert shares(given, 0.3)
+    assert torch.equal(cond.image[given, 0], embeds[given])
+    dropped = cond.text_pooled[:, 0] < 0
+    assert not dropped[~given].any()
+    assert shares(dropped[given], 0.5)
+
+
+def test_a_picture_for_a_network_that_takes_none_is_refused(make_run):
+    with pytest.raises(UserError, match=r"image_share is 0\.3 but model\.image_channels is null"):
+        load_yaml(StageCRun, make_run("stage_c", image_share=0.3).config)
+
+
+def config_of_stage_c(make_run) -> dict:
+    return yaml.safe_load(make_run("stage_c", name="sizes").config.read_text())["model"]
 
 
 def test_stage_b_drops_captions_and_conditions_each_on_its_own_draw(make_run, monkeypatch):

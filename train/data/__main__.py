@@ -42,6 +42,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="hidden states before or after the final norm",
     )
     cache.add_argument("--text-pad-to", type=int, help="tokens to pad to (default: the window)")
+    cache.add_argument("--image", help="CLIP's folder: cache embeddings of the pictures")
     cache.add_argument("--stage-a", help="Stage A's file: cache its latents")
     cache.add_argument("--compressor", help="compressor's file: cache Stage C latents")
     cache.add_argument("--batch-size", type=int, default=64)
@@ -82,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         text_config=TextConfig(hidden=options.text_hidden, pad_to=options.text_pad_to),
         stage_a=options.stage_a,
         compressor=options.compressor,
+        image=options.image,
         batch_size=options.batch_size,
         device=options.device,
     )

@@ -105,6 +105,7 @@ class CachedBatch:
     stage_c_latents: Tensor | None = None  # (B, 16, h, w)
     text_hidden: Tensor | None = None  # (B, L, D)
     text_pooled: Tensor | None = None  # (B, P)
+    image_embeds: Tensor | None = None  # (B, E)
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -147,6 +148,8 @@ class Cache:
             batch.stage_a_latents = self.tensors["stage_a_latents"][indices].float()
         if "stage_c_latents" in self.tensors:
             batch.stage_c_latents = self.tensors["stage_c_latents"][indices].float()
+        if "image_embeds" in self.tensors:
+            batch.image_embeds = self.tensors["image_embeds"][indices].float()
         if "text_hidden" in self.tensors:
             rows = torch.tensor([self.caption_rows[caption] for caption in captions])
             batch.text_hidden = self.tensors["text_hidden"][rows].float()
@@ -158,6 +161,7 @@ CACHE_FILES = {
     "text": ("text_hidden", "text_pooled"),
     "stage_a": ("stage_a_latents",),
     "stage_c": ("stage_c_latents",),
+    "image": ("image_embeds",),
 }
 """File of a cache folder -> tensors in it."""
 
@@ -167,7 +171,8 @@ def load_cache(config: CacheConfig, expect: dict[str, str]) -> Cache:
 
     Args:
         config: Shards and cache folder.
-        expect: Part ("text", "stage_a", "stage_c") -> hash of the weights that must have made it.
+        expect: Part ("text", "stage_a", "stage_c", "image") -> hash of the weights that must have
+            made it.
 
     Raises:
         UserError: A part is missing, or was made from other pictures or other weights.

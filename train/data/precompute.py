@@ -41,6 +41,7 @@ def precompute(
     text_config: TextConfig | None = None,
     stage_a: str | None = None,
     compressor: str | None = None,
+    image: str | None = None,
     batch_size: int = 64,
     device: str = "cpu",
 ) -> None:
@@ -50,8 +51,8 @@ def precompute(
         UserError: No network is named, one is missing, does not take these pictures or gives a
             value that is not finite.
     """
-    if text is None and stage_a is None and compressor is None:
-        raise UserError("precompute: name a network: --text, --stage-a or --compressor")
+    if text is None and stage_a is None and compressor is None and image is None:
+        raise UserError("precompute: name a network: --text, --image, --stage-a or --compressor")
     if batch_size < 1:
         raise UserError(f"--batch-size {batch_size}: at least 1")
     target = pick_device(device)
@@ -65,6 +66,14 @@ def precompute(
         weights = text_hash(text, text_config)
         metadata = {**base, "weights": weights, "captions": json.dumps(captions)}
         _write(folder / "text.safetensors", metadata, text_hidden=hidden, text_pooled=pooled)
+    if image is not None:
+        from cascade.evaluate.clip_scorer import ClipScorer  # transformers' CLIP: seconds
+
+        scorer = ClipScorer.from_folder(image, target)
+        embeds = _encode_pictures(scorer.project_pictures, pictures, batch_size, target)
+        _write(
+            folder / "image.safetensors", {**base, "weights": text_hash(image)}, image_embeds=embeds
+        )
     if stage_a is not None:
         network_a = load_network(stage_a, expect=StageA, device=target, dtype=torch.float32)
         latents = _encode_pictures(network_a.encode, pictures, batch_size, target)

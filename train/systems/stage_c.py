@@ -36,8 +36,21 @@ class StageCRun:
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     caption_dropout: float = 0.05
     """Share of samples, drawn one by one, that see the null prompt (0.05 in the papers)."""
+    image_share: float = 0.0
+    """Share of samples that are told the CLIP embedding of their own picture as well (0.1 in
+    Stable Cascade); the others see zeros. It is what picture variations need."""
+    image_caption_dropout: float = 0.5
+    """Share of those that see the null prompt beside it."""
     init_from: str | None = None
     """Exported Stage C file whose weights the run starts with."""
+
+    def __post_init__(self) -> None:
+        """Refuse a picture for a network that takes none."""
+        if self.image_share > 0 and self.model.image_channels is None:
+            raise ValueError(
+                f"image_share is {self.image_share} but model.image_channels is null: the network "
+                "takes no picture"
+            )
 
 
 class StageCSystem(LightningModule):
@@ -59,11 +72,20 @@ class StageCSystem(LightningModule):
         return {"stage_c": self.network}
 
     def condition(self, batch: CachedBatch, generator: torch.Generator) -> StageCCondition:
-        """Build the text condition; each sample loses its caption on its own draw."""
-        drop = torch.rand(len(batch), generator=generator) < self.config.caption_dropout
+        """Build the condition; each sample loses its caption, or its picture, on its own draw."""
+        config = self.config
         hidden, pooled = batch.require("text_hidden"), batch.require("text_pooled")
+        drop = torch.rand(len(batch), generator=generator) < config.caption_dropout
+        image = None
+        if config.image_share > 0:
+            draws = torch.rand((2, len(batch)), generator=generator)
+            given = draws[0] < config.image_share
+            drop = torch.where(given, draws[1] < config.image_caption_dropout, drop)
+            embeds = batch.require("image_embeds")
+            image = (given.to(embeds)[:, None] * embeds)[:, None]  # (B, 1, E)
         drop = drop.to(hidden.device)
         return StageCCondition(
+            image=image,
             text_hidden=torch.where(drop[:, None, None], self.null_hidden, hidden),
             text_pooled=torch.where(drop[:, None], self.null_pooled, pooled),
         )
