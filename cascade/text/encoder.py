@@ -55,12 +55,47 @@ class TextEncoder:
         self.tokenizer = tokenizer
         self.model = model.eval().requires_grad_(False)
         self.config = config
+        self._check_tokenizer()
         self.window = int(self._model_config().max_position_embeddings)
         if config.pad_to is not None and not 2 < config.pad_to <= self.window:
             raise UserError(
                 f"text.pad_to is {config.pad_to}; the text model's window is {self.window} tokens"
             )
         self.length = config.pad_to or self.window
+        self.hidden_channels = int(self._model_config().hidden_size)
+        projects = hasattr(model, "text_projection")
+        self.pooled_channels = (
+            int(self._model_config().projection_dim) if projects else self.hidden_channels
+        )
+
+    def _check_tokenizer(self) -> None:
+        """Refuse a tokenizer of another model, whose tokens would mean something else in silence.
+
+        Raises:
+            UserError: If it lacks a special token, has more tokens than the text model knows, or
+                ends a prompt with another token than the one at which the text model pools.
+        """
+        tokenizer, model = self.tokenizer, self._model_config()
+        tokens = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+        lacking = [name for name, token in tokens.items() if token is None]
+        if lacking:
+            raise UserError(
+                f"the tokenizer has no {' and no '.join(lacking)} token; its folder needs the "
+                "tokenizer_config.json that belongs to it"
+            )
+        known = int(model.vocab_size)
+        if len(tokenizer) > known:
+            raise UserError(
+                f"the tokenizer has {len(tokenizer)} tokens and the text model knows {known}; "
+                "they belong to different models"
+            )
+        # transformers takes 2 for an early export and pools at the highest token of a prompt.
+        pooled_at = len(tokenizer) - 1 if model.eos_token_id == 2 else model.eos_token_id
+        if tokens["eos"] != pooled_at:
+            raise UserError(
+                f"the tokenizer ends prompts with token {tokens['eos']} and the text model pools "
+                f"at token {pooled_at}; they belong to different models"
+            )
 
     def _model_config(self) -> Any:
         return self.model.config
@@ -110,7 +145,10 @@ class TextEncoder:
             reason = " ".join(str(error).split())
             raise UserError(f"{folder}: not a readable CLIP folder: {reason}") from error
         _fill(model, state, str(folder), device)
-        return cls(tokenizer, model, config)
+        try:
+            return cls(tokenizer, model, config)
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from error
 
     def null(self) -> TextFeatures:
         """Return the states of the empty prompt, the unconditional input of guidance."""

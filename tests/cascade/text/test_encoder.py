@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerFast
 
@@ -199,6 +200,23 @@ def _wider(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def _settings(**changes: object) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        config["text_config"].update(changes)
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return spoil
+
+
+def _fewer_tokens(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    name = next(key for key in weights if key.endswith("token_embedding.weight"))
+    weights[name] = weights[name][:50].clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    _settings(vocab_size=50)(folder)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -213,6 +231,13 @@ def _wider(folder: Path) -> None:
         (_with("tokenizer.json", "{}"), "not a readable CLIP folder"),
         (_truncated, "not a whole safetensors file"),
         (_wider, "does not fit CLIPTextModelWithProjection"),
+        (_without("tokenizer_config.json"), "no bos and no eos and no pad token"),
+        (_fewer_tokens, "tokens and the text model knows 50"),
+        (
+            _settings(eos_token_id=3),
+            "ends prompts with token 1 and the text model pools at token 3",
+        ),
+        (_settings(eos_token_id=2), "ends prompts with token 1 and the text model pools at token"),
     ],
 )
 def test_a_wrong_folder_is_one_line_that_names_it(
