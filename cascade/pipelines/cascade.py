@@ -82,9 +82,7 @@ class CascadePipeline:
         self.stage_c = self._parts.stage_c
         self.stage_b = self._parts.stage_b
         self.stage_a = self._parts.stage_a
-        check_fit(
-            self.text_encoder, self.stage_c, self.stage_b, self.stage_a, str(self.folder)
-        )
+        check_fit(self.text_encoder, self.stage_c, self.stage_b, self.stage_a, str(self.folder))
         cells = self.stage_b.config.patch_size
         if isinstance(self.stage_b, StageBV2):
             cells = self.stage_b.config.latent_multiple
