@@ -120,25 +120,28 @@ def test_the_run_s_folder_keeps_the_resolved_configuration(make_run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["stage_a", "stage_c"])
-def test_a_run_prints_its_own_lines_and_nothing_else(kind, make_run):
-    run = make_run(kind)
-    command = [sys.executable, "-m", "train", kind, "--config", str(run.config)]
-    printed = []
-    for more in ([], ["--resume", "--run.max_steps", "6"]):
-        done = subprocess.run(
-            command + more, cwd=ROOT, capture_output=True, text=True, timeout=300, check=True
-        )
-        assert done.stdout == ""
-        printed += done.stderr.splitlines()
-    out = re.escape(str(run.out))
+def test_a_run_prints_its_own_lines_and_nothing_else(make_run):
+    # Stage A has most to be warned of: a frozen network, two optimizers stepped by hand.
+    run = make_run("stage_a")
+    run.start()
+    command = [sys.executable, "-m", "train", "stage_a", "--config", str(run.config)]
+    done = subprocess.run(
+        [*command, "--resume", "--run.max_steps", "6"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=True,
+    )
     number = r"[\d.]+"
     ours = (
         r"1 shards: 12 pictures read",
-        rf"step \d/[46]: loss -?{number}, {number} samples/s, {number} min left",
-        rf"exported {kind} to {out}",
-        rf"resuming {out} at step 4 of 6",
-        rf"{out}: [46] of [46] steps, (16|24) samples, \d+ s",
+        rf"resuming {re.escape(str(run.out))} at step 4 of 6",
+        rf"step [56]/6: loss -?{number}, {number} samples/s, {number} min left",
+        rf"exported stage_a to {re.escape(str(run.out))}",
+        rf"{re.escape(str(run.out))}: 6 of 6 steps, 24 samples, \d+ s",
     )
+    printed = done.stderr.splitlines()
     assert [line for line in printed if not any(re.fullmatch(own, line) for own in ours)] == []
-    assert sum(line.startswith("step ") for line in printed) == 6
+    assert sum(line.startswith("step ") for line in printed) == 2
+    assert done.stdout == ""
