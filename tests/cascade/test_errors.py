@@ -39,6 +39,9 @@ def test_a_users_error_is_one_line_on_stderr_and_code_2(capsys: pytest.CaptureFi
         (errno.EISDIR, "a folder where a file is needed"),
         (errno.ENAMETOOLONG, "too long"),
         (errno.EFBIG, "too large"),
+        (errno.EEXIST, "in the way"),
+        (errno.ELOOP, "leads to itself"),
+        (errno.EIO, "disk fails"),
     ],
 )
 def test_what_the_disk_refuses_is_one_line_that_names_the_file(
@@ -95,3 +98,35 @@ sys.exit(run_main(lambda: load_yaml(object, {path!r})))
     ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert ran.returncode == 2
     assert ran.stderr == f"error: {path}: no such configuration file; check the path\n"
+
+
+def _run(source: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    source = f"import sys\nfrom cascade.errors import run_main\n{source}"
+    command = [
+        "bash",
+        "-c",
+        '"$0" -c "$1" | head -1; exit ${PIPESTATUS[0]}',
+        sys.executable,
+        source,
+    ]
+    environment = {**os.environ, **environment}
+    return subprocess.run(command, capture_output=True, cwd=ROOT, check=False, env=environment)
+
+
+def test_a_reader_that_left_is_no_traceback() -> None:
+    # More than a pipe holds, so that writing meets the closed end.
+    ran = _run("sys.exit(run_main(lambda: print('x' * 80 + '\\n' * 200_000, flush=True)))")
+    assert (ran.returncode, ran.stderr) == (141, b"")
+
+
+def test_letters_that_the_terminal_lacks_are_no_traceback() -> None:
+    source = "sys.exit(run_main(lambda: print('hüte-\\udcff.png')))"
+    for encoding in ("ascii", "utf-8"):
+        ran = _run(source, PYTHONIOENCODING=encoding)
+        assert (ran.returncode, ran.stderr) == (0, b"")
+        assert ran.stdout.endswith(b"te-\\udcff.png\n")
+
+
+def test_a_broken_pipe_of_our_own_is_not_taken_for_the_readers() -> None:
+    with pytest.raises(BrokenPipeError):
+        run_main(_raising(BrokenPipeError(errno.EPIPE, "a worker died")))
