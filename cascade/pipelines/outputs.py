@@ -51,6 +51,7 @@ class Outputs:
                     f"{out}: one file for {len(requests)} pictures; name a folder, or add --grid"
                 )
             _make_writable(out.parent)
+            _check_name(out)
             paths = [None] * len(requests) if grid else [out]
             return cls(tuple(paths), out if grid else None)
         _make_writable(out)
@@ -107,6 +108,17 @@ def _make_writable(folder: Path) -> None:
         raise UserError(f"{folder}: can't be written to: {reason.split(': ', 1)[-1]}") from error
 
 
+def _check_name(file: Path) -> None:
+    """Refuse a name that the file system does not take."""
+    try:
+        file.lstat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        reason = describe_os_error(error) or error.strerror
+        raise UserError(f"{file}: can't be written: {reason.split(': ', 1)[-1]}") from error
+
+
 def _number(path: Path) -> int:
     match = _NUMBERED.fullmatch(path.name)
     return int(match[1]) if match else 0
@@ -114,7 +126,7 @@ def _number(path: Path) -> int:
 
 def _slug(prompt: str) -> str:
     """Return a short, safe file name of a prompt."""
-    words = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-_")
+    words = re.sub(r"[^\w]+", "-", prompt.strip()[:200].lower()).strip("-_")
     while len(words.encode()) > 48:
         words = words[:-1]
     return words.strip("-_") or "picture"

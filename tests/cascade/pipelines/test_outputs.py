@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from cascade.errors import UserError
+from cascade.images import save_png
 from cascade.pipelines.outputs import Outputs
 from cascade.pipelines.plan import Request
 
@@ -70,3 +73,30 @@ def test_a_folder_without_permission_is_refused(
     monkeypatch.setattr("tempfile.TemporaryFile", denied)
     with pytest.raises(UserError, match="can't be written to: permission denied"):
         Outputs.prepare(tmp_path, TWO, grid=False)
+
+
+@pytest.mark.parametrize("name", ["link", "link.png/x.png"])
+def test_a_link_to_nowhere_is_refused_in_one_line(tmp_path: Path, name: str) -> None:
+    for link in ("link", "link.png"):
+        (tmp_path / link).symlink_to(tmp_path / "nowhere" / "at" / "all")
+    with pytest.raises(UserError, match="can't be written to: something else of that name"):
+        Outputs.prepare(tmp_path / name, TWO[:1], grid=False)
+
+
+def test_a_name_as_long_as_the_file_system_takes_is_written(tmp_path: Path) -> None:
+    [path] = Outputs.prepare(tmp_path / f"{'x' * 251}.png", TWO[:1], grid=False).paths
+    assert path is not None
+    save_png(Image.new("RGB", (1, 1)), path)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_longer_name_is_refused_before_anything_is_computed(tmp_path: Path) -> None:
+    with pytest.raises((UserError, OSError)) as caught:
+        Outputs.prepare(tmp_path / f"{'x' * 252}.png", TWO[:1], grid=False)
+    assert "too long" in str(caught.value)
+
+
+def test_a_prompt_of_a_megabyte_costs_no_time(tmp_path: Path) -> None:
+    started_s = time.perf_counter()
+    Outputs.prepare(tmp_path, [Request("word " * 200_000, 1)], grid=False)
+    assert time.perf_counter() - started_s < 1
