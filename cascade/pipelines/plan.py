@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 
 from cascade.config import nearest
 from cascade.errors import UserError
 from cascade.pipelines.sizes import fit_size
-from cascade.pipelines.spec import CascadeSpec, StageSampling
+from cascade.pipelines.spec import MAX_GUIDANCE, MAX_STEPS, CascadeSpec, StageSampling
 from cascade.rng import MAX_SEED, check_seed, fresh_seed
 
 SAMPLER_NAMES = ("ddpm", "ddim", "dpmpp_2m")
-MAX_STEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -140,10 +139,11 @@ def _override(
         _check_count(f"steps_{stage}", steps, MAX_STEPS)
         sampling = replace(sampling, steps=steps, times=())
     if guidance is not None:
-        if not (math.isfinite(guidance) and guidance >= 1):
+        number = isinstance(guidance, Real) and not isinstance(guidance, bool)
+        if not number or not 1 <= guidance <= MAX_GUIDANCE:
             raise UserError(
-                f"guidance_{stage} {guidance}: 1 switches guidance off, more is stronger; "
-                f"this model's own is {sampling.guidance:g}"
+                f"guidance_{stage} {guidance}: 1 switches guidance off, {MAX_GUIDANCE} is the "
+                f"strongest; this model's own is {sampling.guidance:g}"
             )
         sampling = replace(sampling, guidance=float(guidance))
     if sampler is not None:

@@ -44,6 +44,8 @@ def fit_size(
 
 
 def _fit_side(spec: CascadeSpec, name: str, wanted: int) -> int:
+    if isinstance(wanted, bool) or not isinstance(wanted, int):
+        raise UserError(f"{name} {wanted!r}: a whole number of pixels is needed")
     if not spec.min_size <= wanted <= spec.max_size:
         near = ", ".join(str(size) for size in _sizes_near(spec, wanted))
         raise UserError(

@@ -21,6 +21,8 @@ from cascade.errors import UserError
 from cascade.text.encoder import TextConfig
 
 SPEC_FILE = "model.json"
+MAX_STEPS = 1000
+MAX_GUIDANCE = 1000
 
 
 @dataclass(frozen=True)
@@ -57,14 +59,14 @@ class StageSampling:
         falling = all(first > second for first, second in pairwise(self.times))
         if not falling or any(not 0 <= time <= 1 for time in self.times):
             raise ValueError(f"times is {self.times}; times fall, and lie in [0, 1]")
-        if self.steps < 1:
-            raise ValueError(f"steps is {self.steps}; at least 1 is needed")
-        if not self.guidance >= 1:
-            raise ValueError(f"guidance is {self.guidance}; 1 is off, more is stronger")
+        if not 1 <= self.steps <= MAX_STEPS:
+            raise ValueError(f"steps is {self.steps}; it lies in [1, {MAX_STEPS}]")
+        if not 1 <= self.guidance <= MAX_GUIDANCE:
+            raise ValueError(f"guidance is {self.guidance}; 1 is off, {MAX_GUIDANCE} the strongest")
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"rescale is {self.rescale}; it lies in [0, 1]")
-        if not self.shift > 0:
-            raise ValueError(f"shift is {self.shift}; it must be positive")
+        if not 0 < self.shift < math.inf:
+            raise ValueError(f"shift is {self.shift}; it must be positive and finite")
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class CascadeSpec:
 
     def __post_init__(self) -> None:
         """Refuse sizes that contradict each other."""
-        if self.size_multiple < 1 or self.pixels_per_stage_c_cell < 1:
+        if self.size_multiple < 1 or not 1 <= self.pixels_per_stage_c_cell < math.inf:
             raise ValueError(
                 f"size_multiple={self.size_multiple} and pixels_per_stage_c_cell="
                 f"{self.pixels_per_stage_c_cell} must be at least 1"
@@ -143,7 +145,7 @@ def load_spec(folder: Path) -> CascadeSpec:
         raise UserError(
             f"{folder}: not a cascade's model folder: it holds no {SPEC_FILE}"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or absurdly deep
         raise UserError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(data, Mapping):
         raise UserError(f"{path}: an object with the fields of CascadeSpec is needed")

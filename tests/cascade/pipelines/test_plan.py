@@ -55,12 +55,16 @@ def test_a_seed_is_drawn_when_none_is_given() -> None:
         ({"steps_b": 10**9}, "steps_b 1000000000"),
         ({"guidance_c": 0.5}, "guidance_c 0.5: 1 switches guidance off"),
         ({"guidance_b": float("nan")}, "guidance_b nan"),
+        ({"guidance_b": 1e39}, "1000 is the strongest"),
+        ({"guidance_c": "4"}, "guidance_c 4"),
         ({"sampler": "dpmpp2m"}, "did you mean 'dpmpp_2m'"),
         ({"seed": -1}, "seed -1"),
         ({"seed": MAX_SEED, "num_images": 2}, "runs beyond"),
         ({"seeds": [1, 2]}, "2 seeds for 1 pictures"),
         ({"seed": 1, "seeds": [1]}, "exclude each other"),
         ({"width": 7}, "width 7"),
+        ({"width": 64.5}, "width 64.5: a whole number"),
+        ({"height": "64"}, "height '64': a whole number"),
     ],
 )
 def test_what_cannot_be_made_is_refused_in_one_line(settings: dict[str, Any], message: str) -> None:

@@ -40,7 +40,11 @@ def test_an_unknown_key_names_the_file_and_the_nearest_key(tmp_path: Path) -> No
         load_spec(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"name": 3}'])
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", '{"name": 3}', "[" * 100_000, '{"image_size": ' + "1" * 5000 + "}"],
+    ids=["open", "list", "number", "deep", "long"],
+)
 def test_a_broken_spec_is_one_clear_line(tmp_path: Path, content: str) -> None:
     (tmp_path / "model.json").write_text(content)
     with pytest.raises(UserError, match=r"model\.json") as caught:
@@ -60,15 +64,26 @@ def test_a_folder_without_a_spec_is_no_model(tmp_path: Path) -> None:
         {"min_size": 256},
         {"size_multiple": 0},
         {"pixels_per_stage_c_cell": 0.5},
+        {"pixels_per_stage_c_cell": float("nan")},
+        {"pixels_per_stage_c_cell": float("inf")},
     ],
 )
-def test_sizes_that_contradict_each_other_are_refused(change: dict[str, int]) -> None:
+def test_sizes_that_contradict_each_other_are_refused(change: dict[str, float]) -> None:
     with pytest.raises(ValueError):
         replace(SPEC, **change)
 
 
 @pytest.mark.parametrize(
-    "change", [{"steps": 0}, {"guidance": 0.5}, {"rescale": 2.0}, {"shift": 0.0}]
+    "change",
+    [
+        {"steps": 0},
+        {"steps": 10**9},
+        {"guidance": 0.5},
+        {"guidance": float("inf")},
+        {"rescale": 2.0},
+        {"shift": 0.0},
+        {"shift": float("inf")},
+    ],
 )
 def test_sampling_that_samples_nothing_is_refused(change: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(change))):
