@@ -31,7 +31,11 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"device {name!r}: {error}") from error
-    if kind == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
+    if kind != "cuda":  # there is one; weights files know it by its plain name
+        if device.index:
+            raise UserError(f"device {name!r}: there is one {kind}; name it {kind!r}")
+        return torch.device(kind)
+    if device.index is not None and device.index >= torch.cuda.device_count():
         raise UserError(f"device {name!r}: this machine has {torch.cuda.device_count()} GPUs")
     return device
 

@@ -40,3 +40,9 @@ def test_an_unknown_dtype_names_the_nearest() -> None:
         pick_dtype("bfloat", CPU)
     assert pick_dtype("float16", CPU) == torch.float16
     assert pick_dtype(torch.bfloat16, CPU) == torch.bfloat16
+
+
+def test_the_one_cpu_may_be_numbered() -> None:
+    assert pick_device("cpu:0") == CPU
+    with pytest.raises(UserError, match="there is one cpu"):
+        pick_device("cpu:1")
