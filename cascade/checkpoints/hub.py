@@ -21,7 +21,10 @@ def resolve(model: str | Path) -> Path:
     Raises:
         UserError: If there is no such folder, or the download fails.
     """
-    path = Path(model).expanduser()
+    try:
+        path = Path(model).expanduser()
+    except RuntimeError as error:  # the home of nobody
+        raise UserError(f"{model}: no such user's home folder; check the path") from error
     if path.is_dir():
         return path
     if path.exists():

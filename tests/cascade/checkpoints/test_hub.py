@@ -59,3 +59,9 @@ def test_a_file_is_refused(tmp_path: Path) -> None:
     path.touch()
     with pytest.raises(UserError, match="name the model's folder"):
         resolve(path)
+
+
+def test_the_home_of_nobody_is_one_line(downloads: list[str]) -> None:
+    with pytest.raises(UserError, match="no such user's home"):
+        resolve("~nobody-of-this-name/model")
+    assert not downloads
