@@ -38,7 +38,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     temporary: Path | None = None
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        # A short beginning of the name: with all of a long one it would be too long.
+        prefix = f".{path.name[:32]}."
+        handle, name = tempfile.mkstemp(prefix=prefix, suffix=".tmp", dir=path.parent)
         os.close(handle)
         temporary = Path(name)
         yield temporary
@@ -168,6 +170,7 @@ def _opened(path: str | Path) -> Iterator[Any]:
         yield file
 
 
+@torch.inference_mode(False)
 def load_network(
     path: str | Path,
     *,
@@ -178,7 +181,8 @@ def load_network(
     """Load a network that ``save_network`` wrote; nothing may be missing or left over.
 
     The network is built on the meta device and takes the file's tensors in place, so that the
-    peak of memory is about the weights themselves.
+    peak of memory is about the weights themselves. Loaded inside ``torch.inference_mode``, as the
+    previewer is, its tensors are ordinary ones and work outside of it as well.
 
     Args:
         path: The ``.safetensors`` file.
@@ -205,13 +209,30 @@ def load_network(
     except (KeyError, json.JSONDecodeError) as error:
         raise UserError(f"{path}: its metadata holds no configuration; export it again") from error
     config = from_dict(config_class, values, f"{path} (configuration)")
-    with torch.device("meta"):
-        network = expect(config)
+    network = build_on_meta(expect, config, str(path))
     state = read_tensors(path, device)
     if dtype is not None:
         state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
     assign_strictly(network, state, str(path))
     return network.eval()
+
+
+def build_on_meta(network: type[N], config: Any, where: str) -> N:
+    """Build a network without memory for its tensors.
+
+    Raises:
+        UserError: If the sizes that ``config`` names make no network.
+    """
+    try:
+        with torch.device("meta"):
+            return network(config)
+    # A file's sizes are checked as far as its config class knows them; layers refuse the others.
+    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        reason = " ".join(str(e).split())[:160]
+        raise UserError(
+            f"{where}: no {network.__name__} can be built of its configuration ({reason}); "
+            "export it again"
+        ) from e
 
 
 def _config_class(network: type[nn.Module]) -> type[Any]:
@@ -223,7 +244,8 @@ def assign_strictly(network: nn.Module, state: Mapping[str, Tensor], where: str)
     """Put ``state`` in place of a network's tensors; every key must fit.
 
     Raises:
-        UserError: Naming the first five missing, unexpected and misshapen keys.
+        UserError: Naming the first five missing, unexpected and misshapen keys, and those with
+            whole numbers in place of fractions.
     """
     if not state:
         raise UserError(f"{where}: holds no tensor at all; export or download it again")
@@ -235,12 +257,18 @@ def assign_strictly(network: nn.Module, state: Mapping[str, Tensor], where: str)
         for key in own
         if key in state and state[key].shape != own[key].shape
     ]
+    of_integers = [
+        f"{key} ({state[key].dtype} in the file, {own[key].dtype} in the network)"
+        for key in own
+        if key in state and state[key].is_floating_point() != own[key].is_floating_point()
+    ]
     complaints = [
         f"{len(keys)} {kind}: {_first(keys)}"
         for kind, keys in (
             ("missing", missing),
             ("unexpected", unexpected),
             ("misshapen", misshapen),
+            ("of another kind of number", of_integers),
         )
         if keys
     ]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cascade.checkpoints import autoencoders, stable_cascade, wuerstchen
 from cascade.checkpoints.detect import Generation, Kind, Published, detect
-from cascade.checkpoints.files import CLASS_KEY, CONFIG_KEY, assign_strictly
+from cascade.checkpoints.files import CLASS_KEY, CONFIG_KEY, assign_strictly, build_on_meta
 from cascade.checkpoints.readers import Opened, open_weights
 from cascade.checkpoints.weight_map import State
 from cascade.config import from_dict
@@ -156,8 +156,7 @@ def identify(opened: Opened) -> Published:
 
 def _layout(family: Family, config: Any, opened: Opened) -> Any:
     """Find the layout whose names are the file's: ours first."""
-    with torch.device("meta"):
-        own = family.network(config).state_dict()
+    own = build_on_meta(family.network, config, opened.where).state_dict()
     if 2 * len(own.keys() & opened.tensors.keys()) > len(opened.tensors):
         return "ours"
     for layout, rename in family.to_layout.items():
@@ -196,8 +195,7 @@ def build(
             state = family.from_layout[published.layout](state, published.config)
         except UserError as error:
             raise UserError(f"{opened.where}: {error}") from error
-    with torch.device("meta"):
-        network = family.network(published.config)
+    network = build_on_meta(family.network, published.config, opened.where)
     moved = {
         key: value.to(device, dtype) if value.is_floating_point() else value.to(device)
         for key, value in state.items()

@@ -21,6 +21,7 @@ from cascade.checkpoints.files import (
     atomic_path,
     atomic_write_bytes,
     atomic_write_text,
+    build_on_meta,
     file_hash,
     load_network,
     read_metadata,
@@ -244,6 +245,13 @@ def test_a_number_format_is_that_of_the_floating_point_tensors_alone(tmp_path: P
     assert load_network(path, expect=Toy).layers[0].weight.dtype == torch.bfloat16
 
 
+def test_a_network_that_is_loaded_while_pictures_are_made_can_be_trained(saved: Path) -> None:
+    with torch.inference_mode():
+        network = load_network(saved, expect=Toy, dtype=torch.bfloat16)
+    network.layers[0](torch.ones(1, 4, dtype=torch.bfloat16)).sum().backward()
+    assert network.layers[0].weight.grad is not None
+
+
 def test_another_networks_file_is_refused_by_name(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds a Toy, but a Other is needed"):
         load_network(saved, expect=Other)
@@ -285,6 +293,22 @@ def test_keys_that_do_not_fit_are_named_by_kind() -> None:
     assert "1 missing: layers.1.bias" in message
     assert "1 unexpected: extra" in message
     assert "1 misshapen: layers.0.weight (2x3 in the file, 3x3 in the network)" in message
+
+
+def test_whole_numbers_in_place_of_weights_are_refused() -> None:
+    state = dict(Toy(ToyConfig()).state_dict())
+    state["layers.0.weight"] = state["layers.0.weight"].to(torch.int32)
+    with pytest.raises(
+        UserError, match=r"1 of another kind of number: layers.0.weight \(torch.int32"
+    ):
+        assign_strictly(Toy(ToyConfig()), state, "x.safetensors")
+
+
+@pytest.mark.parametrize("channels", [-1, 10**30])
+def test_a_configuration_of_which_no_network_can_be_built_is_one_line(channels: int) -> None:
+    with pytest.raises(UserError, match="no Toy can be built of its configuration") as caught:
+        build_on_meta(Toy, ToyConfig(channels=channels), "toy.safetensors")
+    assert "\n" not in str(caught.value)
 
 
 def test_only_the_first_five_keys_of_a_kind_are_named() -> None:
