@@ -115,7 +115,7 @@ def _check_name(file: Path) -> None:
     except FileNotFoundError:
         pass
     except OSError as error:
-        reason = describe_os_error(error) or error.strerror
+        reason = describe_os_error(error) or str(error)
         raise UserError(f"{file}: can't be written: {reason.split(': ', 1)[-1]}") from error
 
 
