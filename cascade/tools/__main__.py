@@ -24,20 +24,42 @@ def make_parser() -> argparse.ArgumentParser:
     describe.add_argument(
         "paths", nargs="+", type=Path, metavar="PATH", help="a file, or a folder to search"
     )
+    convert = commands.add_parser("convert", help="write a cascade in another layout")
+    convert.add_argument("model", type=Path, metavar="MODEL", help="the cascade's folder")
+    convert.add_argument(
+        "--to",
+        choices=("ours", "original", "diffusers"),
+        required=True,
+        help="our model folder, the authors' single files (which ComfyUI reads), or diffusers",
+    )
+    convert.add_argument("--out", type=Path, required=True, help="new folder")
+    convert.add_argument(
+        "--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="default: %(default)s"
+    )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand."""
     options = make_parser().parse_args(sys.argv[1:] if argv is None else argv)
-    from cascade.tools.describe import describe_path  # torch takes a second to import
+    # torch takes a second to import: only when there is something to do.
+    if options.command == "describe":
+        from cascade.tools.describe import describe_path
 
-    blocks = [
-        "\n".join(description.lines())
-        for path in options.paths
-        for description in describe_path(path)
-    ]
-    print("\n".join(blocks))
+        blocks = [
+            "\n".join(description.lines())
+            for path in options.paths
+            for description in describe_path(path)
+        ]
+        print("\n".join(blocks))
+        return 0
+    from cascade.tools.convert import DTYPES, convert
+
+    written = convert(options.model, options.to, options.out, DTYPES[options.dtype])
+    for path in written.files:
+        print(path)
+    for notice in written.notices:
+        print(f"notice: {notice}", file=sys.stderr)
     return 0
 
 

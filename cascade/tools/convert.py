@@ -1,0 +1,365 @@
+"""Writes a cascade in another layout: ours, the authors' single files, or folders of diffusers."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from cascade.checkpoints.files import (
+    CLASS_KEY,
+    CONFIG_KEY,
+    atomic_path,
+    atomic_write_text,
+    save_network,
+)
+from cascade.checkpoints.load import FAMILIES, Family
+from cascade.config import to_dict
+from cascade.diffusion.schedules import CosineSchedule
+from cascade.errors import UserError
+from cascade.pipelines.parts import CascadeParts, Source, open_source
+from cascade.pipelines.spec import StageSampling, save_spec
+from cascade.text.encoder import TextEncoder
+from stages.stage_a import StageA, StageAConfig
+from stages.stage_b import StageBConfig
+from stages.stage_b_v2 import StageBV2Config
+from stages.stage_c import StageCConfig
+from stages.stage_c_v2 import StageCV2Config
+
+Target = Literal["ours", "original", "diffusers"]
+TARGETS: tuple[Target, ...] = ("ours", "original", "diffusers")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+ORIGINAL_NAMES = {
+    "stage_a": "stage_a",
+    "stage_b": "stage_b",
+    "stage_c": "stage_c",
+    "compressor": "effnet_encoder",
+    "previewer": "previewer",
+}
+"""Names of the authors' files; ``_lite`` and ``_bf16`` are added as they do."""
+TRAIN_TIMES = 1000
+"""Discrete times of a diffusers scheduler for networks that do not predict epsilon."""
+_LITE = (StageBConfig.lite(), StageCConfig.lite())
+_CONV, _TIME, _ATTENTION = "SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock"
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a conversion wrote, and what it could not carry over."""
+
+    files: tuple[Path, ...]
+    notices: tuple[str, ...]
+
+
+def convert(model: Path, target: Target, out: Path, dtype: torch.dtype) -> Written:
+    """Write the cascade in ``model`` to the folder ``out``, in another layout and number format.
+
+    Raises:
+        UserError: If ``out`` holds anything already, or the cascade has no such layout.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out}: not empty; name a new folder")
+    source = open_source(model)
+    parts = source.load(torch.device("cpu"), dtype)
+    out.mkdir(parents=True, exist_ok=True)
+    writers = {"ours": _write_ours, "original": _write_original, "diffusers": _write_diffusers}
+    return writers[target](source, parts, out, dtype)
+
+
+def _networks(source: Source, parts: CascadeParts) -> Iterator[tuple[str, nn.Module]]:
+    yield "stage_c", parts.stage_c
+    yield "stage_b", parts.stage_b
+    yield "stage_a", parts.stage_a
+    for name in ("compressor", "previewer"):
+        if name in parts.extras:
+            try:
+                yield name, parts.extras[name]()
+            except UserError:
+                if (source.folder / f"{name}.safetensors").exists():
+                    raise  # it is there, and broken
+
+
+def family_for(network: nn.Module) -> Family:
+    """Return the family of one of our networks."""
+    for family in FAMILIES:
+        if type(network) is family.network:
+            return family
+    raise AssertionError(f"no family for {type(network).__name__}")
+
+
+# Ours
+
+
+def _write_ours(source: Source, parts: CascadeParts, out: Path, dtype: torch.dtype) -> Written:
+    files = []
+    for name, network in _networks(source, parts):
+        save_network(out / f"{name}.safetensors", network, dtype=dtype)
+        files.append(out / f"{name}.safetensors")
+    for name, encoder in (("text", parts.text), ("text_b", parts.text_b)):
+        if encoder is not None:
+            _write_text(encoder, out / name, out / name, dtype)
+            files.append(out / name)
+    preprocessing = source.folder / "text" / "preprocessor.json"
+    if preprocessing.is_file():
+        shutil.copyfile(preprocessing, out / "text" / "preprocessor.json")
+    save_spec(source.spec, out)
+    return Written((*files, out / "model.json"), ())
+
+
+# The authors' single files
+
+
+def _write_original(source: Source, parts: CascadeParts, out: Path, dtype: torch.dtype) -> Written:
+    files = []
+    for name, network in _networks(source, parts):
+        family = family_for(network)
+        config: Any = network.config
+        state = family.to_layout["original"](network.state_dict(), config)
+        marks = "_lite" if config in _LITE else ""
+        marks += "_bf16" if dtype == torch.bfloat16 and name in ("stage_b", "stage_c") else ""
+        path = out / f"{ORIGINAL_NAMES[name]}{marks}.safetensors"
+        _save(path, state, dtype, network)
+        files.append(path)
+    encoder = type(parts.text.model).__name__
+    notice = (
+        f"the authors' layout has no text encoder ({encoder}) and no sampling settings: whoever "
+        "opens these files brings them"
+    )
+    return Written(tuple(files), (notice,))
+
+
+def _save(path: Path, state: dict[str, Tensor], dtype: torch.dtype, network: nn.Module) -> None:
+    """Write published names; the metadata tells our readers what shapes do not."""
+    tensors = {
+        key: (value.to(dtype) if value.is_floating_point() else value).contiguous().clone()
+        for key, value in state.items()
+    }
+    metadata = {
+        "format": "pt",
+        CLASS_KEY: type(network).__name__,
+        CONFIG_KEY: json.dumps(to_dict(network.config)),
+    }
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+
+
+# Folders of diffusers
+
+
+def _write_diffusers(source: Source, parts: CascadeParts, out: Path, dtype: torch.dtype) -> Written:
+    spec = source.spec
+    v2 = spec.generation == "v2"
+    cells = source.spec.pixels_per_stage_c_cell / parts.stage_a.downscale
+    prior, decoder = out / "prior", out / "decoder"
+    first = "WuerstchenPriorPipeline" if v2 else "StableCascadePriorPipeline"
+    second = "WuerstchenDecoderPipeline" if v2 else "StableCascadeDecoderPipeline"
+    library = "wuerstchen" if v2 else "diffusers"
+    c_class = "WuerstchenPrior" if v2 else "StableCascadeUNet"
+    b_class = "WuerstchenDiffNeXt" if v2 else "StableCascadeUNet"
+
+    config_c: Any = parts.stage_c.config
+    config_b: Any = parts.stage_b.config
+    notices = []
+    if not v2 and config_c.image_channels is None:
+        notices.append(
+            "diffusers' prior pipeline always gives an image embedding, and this Stage C takes "
+            "none: the folder loads there, but does not sample"
+        )
+    _write_unet(prior / "prior", parts.stage_c, _unet_config_c(config_c), c_class, dtype)
+    _write_unet(decoder / "decoder", parts.stage_b, _unet_config_b(config_b), b_class, dtype)
+    _write_vqgan(decoder / "vqgan", parts.stage_a, dtype)
+    for folder, sampling in ((prior, spec.stage_c), (decoder, spec.stage_b)):
+        _write_scheduler(folder / "scheduler", sampling)
+    _write_text(parts.text, prior / "text_encoder", prior / "tokenizer", dtype)
+    encoder_b = parts.text_b or parts.text
+    _write_text(encoder_b, decoder / "text_encoder", decoder / "tokenizer", dtype)
+
+    text = ["transformers", type(parts.text.model).__name__]
+    tokens = ["transformers", type(parts.text.tokenizer).__name__]
+    scheduler = _scheduler_class(spec.stage_c)
+    index: dict[str, Any] = {
+        "_class_name": first,
+        "prior": [library, c_class],
+        "scheduler": ["diffusers", scheduler],
+        "text_encoder": text,
+        "tokenizer": tokens,
+        "resolution_multiple": spec.pixels_per_stage_c_cell,
+    }
+    if not v2:
+        index |= {"feature_extractor": [None, None], "image_encoder": [None, None]}
+    atomic_write_text(prior / "model_index.json", json.dumps(index, indent=2) + "\n")
+    index = {
+        "_class_name": second,
+        "decoder": [library, b_class],
+        "scheduler": ["diffusers", _scheduler_class(spec.stage_b)],
+        "text_encoder": ["transformers", type(encoder_b.model).__name__],
+        "tokenizer": ["transformers", type(encoder_b.tokenizer).__name__],
+        "vqgan": ["wuerstchen", "PaellaVQModel"],
+        # Rounded up a little: diffusers cuts the product off, and 6 * 5.3333 would be 31.
+        "latent_dim_scale": math.ceil(cells * 100) / 100,
+    }
+    atomic_write_text(decoder / "model_index.json", json.dumps(index, indent=2) + "\n")
+    notices.append("diffusers has no place for the compressor and the previewer")
+    return Written((prior, decoder), tuple(notices))
+
+
+def _write_unet(
+    folder: Path, network: nn.Module, config: dict[str, Any], class_name: str, dtype: torch.dtype
+) -> None:
+    folder.mkdir(parents=True)
+    state = family_for(network).to_layout["diffusers"](network.state_dict(), network.config)
+    _save(folder / "diffusion_pytorch_model.safetensors", state, dtype, network)
+    content = {"_class_name": class_name, **config}
+    atomic_write_text(folder / "config.json", json.dumps(content, indent=2) + "\n")
+
+
+def _unet_config_c(config: StageCConfig | StageCV2Config) -> dict[str, Any]:
+    if isinstance(config, StageCV2Config):
+        return {
+            "c_in": config.latent_channels,
+            "c": config.hidden_channels,
+            "c_cond": config.text_channels,
+            "c_r": config.time_channels,
+            "depth": config.num_blocks,
+            "nhead": config.num_heads,
+            "dropout": config.dropout,
+        }
+    levels = len(config.hidden_channels)
+    return {
+        **_unet_common(config),
+        "block_types_per_layer": [[_CONV, _TIME, _ATTENTION]] * levels,
+        "clip_image_in_channels": config.image_channels,
+        "clip_text_in_channels": config.text_channels,
+        "dropout": [config.dropout] * levels,
+        "num_attention_heads": list(config.num_heads),
+        "switch_level": [False] * (levels - 1),
+        "up_blocks_repeat_mappers": [1] * levels,
+    }
+
+
+def _unet_config_b(config: StageBConfig | StageBV2Config) -> dict[str, Any]:
+    heads = [count or -1 for count in config.num_heads]
+    if isinstance(config, StageBV2Config):
+        return {
+            "c_in": config.latent_channels,
+            "c_out": config.latent_channels,
+            "c_r": config.time_channels,
+            "patch_size": config.patch_size,
+            "c_cond": config.cond_channels,
+            "c_hidden": list(config.hidden_channels),
+            "nhead": heads,
+            "blocks": list(config.num_blocks),
+            "level_config": ["CTA" if count > 0 else "CT" for count in heads],
+            "inject_effnet": list(config.reads_compressed),
+            "effnet_embd": config.compressed_channels,
+            "clip_embd": config.text_channels,
+            "kernel_size": config.kernel_size,
+            "dropout": list(config.dropout),
+        }
+    return {
+        **_unet_common(config),
+        "block_types_per_layer": [
+            [_CONV, _TIME, _ATTENTION] if count else [_CONV, _TIME] for count in config.num_heads
+        ],
+        "dropout": list(config.dropout),
+        "effnet_in_channels": config.compressed_channels,
+        "num_attention_heads": heads,
+        "pixel_mapper_in_channels": 3 if config.pixel_condition else None,
+        "up_blocks_repeat_mappers": list(config.up_repeats),
+    }
+
+
+def _unet_common(config: StageBConfig | StageCConfig) -> dict[str, Any]:
+    return {
+        "in_channels": config.latent_channels,
+        "out_channels": config.latent_channels,
+        "timestep_ratio_embedding_dim": config.time_channels,
+        "patch_size": config.patch_size,
+        "conditioning_dim": config.cond_channels,
+        "block_out_channels": list(config.hidden_channels),
+        "down_num_layers_per_block": list(config.down_blocks),
+        "up_num_layers_per_block": list(config.up_blocks),
+        "down_blocks_repeat_mappers": [1] * len(config.hidden_channels),
+        "clip_text_pooled_in_channels": config.text_pooled_channels,
+        "clip_seq": config.pooled_tokens,
+        "kernel_size": config.kernel_size,
+        "self_attn": True,
+        "timestep_conditioning_type": list(config.time_conds),
+    }
+
+
+def _write_vqgan(folder: Path, stage_a: StageA, dtype: torch.dtype) -> None:
+    config: StageAConfig = stage_a.config
+    wide, levels = config.channels[-1], len(config.channels)
+    halves = tuple(wide // 2 ** (levels - 1 - level) for level in range(levels))
+    regular = (
+        config.channels == halves
+        and set(config.encoder_blocks) == {1}
+        and set(config.decoder_blocks[1:]) <= {1}
+        and config.expansion == 4
+    )
+    if not regular:
+        raise UserError(
+            f"diffusers' PaellaVQModel can't hold this Stage A: channels {config.channels}, "
+            f"encoder_blocks {config.encoder_blocks}, decoder_blocks {config.decoder_blocks}"
+        )
+    content = {
+        "bottleneck_blocks": config.decoder_blocks[0],
+        "embed_dim": wide,
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": config.latent_channels,
+        "levels": levels,
+        "num_vq_embeddings": config.codebook_size,
+        "scale_factor": config.scale,
+        "up_down_scale_factor": config.patch_size,
+    }
+    _write_unet(folder, stage_a, content, "PaellaVQModel", dtype)
+
+
+def _scheduler_class(sampling: StageSampling) -> str:
+    return "DDPMWuerstchenScheduler" if sampling.prediction == "epsilon" else "DDIMScheduler"
+
+
+def _write_scheduler(folder: Path, sampling: StageSampling) -> None:
+    """Write the published scheduler, or DDIM on our cosine where the network predicts v or x0."""
+    folder.mkdir(parents=True)
+    name = _scheduler_class(sampling)
+    content: dict[str, Any] = {"_class_name": name, "s": 0.008, "scaler": 1.0}
+    if name == "DDIMScheduler":
+        predictions = {"v": "v_prediction", "x0": "sample"}
+        content = {
+            "_class_name": name,
+            "num_train_timesteps": TRAIN_TIMES,
+            "trained_betas": discrete_betas(sampling.shift).tolist(),
+            "prediction_type": predictions[sampling.prediction],
+            "clip_sample": False,
+            "set_alpha_to_one": True,
+            "timestep_spacing": "trailing",
+        }
+    atomic_write_text(folder / "scheduler_config.json", json.dumps(content) + "\n")
+
+
+def discrete_betas(shift: float = 1.0) -> Tensor:
+    """Return the betas whose running product is our cosine at ``(k + 1) / TRAIN_TIMES``."""
+    times = torch.arange(1, TRAIN_TIMES + 1, dtype=torch.float64) / TRAIN_TIMES
+    signal = CosineSchedule(shift=shift).log_snr(times).double().sigmoid()  # alpha^2
+    before = torch.cat([torch.ones(1, dtype=torch.float64), signal[:-1]])
+    return 1.0 - signal / before
+
+
+def _write_text(encoder: TextEncoder, folder: Path, tokens: Path, dtype: torch.dtype) -> None:
+    model: Any = encoder.model
+    folder.mkdir(parents=True, exist_ok=True)
+    model.to(dtype).save_pretrained(folder, safe_serialization=True)
+    model.to(torch.float32)
+    encoder.tokenizer.save_pretrained(tokens)

@@ -1,0 +1,111 @@
+"""A cascade goes out in every layout and comes back the same."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from cascade.checkpoints.files import load_network
+from cascade.checkpoints.load import load_any
+from cascade.errors import UserError, run_main
+from cascade.pipelines.cascade import CascadePipeline
+from cascade.tools.__main__ import main
+from cascade.tools.convert import TRAIN_TIMES, discrete_betas
+from stages.stage_c import StageC
+
+NAMES = {"stage_a", "stage_b", "stage_c", "effnet_encoder", "previewer"}
+
+
+def convert(model: Path, out: Path, to: str, dtype: str = "fp32") -> int:
+    return main(["convert", str(model), "--to", to, "--out", str(out), "--dtype", dtype])
+
+
+def assert_same_weights(first: torch.nn.Module, second: torch.nn.Module) -> None:
+    one, two = first.state_dict(), second.state_dict()
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        assert torch.equal(value, two[key]), key
+
+
+def test_our_folder_comes_back_with_the_same_pictures(tiny_model: Path, tmp_path: Path) -> None:
+    assert convert(tiny_model, tmp_path / "out", "ours") == 0
+    before, after = (
+        CascadePipeline(folder, device="cpu")("a red hat", seed=3)
+        for folder in (tiny_model, tmp_path / "out")
+    )
+    # Not bit by bit: another place in memory can mean another kernel.
+    assert (before.pixels - after.pixels).abs().max() < 1e-4
+
+
+def test_the_authors_layout_comes_back_tensor_by_tensor(tiny_model: Path, tmp_path: Path) -> None:
+    convert(tiny_model, tmp_path / "out", "original")
+    files = {path.stem: path for path in (tmp_path / "out").iterdir()}
+    assert files.keys() == NAMES
+    for stem, path in files.items():
+        [(published, network)] = load_any(path)
+        assert published.layout == "original"
+        name = {"effnet_encoder": "compressor"}.get(stem, stem)
+        [(_, ours)] = load_any(tiny_model / f"{name}.safetensors")
+        assert_same_weights(network, ours)
+
+
+def test_the_number_format_is_asked_for_and_named_in_the_file(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    convert(tiny_model, tmp_path / "out", "original", "bf16")
+    assert (tmp_path / "out" / "stage_c_bf16.safetensors").is_file()
+    [(_, network)] = load_any(tmp_path / "out" / "stage_c_bf16.safetensors")
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.bfloat16}
+    ours = load_network(tiny_model / "stage_c.safetensors", expect=StageC, dtype=torch.bfloat16)
+    assert_same_weights(network, ours)
+
+
+def test_nothing_that_is_there_is_overwritten(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="not empty"):
+        convert(tiny_model, tmp_path / "out", "ours")
+    assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
+
+
+def test_the_discrete_times_are_those_of_the_cosine() -> None:
+    product = (1.0 - discrete_betas()).cumprod(0)
+    assert len(product) == TRAIN_TIMES
+    assert product[-1] == pytest.approx(1e-4, rel=1e-6)
+    assert product[499] == pytest.approx(0.4938, abs=1e-3)
+
+
+def test_describe_says_what_every_file_of_a_folder_is(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["describe", str(tiny_model)]) == 0
+    out = capsys.readouterr().out
+    for line in (
+        "network     Stage C, v3",
+        "network     Stage B, v3",
+        "network     Stage A",
+        "network     compressor",
+        "network     previewer",
+        "layout      ours",
+    ):
+        assert line in out
+
+
+def test_describe_goes_by_content(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    convert(tiny_model, tmp_path / "out", "original")
+    shutil.move(tmp_path / "out" / "stage_c.safetensors", tmp_path / "holiday.safetensors")
+    capsys.readouterr()
+    assert main(["describe", str(tmp_path / "holiday.safetensors")]) == 0
+    out = capsys.readouterr().out
+    assert "Stage C, v3" in out and "layout      original" in out and "float32)" in out
+
+
+def test_what_is_no_network_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.safetensors").write_bytes(b"nothing")
+    assert run_main(lambda: main(["describe", str(tmp_path / "x.safetensors")])) == 2
+    assert capsys.readouterr().err.count("\n") == 1
