@@ -137,7 +137,9 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
     path: Path | None = options.prompts_file
     if path is not None:
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            # With or without a byte order mark; only a line break ends a prompt, whatever Unicode
+            # calls a line, as in str.splitlines.
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
         except UnicodeDecodeError:
             raise UserError(f"{path}: not a text file in UTF-8") from None
         stripped = (line.strip() for line in lines)
@@ -193,19 +195,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         for index, image in zip(preview.indices, preview.images, strict=True):
             outputs.save_preview(index, image)
 
-    finished: list[Picture] = []
+    num_finished = 0
+    in_grid: list[Picture] = []
     exit_code = 0
     try:
         for picture in pipeline.run(plan, on_preview=on_preview if options.preview else None):
-            path = outputs.save(len(finished), picture)
-            finished.append(picture)
+            path = outputs.save(num_finished, picture)
+            num_finished += 1
+            if options.grid:  # only then is a picture kept in memory
+                in_grid.append(picture)
             print(describe(picture, path), flush=True)
     except KeyboardInterrupt:
-        print(f"stopped: {len(finished)} of {len(plan.requests)} pictures kept", file=sys.stderr)
+        print(f"stopped: {num_finished} of {len(plan.requests)} pictures kept", file=sys.stderr)
         exit_code = 130
-    grid = outputs.save_grid(finished)
+    grid = outputs.save_grid(in_grid)
     if grid is not None:
-        print(f"{grid}  {len(finished)} pictures")
+        print(f"{grid}  {len(in_grid)} pictures")
     return exit_code
 
 
