@@ -12,11 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from cascade.checkpoints.files import atomic_path
 from cascade.errors import UserError
+
+# What Pillow raises for files that are damaged, or made to exhaust memory.
+_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 def pixels_to_images(pixels: Tensor) -> list[Image.Image]:
@@ -59,7 +62,7 @@ def open_image(path: Path | str) -> Image.Image:
             return ImageOps.exif_transpose(image)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except _UNREADABLE as error:
         raise UserError(f"{path}: not a readable picture ({error})") from error
 
 
@@ -97,7 +100,7 @@ def read_png_metadata(path: Path | str) -> dict[str, str]:
             return {str(key): str(value) for key, value in text.items()}
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except _UNREADABLE as error:
         raise UserError(f"{path}: not a readable picture ({error})") from error
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,16 @@ def test_an_unreadable_picture_is_named(tmp_path: Path) -> None:
             read(broken)
         with pytest.raises(UserError, match="no such file"):
             read(tmp_path / "missing.png")
+
+
+@pytest.mark.parametrize("read", [open_image, read_png_metadata])
+def test_a_picture_that_would_fill_the_memory_is_refused(
+    read: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (20, 20)).save(tmp_path / "x.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(UserError, match="not a readable picture"):
+        read(tmp_path / "x.png")
 
 
 def test_a_grid_holds_every_picture_in_reading_order() -> None:
