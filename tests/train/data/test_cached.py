@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from cascade.checkpoints.files import file_hash, load_network
 from cascade.errors import UserError
+from cascade.evaluate.clip_scorer import ClipScorer
 from cascade.text.encoder import TextConfig, TextEncoder
 from stages.semantic_compressor import SemanticCompressor
 from stages.stage_a import StageA
@@ -121,6 +122,18 @@ def test_the_cache_holds_what_encoding_gives(shards, cache, parts, tiny_model):
     torch.testing.assert_close(loaded.null_text[1].float(), null.pooled[0], rtol=2e-3, atol=2e-3)
 
 
+def test_picture_embeddings_are_cached_as_the_picture_tower_gives_them(
+    shards, clip_folder, tmp_path
+):
+    assert main(["precompute", "--shards", shards, "--out", str(tmp_path), "--image",
+                 str(clip_folder)]) == 0  # fmt: skip
+    settings = config(shards, folder=str(tmp_path))
+    cache = load_cache(settings, {"image": text_hash(clip_folder)})
+    batch = next(iter(cached_loader(cache, settings)))
+    expected = ClipScorer.from_folder(clip_folder).project_pictures(batch.pixels)
+    torch.testing.assert_close(batch.require("image_embeds"), expected, rtol=2e-3, atol=2e-3)
+
+
 def test_a_part_that_was_not_asked_for_is_named(shards):
     [batch] = take(shards, 1)
     with pytest.raises(ValueError, match="the batch has no text_hidden"):
@@ -181,7 +194,7 @@ def test_a_network_that_does_not_fit_the_pictures_is_refused(source, tmp_path, t
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "name a network: --text, --stage-a or --compressor"),
+        ({}, "name a network: --text, --image, --stage-a or"),
         ({"text": "/none", "batch_size": 0}, "--batch-size 0"),
         ({"text": "/none", "device": "cudaa"}, "device 'cudaa'"),
         ({"text": "/none"}, "/none: no config.json in it"),
