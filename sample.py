@@ -83,7 +83,20 @@ def make_parser() -> Parser:
         default=str(DEMO_MODEL),
         metavar="MODEL",
         help="model folder, or organisation/name on the hub, which is the only thing here that "
-        "uses the network (default: weights/demo)",
+        "uses the network; with :lite at its end, the smaller stages; of the hub with @REVISION "
+        "after that (default: weights/demo)",
+    )
+    where.add_argument(
+        "--variant",
+        metavar="NAME",
+        help="number format to download where the model has several, such as bf16",
+    )
+    where.add_argument(
+        "--dialect",
+        choices=("official", "diffusers"),
+        default="official",
+        help="published weights: sampled as their authors do, or as diffusers does (default: "
+        "%(default)s)",
     )
     where.add_argument(
         "--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps"
@@ -162,12 +175,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     # What follows costs seconds to import, so that --help and slips come first.
     from cascade.checkpoints.hub import resolve
     from cascade.pipelines.outputs import Outputs
+    from cascade.pipelines.parts import open_source
     from cascade.pipelines.plan import make_plan
-    from cascade.pipelines.spec import load_spec
 
-    folder = resolve(options.model)
+    files = resolve(options.model, variant=options.variant)
+    source = open_source(files, dialect=options.dialect)
     plan = make_plan(
-        load_spec(folder),
+        source.spec,
         prompts,
         negative_prompt=options.negative_prompt,
         seed=options.seed,
@@ -187,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     started_s = time.perf_counter()
     from cascade.pipelines.cascade import CascadePipeline
 
-    pipeline = CascadePipeline(folder, device=options.device, dtype=options.dtype)
+    pipeline = CascadePipeline(source, device=options.device, dtype=options.dtype)
     ready_s = time.perf_counter() - started_s
     print(f"{pipeline.spec.name} on {pipeline.device}, ready in {ready_s:.1f} s")
 
@@ -208,6 +222,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"stopped: {num_finished} of {len(plan.requests)} pictures kept", file=sys.stderr)
         exit_code = 130
+    except Exception:
+        if num_finished:
+            print(f"{num_finished} of {len(plan.requests)} pictures kept", file=sys.stderr)
+            outputs.save_grid(in_grid)
+        raise
     grid = outputs.save_grid(in_grid)
     if grid is not None:
         print(f"{grid}  {len(in_grid)} pictures")

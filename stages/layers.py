@@ -66,7 +66,8 @@ class _ResponseNorm(torch.autograd.Function):
         mean = energy.mean(dim=-1, keepdim=True) + NORM_EPS  # (B, 1, 1, 1)
         scale = 1.0 + gamma.float() * (energy / mean)
         ctx.save_for_backward(x, gamma, energy, mean, scale)
-        return torch.addcmul(beta.to(x.dtype), x, scale.to(x.dtype))
+        # In float32: rounded to bfloat16, 1 + gamma * n would lose most of a small gamma.
+        return torch.addcmul(beta.float(), x, scale).to(x.dtype)
 
     @staticmethod
     @once_differentiable

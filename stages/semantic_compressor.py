@@ -283,14 +283,15 @@ class SemanticCompressor(nn.Module):
             # In float32: half precision has no antialiased resize on every device.
             pixels = F.interpolate(
                 pixels.float(), size=size, mode="bilinear", antialias=True, align_corners=False
-            ).to(pixels.dtype)
+            )
         return self(pixels)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Compress pixels that already have the compressor's size.
 
         Args:
-            pixels: (B, 3, H, W) in [0, 1], any size.
+            pixels: (B, 3, H, W) in [0, 1], any size; float32 whatever the weights are, since
+                half precision would round them before they are normalised.
 
         Returns:
             (B, 16, ceil(H / stride), ceil(W / stride)), ready for diffusion.
@@ -298,7 +299,8 @@ class SemanticCompressor(nn.Module):
         x = pixels.contiguous(memory_format=torch.channels_last)
         mean = x.new_tensor(self.config.pixel_mean).view(1, 3, 1, 1)
         std = x.new_tensor(self.config.pixel_std).view(1, 3, 1, 1)
-        z = self.norm(self.mapper(self.trunk((x - mean) / std)))
+        x = ((x - mean) / std).to(self.mapper.weight.dtype)
+        z = self.norm(self.mapper(self.trunk(x)))
         return (z + self.config.shift) / self.config.scale
 
     def raw(self, latents: Tensor) -> Tensor:

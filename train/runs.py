@@ -47,19 +47,22 @@ def train_stage_a(config: StageARun, *, resume: bool) -> None:
 
 
 def train_stage_b(config: StageBRun, *, resume: bool) -> None:
-    """Train Stage B with the semantic compressor on cached Stage A latents and text."""
+    """Train Stage B on cached Stage A latents and text, with the compressor or on its latents."""
     prepare(config.run, config, resume=resume)
     expect = {
         "text": text_hash(config.text, config.text_states),
         "stage_a": file_hash(Path(config.stage_a)),
     }
+    if config.frozen_compressor is not None:
+        expect["stage_c"] = file_hash(Path(config.frozen_compressor))
     cache = load_cache(config.data, expect)
     assert cache.null_text is not None, "load_cache gives the null text with the text part"
     _fits("model.text_pooled_channels", config.model.text_pooled_channels, cache.null_text[1])
     system = StageBSystem(config, cache.null_text)
     if config.init_from is not None:
         _start_from(system.network, f"{config.init_from}/stage_b.safetensors")
-        _start_from(system.compressor, f"{config.init_from}/compressor.safetensors")
+        if system.compressor is not None:
+            _start_from(system.compressor, f"{config.init_from}/compressor.safetensors")
     fit(system, _loader(cache, config.data), config.run, config.optim, resume=resume)
 
 

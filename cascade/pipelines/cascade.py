@@ -107,23 +107,27 @@ class CascadePipeline:
         *,
         device: str = "auto",
         dtype: str | torch.dtype = "auto",
+        revision: str | None = None,
+        variant: str | None = None,
         dialect: Dialect = "official",
         lite: bool = False,
     ) -> CascadePipeline:
         """Load a model folder, or fetch ``organisation/name`` from the hub and load that.
 
         Args:
-            model: A folder, or an id on the hub.
+            model: A folder, or ``organisation/name[:lite][@revision]`` on the hub.
             device: See the constructor.
             dtype: See the constructor.
+            revision: A branch, tag or commit on the hub; see ``resolve`` for two repositories.
+            variant: The mark of a set of weights, such as "bf16"; None: the unmarked one.
             dialect: For published weights: sampled as their authors do, or as diffusers does.
             lite: For published weights in several sizes: take the smaller ones.
 
         Raises:
             UserError: If it is neither, cannot be fetched, or does not fit.
         """
-        source = open_source(resolve(model), dialect=dialect, lite=lite)
-        return cls(source, device=device, dtype=dtype)
+        files = resolve(model, revision=revision, variant=variant, lite=lite)
+        return cls(open_source(files, dialect=dialect), device=device, dtype=dtype)
 
     @cached_property
     def compressor(self) -> SemanticCompressor:
@@ -244,9 +248,10 @@ class CascadePipeline:
             raise UserError(
                 f"batch_size {batch_size} and preview_every {preview_every} must be at least 1"
             )
+        if on_preview is not None:
+            _ = self.previewer  # a model without one: now, not after Stage C's first steps
         states = self._prompt_states()
-        for start in range(0, len(plan.requests), batch_size):
-            batch = range(start, min(start + batch_size, len(plan.requests)))
+        for batch in self._batches(plan, states, batch_size):
             watch = Watch(batch, len(plan.requests), progress, on_preview, preview_every)
             yield from self._make_batch(plan, states, watch)
 
@@ -259,8 +264,9 @@ class CascadePipeline:
         Returns:
             ``(B, 16, h, w)`` float32 on the pipeline's device, ready for diffusion.
         """
+        self._check_pixels(pixels)
         with torch.inference_mode():
-            latents = self.compressor.encode(pixels.to(self.device, self.dtype)).float()
+            latents = self.compressor.encode(pixels.to(self.device)).float()
         check_finite(latents, "the semantic compressor", self.dtype)
         return latents
 
@@ -285,8 +291,9 @@ class CascadePipeline:
         """
         if through not in ("a", "ab"):
             raise UserError(f"through {through!r}: 'a' or 'ab'")
+        self._check_pixels(pixels)
         count, (height, width) = len(pixels), pixels.shape[-2:]
-        if pixels.ndim != 4 or height % self.spec.size_multiple or width % self.spec.size_multiple:
+        if height % self.spec.size_multiple or width % self.spec.size_multiple:
             raise UserError(
                 f"pixels of shape {tuple(pixels.shape)}: (B, 3, H, W) with sides that are "
                 f"multiples of {self.spec.size_multiple} are needed"
@@ -375,6 +382,38 @@ class CascadePipeline:
         dtype = str(self.dtype).removeprefix("torch.")
         weights = self.weights_hash
         return describe(plan, index, model=self.spec.name, weights=weights, dtype=dtype)
+
+    @staticmethod
+    def _batches(
+        plan: Plan, states: tuple[PromptStates, PromptStates], batch_size: int
+    ) -> Iterator[range]:
+        """Cut the pictures into batches of prompts of one length.
+
+        A longer neighbour would lengthen a prompt, and so change its picture.
+        """
+        start = 0
+        lengths = [
+            tuple(one([request.prompt, plan.negative_prompt]).hidden.shape[1] for one in states)
+            for request in plan.requests
+        ]
+        for index in range(1, len(lengths) + 1):
+            ends = index == len(lengths) or lengths[index] != lengths[start]
+            if ends or index - start == batch_size:
+                yield range(start, index)
+                start = index
+
+    def _check_pixels(self, pixels: Tensor) -> None:
+        """Refuse what is no batch of RGB pictures in [0, 1]."""
+        if pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.is_floating_point():
+            raise UserError(
+                f"pixels of shape {tuple(pixels.shape)} and type {pixels.dtype}: floating-point "
+                "(B, 3, H, W) in [0, 1] are needed"
+            )
+        if len(pixels) and not (pixels.amin() >= 0 and pixels.amax() <= 1):
+            raise UserError(
+                f"pixels from {float(pixels.amin()):g} to {float(pixels.amax()):g}: they must lie "
+                "in [0, 1]; divide 8-bit values by 255"
+            )
 
     def _prompt_states(self) -> tuple[PromptStates, PromptStates]:
         """Return what Stage C and Stage B read of prompts; the same if they share an encoder."""

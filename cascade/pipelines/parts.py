@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from cascade.checkpoints.files import load_network
+from cascade.checkpoints.hub import ModelFiles
 from cascade.errors import UserError
 from cascade.pipelines.spec import SPEC_FILE, CascadeSpec, load_spec, model_hash
 from cascade.text.encoder import TextEncoder
@@ -99,8 +101,9 @@ class OwnFolder:
             text=text,
             text_b=text_b,
             extras={
-                "compressor": lambda: load("compressor", SemanticCompressor),
-                "previewer": lambda: load("previewer", Previewer),
+                name: partial(load, name, network)
+                for name, network in (("compressor", SemanticCompressor), ("previewer", Previewer))
+                if (self.folder / f"{name}.safetensors").exists()
             },
         )
 
@@ -109,20 +112,22 @@ class OwnFolder:
         return model_hash(self.folder)
 
 
-def open_source(path: str | Path, *, dialect: Dialect = "official", lite: bool = False) -> Source:
-    """Find out what a model folder is: one of ours, or published files in any layout.
+def open_source(
+    model: str | Path | ModelFiles, *, dialect: Dialect = "official", lite: bool = False
+) -> Source:
+    """Find out what a model is: one of ours, or published files in any layout.
 
     Args:
-        path: The folder.
+        model: Its folder, or what ``resolve`` found of it.
         dialect: For published weights: sampled as their authors do, or as diffusers does.
         lite: For published weights in several sizes: take the smaller ones.
 
     Raises:
         UserError: If no cascade is there.
     """
-    path = Path(path)
-    if (path / SPEC_FILE).is_file():
-        return OwnFolder(path)
+    files = model if isinstance(model, ModelFiles) else ModelFiles((Path(model),))
+    if len(files.folders) == 1 and (files.folders[0] / SPEC_FILE).is_file():
+        return OwnFolder(files.folders[0])
     from cascade.pipelines.published import PublishedFiles
 
-    return PublishedFiles(path, dialect, lite)
+    return PublishedFiles(replace(files, lite=files.lite or lite), dialect)

@@ -21,6 +21,8 @@ from cascade.errors import UserError
 from cascade.text.encoder import TextConfig
 
 SPEC_FILE = "model.json"
+NETWORKS = ("stage_a", "stage_b", "stage_c", "compressor", "previewer")
+"""Names of a model folder's network files."""
 MAX_STEPS = 1000
 MAX_GUIDANCE = 1000
 
@@ -160,7 +162,10 @@ def save_spec(spec: CascadeSpec, folder: Path) -> None:
 def model_hash(folder: Path) -> str:
     """Return 12 hex digits over the names and contents of a model's weights and settings."""
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        if path.suffix in {".safetensors", ".json"}:
+    own = {SPEC_FILE, *(f"{name}.safetensors" for name in NETWORKS)}
+    paths = [path for path in folder.iterdir() if path.name in own]
+    paths += [*folder.glob("text/*"), *folder.glob("text_b/*")]
+    for path in sorted(paths):
+        if path.suffix in {".safetensors", ".json"} and path.is_file():
             digest.update(f"{path.relative_to(folder).as_posix()} {file_hash(path)}\n".encode())
     return digest.hexdigest()[:12]

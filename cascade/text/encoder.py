@@ -133,7 +133,7 @@ class TextEncoder:
             CLIPTextModelWithProjection,
         )
 
-        projects = "text_projection.weight" in state
+        projects = _projects(folder)
         try:
             tokenizer = _load_tokenizer(tokens)
             text_config = _text_config(folder)
@@ -188,7 +188,11 @@ class TextEncoder:
         """Return (token ids, mask) of each window of a prompt; at least one."""
         # verbose=False: transformers warns of long prompts without naming what is lost; we name it.
         encoded = self.tokenizer(
-            prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+            prompt,
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            verbose=False,
+            split_special_tokens=True,  # "<|endoftext|>" in a prompt is text, not its end
         )
         ids = list(encoded["input_ids"])
         room = self.length - 2  # without the two special tokens
@@ -225,6 +229,12 @@ def _text_config(folder: Path) -> Any:
             values["projection_dim"] = projection
     values["attn_implementation"] = "sdpa"
     return CLIPTextConfig.from_dict(values)
+
+
+def _projects(folder: Path) -> bool:
+    """Return whether the text model has a projection: all but Würstchen v2's have, and say so."""
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return values.get("architectures") != ["CLIPTextModel"]
 
 
 def _load_tokenizer(folder: Path) -> Any:

@@ -75,6 +75,29 @@ def test_a_picture_for_a_network_that_takes_none_is_refused(make_run):
         load_yaml(StageCRun, make_run("stage_c", image_share=0.3).config)
 
 
+def test_stage_b_learns_on_a_finished_compressors_latents(make_run, tiny_model):
+    file = tiny_model / "compressor.safetensors"
+    made = make_run("stage_b", compressor=None, frozen_compressor=str(file))
+    before = file.read_bytes()
+    assert made.start() == 0
+    assert (made.out / "stage_b.safetensors").is_file()
+    assert not (made.out / "compressor.safetensors").exists()
+    assert file.read_bytes() == before
+    system = StageBSystem(load_yaml(StageBRun, made.config), null_text())
+    latents = torch.randn(8, 16, 2, 2, generator=generator(1))
+    batch = batch_of(8, stage_c_latents=latents, text_pooled=torch.ones(8, 12))
+    cond = system.condition(batch, generator())
+    kept = (cond.stage_c_latents == latents).flatten(1).all(dim=1)
+    assert kept.any() and not kept.all()
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_stage_b_needs_one_compressor(make_run, both):
+    sections = {"frozen_compressor": "x.safetensors"} if both else {"compressor": None}
+    with pytest.raises(UserError, match="one of the two"):
+        load_yaml(StageBRun, make_run("stage_b", **sections).config)
+
+
 def config_of_stage_c(make_run) -> dict:
     return yaml.safe_load(make_run("stage_c", name="sizes").config.read_text())["model"]
 

@@ -22,16 +22,23 @@ from train.settings import OptimConfig, RunConfig
 
 @dataclass(frozen=True)
 class StageBRun:
-    """The joint training of Stage B and the semantic compressor."""
+    """The training of Stage B, jointly with the semantic compressor or on a finished one's latents.
+
+    Name one of ``compressor`` and ``frozen_compressor``.
+    """
 
     run: RunConfig
     data: CacheConfig
     model: StageBConfig
-    compressor: CompressorConfig
     text: str
     """Text encoder's folder; the cache must come from it."""
     stage_a: str
     """Stage A's file; the cache must come from it."""
+    compressor: CompressorConfig | None = None
+    """Sizes of the semantic compressor that is trained with Stage B."""
+    frozen_compressor: str | None = None
+    """File of a finished compressor instead: Stage B learns on its cached latents, and a Stage C
+    that was trained on them stays valid."""
     text_states: TextConfig = field(default_factory=TextConfig)
     """How the cache read the text encoder; the network itself sees the pooled states only."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -48,9 +55,17 @@ class StageBRun:
     init_from: str | None = None
     """Folder with exported stage_b and compressor files to start with."""
 
+    def __post_init__(self) -> None:
+        """Refuse two compressors, or none."""
+        if (self.compressor is None) == (self.frozen_compressor is None):
+            raise ValueError(
+                "name compressor (sizes of one to train) or frozen_compressor (a finished one's "
+                "file), one of the two"
+            )
+
 
 class StageBSystem(LightningModule):
-    """Wires Stage B, the compressor, their loss and optimizer."""
+    """Wires Stage B, the compressor if it learns too, their loss and optimizer."""
 
     null_pooled: Tensor
 
@@ -59,16 +74,23 @@ class StageBSystem(LightningModule):
         super().__init__()
         self.config = config
         self.network = StageB(config.model)
-        self.compressor = SemanticCompressor(config.compressor)
+        self.compressor: SemanticCompressor | None = None
+        if config.compressor is not None:
+            self.compressor = SemanticCompressor(config.compressor)
         self.register_buffer("null_pooled", null_text[1].float(), persistent=False)
 
     def exported_networks(self) -> dict[str, nn.Module]:
         """Return what is averaged and exported."""
+        if self.compressor is None:
+            return {"stage_b": self.network}
         return {"stage_b": self.network, "compressor": self.compressor}
 
     def condition(self, batch: CachedBatch, generator: torch.Generator) -> StageBCondition:
         """Compress the pictures, then noise and drop the result sample by sample."""
-        latents = self.compressor.encode(batch.pixels).float()  # (B, 16, h, w)
+        if self.compressor is None:
+            latents = batch.require("stage_c_latents")  # (B, 16, h, w)
+        else:
+            latents = self.compressor.encode(batch.pixels).float()
         latents = corrupt_latents(
             latents,
             drop=self.config.condition_dropout,
@@ -93,7 +115,7 @@ class StageBSystem(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer with its per-step schedule."""
-        parameters = [*self.network.parameters(), *self.compressor.parameters()]
+        parameters = [p for one in self.exported_networks().values() for p in one.parameters()]
         optimizer, schedule = make_optimizer(
             parameters, self.config.optim, self.config.run.max_steps
         )

@@ -318,3 +318,43 @@ def test_the_text_of_a_picture_is_enough_to_make_it_again(pipeline: CascadePipel
     assert torch.equal(made.pixels, again.pixels)
     assert text["model"] == "tiny" and len(text["model_hash"]) == 12
     assert isinstance(made.pictures[0], Image.Image)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (torch.zeros(1, 1, 32, 32), "are needed"),
+        (torch.zeros(3, 32, 32), "are needed"),
+        (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "are needed"),
+        (torch.full((1, 3, 32, 32), 255.0), "divide 8-bit values by 255"),
+        (torch.full((1, 3, 32, 32), -0.5), "must lie in"),
+        (torch.full((1, 3, 32, 32), float("nan")), "must lie in"),
+    ],
+)
+def test_what_is_no_picture_is_refused(
+    tiny_model: Path, pixels: torch.Tensor, message: str
+) -> None:
+    pipeline = CascadePipeline(tiny_model, device="cpu")
+    for call in (pipeline.encode_picture, pipeline.reconstruct):
+        with pytest.raises(UserError, match=message):
+            call(pixels)
+
+
+def test_a_longer_neighbour_does_not_change_a_picture(copied_model: Path) -> None:
+    spec = load_spec(copied_model)
+    save_spec(replace(spec, text=replace(spec.text, overflow="chunk")), copied_model)
+    pipeline = CascadePipeline(copied_model, device="cpu")
+    long = "a flat icon of a blue fish " * 6
+    settings = {"batch_size": 3, "progress": False}
+    together = pipeline(["a red hat", long, "a blue hat"], seeds=[1, 2, 3], **settings)
+    for index, prompt in enumerate(["a red hat", long, "a blue hat"]):
+        alone = pipeline(prompt, seed=index + 1, **settings)
+        assert torch.equal(together.pixels[index], alone.pixels[0])
+
+
+def test_a_model_without_a_previewer_says_so_before_it_computes(copied_model: Path) -> None:
+    (copied_model / "previewer.safetensors").unlink()
+    pipeline = CascadePipeline(copied_model, device="cpu")
+    pipeline.stage_c.forward = None  # nothing may run
+    with pytest.raises(UserError, match="has no previewer"):
+        pipeline("a red hat", seed=1, on_preview=lambda preview: None)

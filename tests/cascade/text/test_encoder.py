@@ -248,3 +248,19 @@ def test_a_wrong_folder_is_one_line_that_names_it(
         TextEncoder.from_folder(copied, TextConfig())
     assert str(copied) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_special_token_in_a_prompt_is_text_and_does_not_end_it(copied: Path) -> None:
+    encoder = TextEncoder.from_folder(copied, TextConfig(overflow="chunk"))
+    one, other = (encoder.encode([f"a <|endoftext|> {word}"]) for word in ("hat", "fish"))
+    assert not torch.equal(one.pooled, other.pooled)
+
+
+def test_a_clip_that_lost_its_projection_is_refused(copied: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(copied / "model.safetensors")
+    del state["text_projection.weight"]
+    save_file(state, copied / "model.safetensors")
+    with pytest.raises(UserError, match=r"1 missing: text_projection\.weight"):
+        TextEncoder.from_folder(copied, TextConfig())
