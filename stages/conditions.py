@@ -19,16 +19,27 @@ def concat(conditions: Sequence[T]) -> T:
         ValueError: A field is given in one condition and None in another.
     """
     first = conditions[0]
-    joined: dict[str, Any] = {}
-    for field in dataclasses.fields(first):  # type: ignore[arg-type]
-        values = [getattr(condition, field.name) for condition in conditions]
-        given = [value for value in values if value is not None]
-        if not given:
-            joined[field.name] = None
-        elif len(given) < len(values):
-            raise ValueError(f"{field.name} is given in some of the conditions and None in others")
-        elif isinstance(given[0], Tensor):
-            joined[field.name] = torch.cat(given)
-        else:  # the same constant in all of them, such as a size
-            joined[field.name] = given[0]
+    joined = {
+        field.name: _join([getattr(condition, field.name) for condition in conditions], field.name)
+        for field in dataclasses.fields(first)  # type: ignore[arg-type]
+    }
     return type(first)(**joined)
+
+
+def _join(values: Sequence[Any], name: str) -> Any:
+    given = [value for value in values if value is not None]
+    if not given:
+        return None
+    if len(given) < len(values):
+        raise ValueError(f"{name} is given in some of the conditions and None in others")
+    if isinstance(given[0], Tensor):
+        return torch.cat(given)
+    if isinstance(given[0], tuple):  # of tensors and None, one for each block of a network
+        lengths = {len(value) for value in given}
+        if len(lengths) > 1:
+            raise ValueError(f"{name} has {min(lengths)} entries in one condition, others more")
+        return tuple(
+            _join(entries, f"{name}[{index}]")
+            for index, entries in enumerate(zip(*given, strict=True))
+        )
+    return given[0]  # the same constant in all of them, such as a size

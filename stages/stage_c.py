@@ -79,6 +79,13 @@ class StageCConfig:
                     f"hidden_channels={self.hidden_channels}"
                 )
 
+    @property
+    def block_channels(self) -> tuple[int, ...]:
+        """Width of each residual block in running order: all the way down, then up."""
+        down = zip(self.hidden_channels, self.down_blocks, strict=True)
+        up = zip(reversed(self.hidden_channels), self.up_blocks, strict=True)
+        return tuple(width for width, blocks in (*down, *up) for _ in range(blocks))
+
     @classmethod
     def full(cls) -> StageCConfig:
         """Return the published 3.6B."""
@@ -110,6 +117,9 @@ class StageCCondition:
     """(B,): scale condition; None is 0, as in all published use."""
     crp: Tensor | None = None
     """(B,): crop condition; None is 0."""
+    control: tuple[Tensor | None, ...] | None = None
+    """What a ControlNet returned: for each residual block in running order (B, C, h, w), any
+    size, or None; blocks after the last entry get nothing."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +130,8 @@ class StageCPrepared:
     """(B, L + pooled_tokens [+ n * pooled_tokens], cond_channels), normed."""
     extra_embeddings: Tensor
     """(B, num_extra, time_channels), float32."""
+    control: tuple[Tensor | None, ...] | None = None
+    """As in the condition, with one entry for every residual block."""
 
 
 class StageCBlock(nn.Module):
@@ -138,6 +150,16 @@ class StageCBlock(nn.Module):
     def forward(self, x: Tensor, skip: Tensor | None, times: Tensor, tokens: Tensor) -> Tensor:
         """Return ``(B, C, H, W)`` as it came."""
         return self.attention(self.modulation(self.residual(x, skip), times), tokens)
+
+
+def _steered(x: Tensor, control: Tensor | None) -> Tensor:
+    """Add a ControlNet's map, brought to the size of ``x`` in float32."""
+    if control is None:
+        return x
+    if control.shape[-2:] != x.shape[-2:]:
+        size = x.shape[-2:]
+        control = F.interpolate(control.float(), size=size, mode="bilinear", align_corners=True)
+    return x + control.to(x.dtype)
 
 
 class LevelChange(nn.Module):
@@ -219,7 +241,8 @@ class StageC(nn.Module):
         """Map and norm the condition's tokens, once per picture.
 
         Raises:
-            ValueError: An image embedding for a network that takes none.
+            ValueError: An image embedding for a network that takes none, or control maps for a
+                network of other widths.
         """
         config = self.config
         dtype = self.text_mapper.weight.dtype
@@ -236,11 +259,29 @@ class StageC(nn.Module):
             raise ValueError("this Stage C has image_channels=None and takes no image embedding")
         tokens = torch.cat(parts, dim=1)  # (B, M, C)
         tokens = F.layer_norm(tokens, (config.cond_channels,), eps=1e-6)
-        return StageCPrepared(tokens, self._extra_embeddings(cond, len(text)))
+        extra = self._extra_embeddings(cond, len(text))
+        return StageCPrepared(tokens, extra, self._control(cond.control))
 
     def _split_tokens(self, mapped: Tensor, batch: int) -> Tensor:
         """(B, [n,] tokens * C) -> (B, n * tokens, C)."""
         return mapped.reshape(batch, -1, self.config.cond_channels)
+
+    def _control(self, maps: tuple[Tensor | None, ...] | None) -> tuple[Tensor | None, ...] | None:
+        """Give every residual block an entry."""
+        if maps is None:
+            return None
+        widths = self.config.block_channels
+        if len(maps) > len(widths):
+            raise ValueError(
+                f"control maps for {len(maps)} residual blocks, but this Stage C has {len(widths)}"
+            )
+        for block, (control, width) in enumerate(zip(maps, widths, strict=False)):
+            if control is not None and control.shape[1] != width:
+                raise ValueError(
+                    f"the control map of block {block} has {control.shape[1]} channels, but this "
+                    f"Stage C has {width} there"
+                )
+        return maps + (None,) * (len(widths) - len(maps))
 
     def _extra_embeddings(self, cond: StageCCondition, batch: int) -> Tensor:
         config, device = self.config, cond.text_hidden.device
@@ -271,17 +312,20 @@ class StageC(nn.Module):
         x = F.pixel_unshuffle(x, self.config.patch_size)
         x = self.in_norm(self.embedding(x))
 
+        control = iter(prepared.control or (None,) * len(self.config.block_channels))
         skips: list[Tensor] = []
         for level, blocks in enumerate(self.down_blocks):
             if level > 0:
                 x = self.down_changes[level - 1](x)
             for block in cast(nn.ModuleList, blocks):
+                x = _steered(x, next(control))
                 x = block(x, None, times, prepared.tokens)
             skips.append(x)
         x = skips.pop()
         for index, blocks in enumerate(self.up_blocks):
             skip = skips.pop() if index > 0 else None
             for block_index, block in enumerate(cast(nn.ModuleList, blocks)):
+                x = _steered(x, next(control))
                 x = block(x, skip if block_index == 0 else None, times, prepared.tokens)
             if index < len(self.up_changes):
                 x = self.up_changes[index](x)

@@ -96,14 +96,19 @@ def compressor_to_original(state: State, config: CompressorConfig) -> dict[str, 
 
 
 def _compressor(config: CompressorConfig) -> Table:
-    yield from _conv_norm("trunk.stem", "backbone.0")
-    for number, stage in enumerate(config.stages):
-        for block in range(stage.layers):
-            ours = f"trunk.stages.{number}.{block}"
-            yield from _trunk_block(ours, f"backbone.{number + 1}.{block}.block", stage)
-    yield from _conv_norm("trunk.head", f"backbone.{len(config.stages) + 1}")
+    yield from trunk("trunk", "backbone", config.stages)
     yield same("mapper.weight", "mapper.0.weight")
     yield from batch_norm("norm", "mapper.1", affine=config.affine)
+
+
+def trunk(ours: str, published: str, stages: tuple[TrunkStage, ...]) -> Table:
+    """Link an EfficientNetV2 to torchvision's ``features``."""
+    yield from _conv_norm(f"{ours}.stem", f"{published}.0")
+    for number, stage in enumerate(stages):
+        for block in range(stage.layers):
+            theirs = f"{published}.{number + 1}.{block}.block"
+            yield from _trunk_block(f"{ours}.stages.{number}.{block}", theirs, stage)
+    yield from _conv_norm(f"{ours}.head", f"{published}.{len(stages) + 1}")
 
 
 def _trunk_block(ours: str, published: str, stage: TrunkStage) -> Table:

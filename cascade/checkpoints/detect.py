@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from cascade.checkpoints.blocks import Layout
 from cascade.errors import UserError
+from stages.controlnet import ALL_BLOCKS, PUBLISHED_BLOCKS, ControlNetConfig
 from stages.previewer import PreviewerConfig
 from stages.semantic_compressor import EFFICIENTNET_V2_S, CompressorConfig
 from stages.stage_a import StageAConfig
@@ -22,7 +23,7 @@ from stages.stage_b_v2 import StageBV2Config
 from stages.stage_c import StageCConfig
 from stages.stage_c_v2 import StageCV2Config
 
-Kind = Literal["stage_a", "stage_b", "stage_c", "compressor", "previewer"]
+Kind = Literal["stage_a", "stage_b", "stage_c", "compressor", "previewer", "controlnet"]
 Generation = Literal["v2", "v3"]
 FileLayout = Literal["ours", "original", "diffusers"]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -72,6 +73,8 @@ def detect(shapes: Shapes, where: str, declared: Declared | None = None) -> Publ
             return Published(
                 "stage_a", None, "diffusers" if named else "original", _stage_a(shapes, declared)
             )
+        if "projections.0.0.weight" in shapes:
+            return Published("controlnet", "v3", "original", _controlnet(shapes, where))
         if "mapper.0.weight" in shapes and "backbone.0.0.weight" in shapes:
             generation: Generation = "v2" if "mapper.1.weight" in shapes else "v3"
             return Published("compressor", generation, "original", _compressor(shapes))
@@ -80,6 +83,12 @@ def detect(shapes: Shapes, where: str, declared: Declared | None = None) -> Publ
     except (KeyError, IndexError, StopIteration, ZeroDivisionError) as error:
         raise UserError(
             f"{where}: looks like a published network, but lacks {error}; download it again"
+        ) from error
+    except UserError:
+        raise
+    except ValueError as error:  # shapes of which no configuration can be made
+        raise UserError(
+            f"{where}: looks like a published network, but {error}; download it again"
         ) from error
     first = ", ".join(sorted(shapes)[:5]) or "none at all"
     raise UserError(
@@ -245,6 +254,35 @@ def _previewer(shapes: Shapes) -> PreviewerConfig:
         if weight[-1] == 2:  # a transposed convolution: (in, out, 2, 2)
             channels.append(weight[1])
     return PreviewerConfig(latent_channels=shapes["blocks.0.weight"][1], channels=tuple(channels))
+
+
+# ControlNet
+
+
+def _controlnet(shapes: Shapes, where: str) -> ControlNetConfig:
+    count = 1 + _last(shapes, r"projections\.(\d+)\.")
+    # A file says how many blocks are steered, but not which.
+    known = {len(blocks): blocks for blocks in (PUBLISHED_BLOCKS, ALL_BLOCKS)}
+    if count not in known:
+        raise UserError(
+            f"{where}: a ControlNet of {count} projections does not tell which blocks they steer; "
+            f"only the published ones, of {' or '.join(map(str, known))}, are known"
+        )
+    features = shapes["projections.0.0.weight"][1]
+    out = tuple(shapes[f"projections.{index}.2.weight"][0] for index in range(count))
+    base = ControlNetConfig(blocks=known[count], out_channels=out, feature_channels=features)
+    if "backbone.0.0.weight" in shapes:
+        if 1 + _last(shapes, r"backbone\.(\d+)\.") != len(EFFICIENTNET_V2_S) + 2:
+            raise KeyError("the sizes of the published EfficientNetV2-S")
+        stem, channels = shapes["backbone.0.0.weight"][:2]
+        return replace(base, in_channels=channels, stem_channels=stem)
+    stem, channels = shapes["backbone.0.weight"][:2]
+    base = replace(base, bottleneck="large", in_channels=channels, stem_channels=stem)
+    num_blocks = 1 + _last(shapes, r"backbone\.(\d+)\.blocks\.") - 3
+    if num_blocks < 1:
+        return replace(base, bottleneck="simple")
+    width = shapes["backbone.2.weight"][0]
+    return replace(base, residual_channels=width, residual_blocks=num_blocks)
 
 
 # Shared

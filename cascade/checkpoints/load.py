@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cascade.checkpoints import autoencoders, stable_cascade, wuerstchen
+from cascade.checkpoints import autoencoders, controlnet, stable_cascade, wuerstchen
 from cascade.checkpoints.detect import Generation, Kind, Published, detect
 from cascade.checkpoints.files import CLASS_KEY, CONFIG_KEY, assign_strictly, build_on_meta
 from cascade.checkpoints.readers import Opened, open_weights
 from cascade.checkpoints.weight_map import State
 from cascade.config import from_dict
 from cascade.errors import UserError
+from stages.controlnet import ControlNet, ControlNetConfig
 from stages.previewer import Previewer, PreviewerConfig
 from stages.semantic_compressor import CompressorConfig, SemanticCompressor
 from stages.stage_a import StageA, StageAConfig
@@ -127,6 +128,14 @@ FAMILIES = (
         PreviewerConfig,
         {"original": autoencoders.previewer_from_original},
         {"original": autoencoders.previewer_to_original},
+    ),
+    Family(
+        "controlnet",
+        "v3",
+        ControlNet,
+        ControlNetConfig,
+        {"original": controlnet.controlnet_from_original},
+        {"original": controlnet.controlnet_to_original},
     ),
 )
 

@@ -37,6 +37,9 @@ _PUBLISHED = {
     1_562_941_136: "stabilityai/stable-cascade, stage_b",
     699_471_248: "stabilityai/stable-cascade, stage_b_lite",
     3_979_651: "stabilityai/stable-cascade, previewer",
+    54_255_776: "stabilityai/stable-cascade, controlnet/canny",
+    54_256_424: "stabilityai/stable-cascade, controlnet/inpainting",
+    203_491_584: "stabilityai/stable-cascade, controlnet/super_resolution",
 }
 
 

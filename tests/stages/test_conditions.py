@@ -40,3 +40,18 @@ def test_a_field_that_only_some_have_is_refused_by_name():
         concat([first, Condition(torch.zeros(1, 5, 2))])
     with pytest.raises(ValueError, match="image is given in some"):
         concat([Condition(torch.zeros(1, 5, 2)), first])
+
+
+def test_maps_for_the_blocks_of_a_network_are_joined_one_by_one():
+    text = torch.zeros(1, 5, 2), torch.zeros(1, 3)
+    first = StageCCondition(*text, control=(torch.zeros(1, 4, 2, 2), None))
+    second = StageCCondition(*text, control=(torch.ones(1, 4, 2, 2), None))
+    joined = concat([first, second]).control
+    assert joined is not None and joined[1] is None
+    assert joined[0] is not None and joined[0][:, 0, 0, 0].tolist() == [0, 1]
+    with pytest.raises(ValueError, match="control is given in some"):
+        concat([first, StageCCondition(*text)])
+    with pytest.raises(ValueError, match=r"control\[1\] is given in some"):
+        concat([first, StageCCondition(*text, control=(torch.zeros(1, 4, 2, 2),) * 2)])
+    with pytest.raises(ValueError, match="control has 1 entries"):
+        concat([first, StageCCondition(*text, control=(None,))])

@@ -73,6 +73,7 @@ def cond_c(batch: int) -> StageCCondition:
         image=torch.randn(batch, 1, 14),
         sca=torch.rand(batch),
         crp=torch.rand(batch),
+        control=(None, torch.randn(batch, 24, 3, 5), None, torch.randn(batch, 24, 2, 4)),
     )
 
 
@@ -138,7 +139,14 @@ every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 def part(cond: Any, chosen: slice) -> Any:
     values = {f.name: getattr(cond, f.name) for f in dataclasses.fields(cond)}
-    return type(cond)(**{name: value[chosen] for name, value in values.items()})
+    return type(cond)(**{name: each(value, lambda x: x[chosen]) for name, value in values.items()})
+
+
+def each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Change a tensor, or every tensor of a tuple."""
+    if isinstance(value, tuple):
+        return tuple(None if one is None else change(one) for one in value)
+    return change(value)
 
 
 @every_case
@@ -160,7 +168,7 @@ def test_every_input_has_a_say(case):
     before = network(x, t, cond)
     cases = {"x": (x + 0.1, t, cond), "t": (x, t - 0.01, cond)}
     for field in dataclasses.fields(cond):
-        changed = {field.name: getattr(cond, field.name) + 0.1}
+        changed = {field.name: each(getattr(cond, field.name), lambda x: x + 0.1)}
         cases[field.name] = x, t, dataclasses.replace(cond, **changed)
     for name, changed_case in cases.items():
         change = float((network(*changed_case) - before).abs().max() / before.std())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cascade.checkpoints.files import save_network
 from cascade.checkpoints.load import FAMILIES, Family, load_any
 from cascade.errors import UserError
+from stages.controlnet import ControlNetConfig
 from stages.previewer import PreviewerConfig
 from stages.semantic_compressor import CompressorConfig
 from stages.stage_a import StageAConfig
@@ -57,6 +58,7 @@ SMALL: dict[type[Any], Any] = {
     StageCV2Config: StageCV2Config(hidden_channels=64, num_blocks=2, num_heads=1, text_channels=20),
     CompressorConfig: CompressorConfig(),
     PreviewerConfig: PreviewerConfig(channels=(8, 8, 4)),
+    ControlNetConfig: ControlNetConfig(out_channels=(2, 4) * 4, feature_channels=8),
 }
 CASES = [
     pytest.param(family, layout, id=f"{family.kind}-{family.generation}-{layout}")
