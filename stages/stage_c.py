@@ -26,6 +26,9 @@ from stages.layers import (
     scale_residual_outputs,
 )
 
+TIME_CONDS = ("sca", "crp")
+"""Scalar conditions that the network can be told beside the time."""
+
 
 @dataclass(frozen=True)
 class StageCConfig:
@@ -64,6 +67,15 @@ class StageCConfig:
 
     def __post_init__(self) -> None:
         """Refuse sizes that do not fit together."""
+        unknown = [name for name in self.time_conds if name not in TIME_CONDS]
+        if unknown:
+            raise ValueError(
+                f"time_conds={self.time_conds}: {unknown[0]!r} is none of {TIME_CONDS}"
+            )
+        if self.time_channels < 4 or self.time_channels % 2:
+            raise ValueError(f"time_channels={self.time_channels} must be even and at least 4")
+        if self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size={self.kernel_size} must be odd")
         levels = len(self.hidden_channels)
         for name in ("num_heads", "down_blocks", "up_blocks"):
             values = getattr(self, name)
