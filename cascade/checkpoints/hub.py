@@ -1,26 +1,93 @@
-"""From what the user calls a model to a folder on this disk."""
+"""From what the user calls a model to folders on this disk."""
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from cascade.checkpoints.hub_choice import choose
+from cascade.checkpoints.hub_errors import NoAnswer, NotThere
+from cascade.checkpoints.hub_fetch import Listing, fetch, list_files
+from cascade.config import nearest
 from cascade.errors import UserError
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_WANTED_FILES = ("*.json", "*.safetensors", "*.md", "*.txt", "text/*")
+_log = logging.getLogger(__name__)
+
+COMPANIONS = {
+    "stabilityai/stable-cascade": "stabilityai/stable-cascade-prior",
+    "warp-ai/wuerstchen": "warp-ai/wuerstchen-prior",
+}
+"""Cascades that are published as two repositories: Stages B and A, and Stage C."""
+
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_NAME = re.compile(rf"(?P<id>{_ID.pattern})(?P<lite>:lite)?(?:@(?P<revision>.+))?")
+_REVISION = re.compile(r"(?!.*\.\.)\w[\w./-]*")
+_LITE = ":lite"
 
 
-def resolve(model: str | Path) -> Path:
-    """Return the folder of a model; the network is touched only for a hub id.
+@dataclass(frozen=True)
+class ModelFiles:
+    """Where the files of one model are."""
+
+    folders: tuple[Path, ...]
+    lite: bool = False
+    """Of stages in several sizes the smaller ones are meant."""
+    files: frozenset[Path] | None = None
+    """Only these belong to the model; None: whatever is found in the folders."""
+
+    @property
+    def where(self) -> str:
+        """The folders, for messages."""
+        return " and ".join(str(folder) for folder in self.folders)
+
+
+def resolve(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    lite: bool = False,
+) -> ModelFiles:
+    """Find the files of a model; the network is touched only for a hub id.
 
     Args:
-        model: A folder, or an id ``organisation/name`` of the Hugging Face hub. What could be both
-            is a folder if its first part exists as one.
+        model: A folder, or a name on the Hugging Face hub as ``organisation/name``, both with
+            ``:lite`` at the end for the smaller stages, and a name with ``@revision`` after that.
+            What could be both is a folder if its first part exists as one.
+        revision: A branch, tag or commit on the hub. Of a model in two repositories it pins the
+            named one, and ``first,second`` pins both.
+        variant: The mark of a set of weights, such as "bf16"; None: the unmarked one.
+        lite: As ``:lite``.
 
     Raises:
-        UserError: If there is no such folder, or the download fails.
+        UserError: If there is no such model, or the download fails.
     """
+    folder = _local_folder(model)
+    if folder is None and str(model).endswith(_LITE) and str(model) != _LITE:
+        folder = _local_folder(str(model).removesuffix(_LITE))
+        lite = lite or folder is not None
+    if folder is not None:
+        if revision is not None:
+            raise UserError(f"{model}: a folder here, which has no revision {revision!r}")
+        return _choose_local(folder, lite, variant)
+    match = _NAME.fullmatch(str(model))
+    path = Path(model)
+    if isinstance(model, Path) or match is None or Path(path.parts[0]).exists():
+        guess = nearest(str(model), COMPANIONS)
+        raise UserError(
+            f"{model}: no such folder; name a model's folder, or a hub id as organisation/name"
+            + (f"; did you mean {guess}?" if guess else "")
+        )
+    named = match["revision"]
+    if None not in (named, revision) and named != revision:
+        raise UserError(f"{model}: names one revision, and revision={revision!r} another")
+    return _from_hub(match["id"], named or revision, variant, lite or match["lite"] is not None)
+
+
+def _local_folder(model: str | Path) -> Path | None:
     try:
         path = Path(model).expanduser()
     except RuntimeError as error:  # the home of nobody
@@ -29,25 +96,80 @@ def resolve(model: str | Path) -> Path:
         return path
     if path.exists():
         raise UserError(f"{model}: a file; name the model's folder")
-    name = str(model)
-    if isinstance(model, Path) or not _HUB_ID.fullmatch(name) or Path(path.parts[0]).exists():
-        raise UserError(
-            f"{model}: no such folder; name a model's folder, or a hub id as organisation/name"
-        )
-    return _download(name)
+    return None
 
 
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download  # heavy, and rarely needed
+def _choose_local(folder: Path, lite: bool, variant: str | None) -> ModelFiles:
+    if variant is None:
+        return ModelFiles((folder,), lite)
+    paths = [*folder.glob("*"), *folder.glob("*/*"), *folder.glob("*/*/*")]
+    names = {path.relative_to(folder).as_posix(): "" for path in paths if path.is_file()}
+    [chosen] = choose([names], str(folder), lite=lite, variant=variant)
+    return ModelFiles((folder,), lite, frozenset(folder / name for name in chosen))
 
+
+def _from_hub(name: str, revision: str | None, variant: str | None, lite: bool) -> ModelFiles:
+    names = _repositories(name)
+    revisions = dict(zip(names, _revisions(name, names, revision), strict=True))
+    # In one order, whichever is named: of equal files the same repository's is taken.
+    listings = _list(name, {one: revisions[one] for one in sorted(names)})
+    contents = [
+        {path: file.identity for path, file in listing.files.items()} for listing in listings
+    ]
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_WANTED_FILES)))
-    # Whatever goes wrong (no network, offline mode, no such repository, a proxy's answer) has the
-    # same way out, and the hub's client raises errors of many libraries.
-    except Exception as error:
-        reason = " ".join(str(error).split())[:160]
+        chosen = choose(contents, name, lite=lite, variant=variant)
+    except UserError as error:
+        if not any(listing.is_cached for listing in listings):
+            raise
         raise UserError(
-            f"{name}: not a folder here, and the hub gave nothing ({type(error).__name__}: "
-            f"{reason}); to go on offline, fetch it elsewhere with `hf download {name} "
-            "--local-dir FOLDER`, copy that folder here and name it, or leave the model out"
+            f"{error} (as far as the cache has it: the hub was not asked, or did not answer)"
+        ) from error
+    for listing, paths in zip(listings, chosen, strict=True):
+        fetch(listing, paths)
+    pairs = zip(listings, chosen, strict=True)
+    files = frozenset(listing.folder / path for listing, paths in pairs for path in paths)
+    return ModelFiles(tuple(listing.folder for listing in listings), lite, files)
+
+
+def _repositories(name: str) -> list[str]:
+    """Return all repositories of a model, the named one first."""
+    both = {**COMPANIONS, **{prior: decoder for decoder, prior in COMPANIONS.items()}}
+    return [name, both[name]] if name in both else [name]
+
+
+def _revisions(name: str, names: Sequence[str], revision: str | None) -> list[str | None]:
+    if revision is None:
+        return [None] * len(names)
+    parts: list[str | None] = list(revision.split(","))
+    for part in parts:
+        if not _REVISION.fullmatch(part or ""):
+            raise UserError(f"{name}: revision {part!r}: name a branch, a tag or a commit")
+    if len(parts) > len(names):
+        raise UserError(
+            f"{name}: {len(parts)} revisions, and it is in {len(names)} "
+            f"{'repository' if len(names) == 1 else 'repositories'}"
+        )
+    for other in names[len(parts) :]:
+        _log.warning("%s is not pinned; pin both as revision %s,REVISION", other, revision)
+    return parts + [None] * (len(names) - len(parts))
+
+
+def _list(name: str, revisions: Mapping[str, str | None]) -> list[Listing]:
+    try:
+        return [list_files(*pair) for pair in revisions.items()]
+    except NotThere as error:
+        guess = nearest(name, COMPANIONS)
+        hint = f"; did you mean {guess}?" if guess and guess != name else ""
+        raise UserError(f"{error}{hint}") from error
+    # Whatever goes wrong (no network, offline mode, a proxy's answer) has the same way out.
+    except NoAnswer as error:
+        single = len(revisions) == 1
+        commands = " and ".join(
+            f"`hf download {one} --local-dir FOLDER{'' if single else '/' + one.split('/')[1]}`"
+            for one in revisions
+        )
+        raise UserError(
+            f"{name}: not a folder here, and the hub gave nothing ({error}); to go on offline, "
+            f"fetch it elsewhere with {commands}, copy FOLDER here and name it, or leave the model "
+            "out"
         ) from error

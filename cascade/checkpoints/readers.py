@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pickle
+import re
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -26,7 +27,7 @@ from cascade.errors import UserError
 
 PICKLE_SUFFIXES = {".pt", ".pth", ".ckpt", ".bin"}
 CONFIG_FILE = "config.json"
-INDEX_SUFFIX = ".safetensors.index.json"
+_INDEX = re.compile(r".+\.safetensors\.index(\.[^.]+)?\.json")
 _MAX_HEADER_BYTES = 64 << 20
 _MAX_JSON_BYTES = 64 << 20
 # Keys under which training scripts nest a network's tensors; averaged weights first.
@@ -70,7 +71,7 @@ def open_weights(path: str | Path) -> list[Opened]:
         opened = [_open_folder(path)]
     elif not path.is_file():
         raise UserError(f"{path}: no such file or folder; check the path")
-    elif path.name.endswith(INDEX_SUFFIX):
+    elif is_index(path):
         opened = [Opened(str(path), _read_shards(path), {}, _declared(path.parent))]
     elif path.suffix in PICKLE_SUFFIXES:
         opened = _open_pickle(path)
@@ -101,6 +102,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def is_index(path: Path) -> bool:
+    """Return whether a file, by its name, lists shards; a variant's mark may be in it."""
+    return _INDEX.fullmatch(path.name) is not None
+
+
 def weights_in(folder: Path) -> Path:
     """Return the weights file or index of a folder of one network.
 
@@ -110,12 +116,14 @@ def weights_in(folder: Path) -> Path:
     Raises:
         UserError: If there is none.
     """
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
-    for suffix in (INDEX_SUFFIX, ".safetensors", ".bin", ".pt"):
+    entries = sorted(entry for entry in folder.iterdir() if entry.is_file())
+    for suffix in (".json", ".safetensors", ".bin", ".pt"):
         found = [
-            name
-            for name in names
-            if name.endswith(suffix) and not (suffix == ".safetensors" and "-of-" in name)
+            entry.name
+            for entry in entries
+            if entry.suffix == suffix
+            and not (suffix == ".safetensors" and "-of-" in entry.name)
+            and not (suffix == ".json" and not is_index(entry))
         ]
         if found:
             return folder / min(found, key=lambda name: (name.count("."), name))
@@ -125,7 +133,7 @@ def weights_in(folder: Path) -> Path:
 def _open_folder(folder: Path) -> Opened:
     path = weights_in(folder)
     declared = _declared(folder)
-    if path.name.endswith(INDEX_SUFFIX):
+    if is_index(path):
         return Opened(str(path), _read_shards(path), {}, declared)
     if path.suffix in PICKLE_SUFFIXES:
         entries = _open_pickle(path)

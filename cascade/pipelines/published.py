@@ -16,11 +16,12 @@ import torch
 from torch import nn
 
 from cascade.checkpoints.detect import Published
+from cascade.checkpoints.hub import ModelFiles
 from cascade.checkpoints.load import build, identify
 from cascade.checkpoints.readers import (
-    INDEX_SUFFIX,
     PICKLE_SUFFIXES,
     Opened,
+    is_index,
     open_weights,
     read_json,
 )
@@ -55,18 +56,20 @@ class _Found:
 class PublishedFiles:
     """Würstchen v2 or Stable Cascade, in any published layout."""
 
-    def __init__(self, folder: Path, dialect: Dialect = "official", lite: bool = False) -> None:
-        """Look through the folder; only headers are read.
+    def __init__(self, files: ModelFiles, dialect: Dialect = "official") -> None:
+        """Look through the folders; only headers are read.
 
         Raises:
             UserError: If a stage or a text encoder is missing, or the generations are mixed.
         """
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder; name a model's folder")
-        self.folder = folder
+        for folder in files.folders:
+            if not folder.is_dir():
+                raise UserError(f"{folder}: no such folder; name a model's folder")
+        self.folder = files.folders[0]
+        self.where = where = files.where
         self.dialect = dialect
-        found = list(_networks(folder))
-        self._parts = {kind: _choose(found, kind, lite) for kind in ("stage_c", "stage_b")}
+        found = list(_networks(files))
+        self._parts = {kind: _choose(found, kind, files.lite) for kind in ("stage_c", "stage_b")}
         self._parts |= {
             kind: _choose(found, kind, lite=False)
             for kind in ("stage_a", "compressor", "previewer")
@@ -74,21 +77,21 @@ class PublishedFiles:
         missing = [kind for kind in _NEEDED if self._parts[kind] is None]
         if len(missing) == len(_NEEDED):
             raise UserError(
-                f"{folder}: not a cascade: neither model.json nor any published network in it"
+                f"{where}: not a cascade: neither model.json nor any published network in it"
             )
         if missing:
             raise UserError(
-                f"{folder}: no {' and no '.join(missing)} in it; a cascade needs Stage C (prior), "
+                f"{where}: no {' and no '.join(missing)} in it; a cascade needs Stage C (prior), "
                 "Stage B (decoder) and Stage A (vqgan): put them into one folder"
             )
         stage_c, stage_b = self._part("stage_c"), self._part("stage_b")
         if stage_c.published.generation != stage_b.published.generation:
             raise UserError(
-                f"{folder}: {stage_c.opened.where} is {stage_c.published.generation} and "
+                f"{where}: {stage_c.opened.where} is {stage_c.published.generation} and "
                 f"{stage_b.opened.where} is {stage_b.published.generation}; use one generation"
             )
         self.generation = stage_c.published.generation
-        self._encoders = list(_text_encoders(folder))
+        self._encoders = list(_text_encoders(files))
         self._text = self._encoder_for(stage_c, "Stage C")
         self._text_b = self._encoder_for(stage_b, "Stage B")
         self.spec = self._make_spec()
@@ -143,12 +146,17 @@ class PublishedFiles:
 
     def _encoder_for(self, part: _Found, stage: str) -> _TextFolder:
         config = part.published.config
-        width = getattr(config, "text_channels", None) or config.text_pooled_channels
-        fitting = [one for one in self._encoders if one.width == width]
+        width = getattr(config, "text_channels", None)
+        if width is not None:
+            widths_of = [(one, one.width) for one in self._encoders]
+        else:  # Stable Cascade's Stage B reads the pooled states alone
+            width = config.text_pooled_channels
+            widths_of = [(one, one.pooled) for one in self._encoders]
+        fitting = [one for one, own in widths_of if own == width]
         if not fitting:
-            widths = ", ".join(f"{one.folder.name} ({one.width})" for one in self._encoders)
+            widths = ", ".join(f"{one.folder.name} ({own})" for one, own in widths_of)
             raise UserError(
-                f"{self.folder}: no text encoder {width} wide for {stage} (found: "
+                f"{self.where}: no text encoder {width} wide for {stage} (found: "
                 f"{widths or 'none'}); put its folders text_encoder and tokenizer here, as the "
                 "diffusers folder of the same model has them"
             )
@@ -215,11 +223,16 @@ class _TextFolder:
     folder: Path
     tokenizer: Path
     width: int
+    """Channels of the states of tokens."""
+    pooled: int
+    """Channels of the projected, pooled state."""
 
 
-def _networks(folder: Path) -> Iterator[_Found]:
-    """Yield every network of a cascade in a folder and two levels below."""
-    for path in _entries(folder, depth=2):
+def _networks(files: ModelFiles) -> Iterator[_Found]:
+    """Yield every network of a cascade in its folders and two levels below."""
+    for path in (path for folder in files.folders for path in _entries(folder, depth=2)):
+        if files.files is not None and path not in files.files:
+            continue
         if _is_text_encoder(path.parent):
             continue
         for opened in open_weights(path):
@@ -236,7 +249,7 @@ def _entries(folder: Path, depth: int) -> Iterator[Path]:
             continue
         if path.is_dir() and depth:
             yield from _entries(path, depth - 1)
-        elif path.name.endswith(INDEX_SUFFIX) or path.suffix in PICKLE_SUFFIXES:
+        elif is_index(path) or path.suffix in PICKLE_SUFFIXES:
             yield path
         elif path.suffix == ".safetensors" and "-of-" not in path.name:
             yield path
@@ -247,12 +260,20 @@ def _is_text_encoder(folder: Path) -> bool:
     return config.is_file() and str(read_json(config).get("model_type", "")).startswith("clip")
 
 
-def _text_encoders(folder: Path) -> Iterator[_TextFolder]:
-    """Yield the text encoders in a folder and two levels below, each with its tokenizer."""
-    for config in sorted((*folder.glob("*/config.json"), *folder.glob("*/*/config.json"))):
+def _configs(folder: Path) -> list[Path]:
+    return sorted((*folder.glob("*/config.json"), *folder.glob("*/*/config.json")))
+
+
+def _text_encoders(files: ModelFiles) -> Iterator[_TextFolder]:
+    """Yield the text encoders in the folders and two levels below, each with its tokenizer."""
+    for config in (path for folder in files.folders for path in _configs(folder)):
+        if files.files is not None and config not in files.files:
+            continue
         values = read_json(config)
         if "text_config" in values:
-            values = {**values["text_config"], "model_type": "clip_text_model"}
+            own = values["text_config"]
+            projection = values.get("projection_dim", own.get("projection_dim", 512))
+            values = {**own, "model_type": "clip_text_model", "projection_dim": projection}
         if values.get("model_type") != "clip_text_model":
             continue
         home = config.parent
@@ -260,7 +281,8 @@ def _text_encoders(folder: Path) -> Iterator[_TextFolder]:
         for name in names:
             tokenizer = home.parent / name
             if any((tokenizer / file).is_file() for file in ("tokenizer.json", "vocab.json")):
-                yield _TextFolder(home, tokenizer, int(values.get("hidden_size", 512)))
+                width, pooled = values.get("hidden_size", 512), values.get("projection_dim", 512)
+                yield _TextFolder(home, tokenizer, int(width), int(pooled))
                 break
 
 

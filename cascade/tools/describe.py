@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cascade.checkpoints.detect import Published
 from cascade.checkpoints.load import identify
-from cascade.checkpoints.readers import INDEX_SUFFIX, PICKLE_SUFFIXES, Opened, open_weights
+from cascade.checkpoints.readers import PICKLE_SUFFIXES, Opened, is_index, open_weights
 from cascade.errors import UserError
 from cascade.pipelines.spec import SPEC_FILE, load_spec
 from stages.semantic_compressor import CompressorConfig
@@ -100,7 +100,7 @@ def describe_path(path: Path) -> list[Description]:
 def _is_entry(file: Path) -> bool:
     if not file.is_file() or file.name.startswith("."):
         return False
-    if file.name.endswith(INDEX_SUFFIX) or file.suffix in PICKLE_SUFFIXES:
+    if is_index(file) or file.suffix in PICKLE_SUFFIXES:
         return True
     return file.suffix == ".safetensors" and "-of-" not in file.name
 

@@ -1,57 +1,269 @@
+"""Models by name, against an imitation of the hub on loopback."""
+
 from __future__ import annotations
 
+import errno
+import hashlib
+import json
+import re
+import shutil
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from cascade.checkpoints.hub import resolve
+import sample
+from cascade.checkpoints.hub import ModelFiles, resolve
+from cascade.checkpoints.readers import open_weights
 from cascade.errors import UserError
+from cascade.pipelines.cascade import CascadePipeline
+from cascade.pipelines.parts import OwnFolder, open_source
+from cascade.tools.convert import convert
+
+V3, V3_PRIOR = "stabilityai/stable-cascade", "stabilityai/stable-cascade-prior"
+COMMIT = "1" * 40
+OLD_COMMIT = "2" * 40
+_LARGE = (".safetensors", ".bin")
+
+
+class Hub:
+    """Repositories as dictionaries, and what was asked."""
+
+    def __init__(self) -> None:
+        self.repositories: dict[str, dict[str, bytes]] = {}
+        self.revisions = {"main": COMMIT, COMMIT: COMMIT, "old": OLD_COMMIT, OLD_COMMIT: OLD_COMMIT}
+        self.gated: set[str] = set()
+        self.asked: list[tuple[str, str, str | None]] = []
+        self.cut: list[int] = []
+        """For each request for content to come, the bytes after which the connection closes."""
+        self.served_instead: dict[str, bytes] = {}
+        self.unauthorized = False
+        self.status: int | None = None
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                hub.answer(self, with_body=True)
+
+            def do_HEAD(self) -> None:
+                hub.answer(self, with_body=False)
+
+            def log_message(self, *values: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self.server.server_address[1]}"
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    def content(self) -> list[str]:
+        """Paths of files whose content was asked for, as ``name:path``."""
+        found = []
+        for method, path, _ in self.asked:
+            match = re.fullmatch(r"/(.+/.+)/resolve/[^/]+/(.+)", path)
+            if method == "GET" and match:
+                found.append(f"{match[1]}:{match[2]}")
+        return found
+
+    def answer(self, request: BaseHTTPRequestHandler, with_body: bool) -> None:
+        path = unquote(urlsplit(request.path).path)
+        byte_range = request.headers.get("Range")
+        self.asked.append((request.command, path, byte_range))
+        if self.status is not None:
+            return _send(request, self.status, {}, b"")
+        listing = re.fullmatch(r"/api/models/([^/]+/[^/]+)/revision/(.+)", path)
+        file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+        match = listing or file
+        assert match is not None, f"{path}: nothing that a client should ask for"
+        if self.unauthorized:
+            return _send(request, 403, {}, b"")
+        if match[1] not in self.repositories:
+            return _send(request, 404, {"X-Error-Code": "RepoNotFound"}, b"")
+        if match[2] not in self.revisions:
+            return _send(request, 404, {"X-Error-Code": "RevisionNotFound"}, b"")
+        commit, files = self.revisions[match[2]], self.repositories[match[1]]
+        if listing:
+            siblings = [_sibling(name, content) for name, content in files.items()]
+            body = {"id": match[1], "sha": commit, "siblings": siblings}
+            return _send(request, 200, {"Content-Type": "application/json"}, json.dumps(body))
+        if match[1] in self.gated:
+            return _send(request, 401, {"X-Error-Code": "GatedRepo"}, b"")
+        body = self.served_instead.get(match[3], files[match[3]])
+        headers = {"ETag": f'"{_sha256(files[match[3]])}"', "X-Repo-Commit": commit}
+        status, start = 200, 0
+        if byte_range:
+            start = int(byte_range.removeprefix("bytes=").split("-")[0])
+            status = 206
+            headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
+        cut = self.cut.pop(0) if with_body and self.cut else None
+        _send(request, status, headers, body[start:], cut=cut, with_body=with_body)
+
+
+def _send(
+    request: BaseHTTPRequestHandler,
+    status: int,
+    headers: dict[str, str],
+    body: bytes | str,
+    *,
+    cut: int | None = None,
+    with_body: bool = True,
+) -> None:
+    body = body.encode() if isinstance(body, str) else body
+    if cut == 0:
+        request.close_connection = True
+        return
+    request.send_response(status)
+    for name, value in headers.items():
+        request.send_header(name, value)
+    request.send_header("Content-Length", str(len(body)))
+    request.end_headers()
+    if with_body and request.command != "HEAD":
+        request.wfile.write(body if cut is None else body[:cut])
+    request.close_connection = cut is not None
+
+
+def _sibling(name: str, content: bytes) -> dict[str, Any]:
+    git = hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
+    sibling: dict[str, Any] = {"rfilename": name, "size": len(content), "blobId": git}
+    if name.endswith(_LARGE):
+        sibling["lfs"] = {"size": len(content), "sha256": _sha256(content), "pointerSize": 130}
+    return sibling
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 @pytest.fixture
-def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names that were asked of the hub, which answers none."""
-    asked: list[str] = []
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """An empty hub and an empty cache."""
+    import huggingface_hub
 
-    def no_network(repo_id: str, **settings: object) -> str:
-        asked.append(repo_id)
-        raise ConnectionError("name or service not known")
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN", "HTTP_PROXY", "http_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    constants = "huggingface_hub.constants."
+    monkeypatch.setattr(constants + "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants + "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants + "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.setattr(constants + "DOWNLOAD_CHUNK_SIZE", 256)
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
+    huggingface_hub.close_session()
+    imitation = Hub()
+    monkeypatch.setenv("HF_ENDPOINT", imitation.address)
+    yield imitation
+    imitation.close()
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", no_network)
-    return asked
+
+@pytest.fixture
+def no_answer(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """A hub that nobody can reach."""
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    return hub
 
 
-def test_a_folder_is_itself(tmp_path: Path, downloads: list[str]) -> None:
-    assert resolve(tmp_path) == tmp_path
-    assert resolve(str(tmp_path)) == tmp_path
-    assert not downloads
+@pytest.fixture(scope="session")
+def two_folders(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole cascade as the two pipeline folders of diffusers."""
+    folder = tmp_path_factory.mktemp("published") / "tiny"
+    convert(tiny_model, "diffusers", folder, torch.float32)
+    return folder
 
 
-def test_a_hub_id_without_a_network_says_how_to_go_on_offline(downloads: list[str]) -> None:
-    with pytest.raises(UserError, match=r"hf download someone/model --local-dir") as caught:
-        resolve("someone/model")
-    assert downloads == ["someone/model"]
+@pytest.fixture
+def two(hub: Hub, two_folders: Path) -> Hub:
+    """The tiny cascade as the hub has Stable Cascade, large files beside it included."""
+    for name, part in ((V3, "decoder"), (V3_PRIOR, "prior")):
+        files = _read(two_folders / part)
+        for path in [path for path in files if path.endswith(".safetensors")]:
+            files[path.replace(".safetensors", ".bf16.safetensors")] = b"half " + files[path]
+            files[path.replace(".safetensors", ".bin")] = b"pickle"
+        for path in [path for path in files if path.startswith(f"{part}/")]:
+            files[path.replace(f"{part}/", f"{part}_lite/")] = b"lite " + files[path]
+        files["README.md"] = b"# a model"
+        hub.repositories[name] = files
+    for path in ("stage_c.safetensors", "comfyui_checkpoints/stage_b.safetensors"):
+        hub.repositories[V3][path] = b"gigabytes"
+    for path in ("effnet_encoder.safetensors", "previewer.safetensors", "controlnet/a.safetensors"):
+        hub.repositories[V3][path] = f"not of this test: {path}".encode()
+    hub.repositories[V3_PRIOR]["image_encoder/model.safetensors"] = b"gigabytes"
+    return hub
+
+
+def _read(folder: Path) -> dict[str, bytes]:
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+@pytest.fixture
+def own(hub: Hub, tiny_model: Path) -> Hub:
+    """A model of our own layout on the hub."""
+    hub.repositories["someone/model"] = _read(tiny_model)
+    return hub
+
+
+def weights(files: ModelFiles) -> set[str]:
+    """Names of a model's weights, from their folder's name on."""
+    assert files.files is not None
+    return {
+        path.relative_to(path.parents[1]).as_posix()
+        for path in files.files
+        if path.suffix in _LARGE
+    }
+
+
+def the_line(caught: pytest.ExceptionInfo[UserError]) -> str:
     assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
-@pytest.mark.parametrize("model", ["weights", "./some/model", "/some/model", "a/b/c"])
+# Names
+
+
+def test_a_folder_is_itself(tmp_path: Path, hub: Hub) -> None:
+    assert resolve(tmp_path) == resolve(str(tmp_path)) == ModelFiles((tmp_path,))
+    assert resolve(f"{tmp_path}:lite") == ModelFiles((tmp_path,), lite=True)
+    assert not hub.asked
+
+
+def test_a_folder_whose_name_ends_like_an_option_is_itself(tmp_path: Path, hub: Hub) -> None:
+    (tmp_path / "model:lite").mkdir()
+    assert resolve(tmp_path / "model:lite") == ModelFiles((tmp_path / "model:lite",))
+
+
+def test_a_folder_has_no_revision(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no revision 'main'"):
+        resolve(tmp_path, revision="main")
+
+
+@pytest.mark.parametrize("model", ["weights", "./some/model", "/some/model", "a/b/c", ":lite"])
 def test_a_path_that_is_not_there_asks_nothing_of_the_network(
-    model: str, downloads: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: str, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
         resolve(model)
-    assert not downloads
+    assert not hub.asked
 
 
 def test_a_slip_in_the_name_of_a_local_folder_asks_nothing_of_the_network(
-    downloads: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "weights" / "demo").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
         resolve("weights/dmeo")
-    assert not downloads
+    assert not hub.asked
 
 
 def test_a_file_is_refused(tmp_path: Path) -> None:
@@ -61,7 +273,372 @@ def test_a_file_is_refused(tmp_path: Path) -> None:
         resolve(path)
 
 
-def test_the_home_of_nobody_is_one_line(downloads: list[str]) -> None:
+def test_the_home_of_nobody_is_one_line(hub: Hub) -> None:
     with pytest.raises(UserError, match="no such user's home"):
         resolve("~nobody-of-this-name/model")
-    assert not downloads
+    assert not hub.asked
+
+
+@pytest.mark.parametrize("revision", ["..", "a/../b", "", "a b", "x,y", "/etc"])
+def test_a_revision_that_is_none_asks_nothing_of_the_network(revision: str, hub: Hub) -> None:
+    with pytest.raises(UserError, match="revision"):
+        resolve("someone/model", revision=revision)
+    assert not hub.asked
+
+
+def test_two_revisions_of_one_model_are_refused(hub: Hub) -> None:
+    with pytest.raises(UserError, match="names one revision"):
+        resolve("someone/model@old", revision="main")
+
+
+# What is downloaded
+
+
+def test_our_own_layout_is_downloaded_once_and_opened(own: Hub, tiny_model: Path) -> None:
+    own.repositories["someone/model"] |= {"run.ckpt": b"x", "text/model.bin": b"x", "notes": b"x"}
+    files = resolve("someone/model")
+    assert isinstance(open_source(files), OwnFolder)
+    asked = own.content()
+    assert len(asked) == len(set(asked))
+    expected = {path for path in _read(tiny_model) if path.startswith("text/") or "/" not in path}
+    assert {name.split(":")[1] for name in asked} == expected
+
+    own.asked.clear()
+    assert resolve("someone/model") == files
+    assert own.asked == [("GET", "/api/models/someone/model/revision/main", None)]
+
+
+def test_two_repositories_are_one_model_that_makes_a_picture(two: Hub) -> None:
+    for name in ("effnet_encoder", "previewer"):
+        del two.repositories[V3][f"{name}.safetensors"]
+    pipeline = CascadePipeline.from_pretrained(V3, device="cpu")
+    output = pipeline("a red apple", seed=0, width=128, height=128, steps_c=1, steps_b=1)
+    assert output.pixels.shape == (1, 3, 128, 128)
+    assert pipeline.text_encoder_b is pipeline.text_encoder
+
+
+def test_only_what_is_needed_of_two_repositories_is_downloaded(two: Hub) -> None:
+    files = resolve(V3)
+    assert weights(files) == {
+        "decoder/diffusion_pytorch_model.safetensors",
+        "prior/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors",
+        "vqgan/diffusion_pytorch_model.safetensors",
+        f"{COMMIT}/effnet_encoder.safetensors",
+        f"{COMMIT}/previewer.safetensors",
+    }
+    large = [name for name in two.content() if name.endswith(_LARGE)]
+    assert len(large) == 6 and f"{V3}:text_encoder/model.safetensors" in large
+    assert f"{V3_PRIOR}:prior/diffusion_pytorch_model.safetensors" in large
+    assert not any("scheduler" in name or "README" in name for name in two.content())
+
+
+def test_either_repository_names_the_model(two: Hub) -> None:
+    assert resolve(V3_PRIOR).files == resolve(V3).files
+
+
+def test_text_encoders_that_differ_are_both_downloaded(two: Hub) -> None:
+    two.repositories[V3_PRIOR]["text_encoder/model.safetensors"] += b" "
+    resolve(V3)
+    asked = [name for name in two.content() if name.endswith("text_encoder/model.safetensors")]
+    assert len(asked) == 2
+
+
+def test_lite_takes_the_small_stages(two: Hub) -> None:
+    files = resolve(f"{V3}:lite")
+    assert files.lite
+    stages = {name for name in weights(files) if name.startswith(("prior", "decoder"))}
+    assert stages == {
+        "decoder_lite/diffusion_pytorch_model.safetensors",
+        "prior_lite/diffusion_pytorch_model.safetensors",
+    }
+    assert not any("/decoder/" in name or "/prior/" in name for name in two.content())
+    assert resolve(V3, lite=True) == files
+
+
+def test_a_variant_is_taken_where_there_is_one(two: Hub) -> None:
+    for name in ("vqgan/diffusion_pytorch_model.bf16.safetensors",):
+        del two.repositories[V3][name]
+    found = weights(resolve(V3, variant="bf16"))
+    assert "decoder/diffusion_pytorch_model.bf16.safetensors" in found
+    assert "text_encoder/model.bf16.safetensors" in found
+    assert "vqgan/diffusion_pytorch_model.safetensors" in found
+    assert len(found) == 6
+
+
+def test_an_unknown_variant_is_named_with_the_known_ones(two: Hub) -> None:
+    with pytest.raises(UserError, match="no variant 'fp8' in it; it has: bf16"):
+        resolve(V3, variant="fp8")
+    assert not two.content()
+
+
+def test_variants_of_one_cache_do_not_mix(two: Hub) -> None:
+    full = resolve(V3)
+    half = resolve(V3, variant="bf16")
+    assert full.folders == half.folders
+    assert weights(full) == weights(resolve(V3))
+
+
+def test_a_model_without_smaller_stages_says_so(two: Hub, own: Hub) -> None:
+    for name in (V3, V3_PRIOR):
+        files = two.repositories[name]
+        two.repositories[name] = {k: v for k, v in files.items() if "_lite" not in k}
+    with pytest.raises(UserError, match="no smaller stages in it; leave :lite out"):
+        resolve(f"{V3}:lite")
+    with pytest.raises(UserError, match="leave :lite out"):
+        resolve("someone/model:lite")
+
+
+def test_shards_come_with_their_index_and_all_together(two: Hub) -> None:
+    files = two.repositories[V3_PRIOR]
+    base = "prior/diffusion_pytorch_model"
+    for name in [name for name in files if name.startswith("prior/") and "config" not in name]:
+        del files[name]
+    shards = [f"{base}-0000{index}-of-00002.safetensors" for index in (1, 2)]
+    files[f"{base}.safetensors.index.json"] = b"{}"
+    files[shards[0]] = b"one"
+    with pytest.raises(UserError, match="prior: not all parts of its weights"):
+        resolve(V3)
+    files[shards[1]] = b"two"
+    resolve(V3)
+    asked = {name.split(":")[1] for name in two.content() if "prior/" in name}
+    assert asked == {*shards, f"{base}.safetensors.index.json", "prior/config.json"}
+
+
+def test_pickles_are_taken_only_where_there_is_nothing_else(two: Hub) -> None:
+    files = two.repositories[V3]
+    for name in [name for name in files if re.fullmatch(r"decoder/.*\.safetensors", name)]:
+        del files[name]
+    found = weights(resolve(V3))
+    assert [name for name in found if name.endswith(".bin")] == [
+        "decoder/diffusion_pytorch_model.bin"
+    ]
+
+
+def test_a_repository_of_something_else_is_one_line_and_no_download(hub: Hub) -> None:
+    hub.repositories["someone/model"] = {"config.json": b"{}", "model.safetensors": b"x"}
+    with pytest.raises(UserError, match=r"neither model\.json nor diffusers' folders") as caught:
+        resolve("someone/model")
+    the_line(caught)
+    hub.repositories["someone/model"] = {"prior/config.json": b"{}", "prior/a.safetensors": b"x"}
+    with pytest.raises(UserError, match="no decoder and no text_encoder and no tokenizer and no v"):
+        resolve("someone/model")
+    assert not hub.content()
+
+
+def test_one_repository_with_both_pipelines_is_a_model(hub: Hub, two_folders: Path) -> None:
+    hub.repositories["someone/model"] = _read(two_folders)
+    source = open_source(resolve("someone/model"))
+    assert source.spec.generation == "v3"
+
+
+def test_a_variant_of_a_folder_here_is_chosen_too(two_folders: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(two_folders, folder)
+    path = folder / "prior" / "prior" / "diffusion_pytorch_model.safetensors"
+    shutil.copyfile(path, path.with_name("diffusion_pytorch_model.bf16.safetensors"))
+    found = weights(resolve(folder, variant="bf16"))
+    assert "prior/diffusion_pytorch_model.bf16.safetensors" in found
+    assert "prior/diffusion_pytorch_model.safetensors" not in found
+    open_source(resolve(folder, variant="bf16"))
+
+
+def test_shards_of_a_variant_here_are_opened(tmp_path: Path) -> None:
+    shard = "model.bf16-00001-of-00001.safetensors"
+    save_file({"a": torch.ones(2)}, tmp_path / shard)
+    index = {"weight_map": {"a": shard}}
+    (tmp_path / "model.safetensors.index.bf16.json").write_text(json.dumps(index))
+    [opened] = open_weights(tmp_path)
+    assert opened.tensors["a"].tolist() == [1.0, 1.0]
+
+
+def test_the_command_takes_a_name(own: Hub, tmp_path: Path) -> None:
+    small = ["--steps-c", "1", "--steps-b", "1", "--device", "cpu", "--seed", "0"]
+    out = tmp_path / "a.png"
+    line = ["--model", "someone/model@old", "--prompt", "a red apple", "--out", str(out), *small]
+    assert sample.main(line) == 0
+    assert out.is_file()
+    assert own.asked[0][1].endswith("/revision/old")
+
+
+# Revisions
+
+
+def test_a_pinned_revision_is_asked_for_and_used(own: Hub) -> None:
+    files = resolve("someone/model@old")
+    assert files.folders[0].name == OLD_COMMIT
+    assert own.asked[0][1] == "/api/models/someone/model/revision/old"
+    assert all(f"/resolve/{OLD_COMMIT}/" in path for _, path, _ in own.asked[1:])
+    assert resolve("someone/model", revision=COMMIT).folders[0].name == COMMIT
+
+
+def test_both_repositories_can_be_pinned(two: Hub, caplog: pytest.LogCaptureFixture) -> None:
+    files = resolve(f"{V3}@old,main")
+    assert [folder.name for folder in files.folders] == [OLD_COMMIT, COMMIT]
+    assert not caplog.records
+    files = resolve(f"{V3}@old")
+    assert [folder.name for folder in files.folders] == [OLD_COMMIT, COMMIT]
+    assert f"{V3_PRIOR} is not pinned" in caplog.text
+
+
+def test_an_unknown_revision_is_one_line(own: Hub) -> None:
+    with pytest.raises(UserError, match="no revision 'new'") as caught:
+        resolve("someone/model@new")
+    the_line(caught)
+
+
+# Without the hub
+
+
+def test_offline_a_cached_model_works_without_any_connection(
+    two: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = resolve(V3)
+    two.asked.clear()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert resolve(V3) == files
+    assert not two.asked
+    with pytest.raises(UserError, match=r"no smaller stages.*as far as the cache has it"):
+        resolve(f"{V3}:lite")
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set") as caught:
+        resolve("someone/model")
+    assert "hf download someone/model --local-dir FOLDER`" in the_line(caught)
+    assert not two.asked
+
+
+@pytest.mark.parametrize("how", ["unreachable", "broken"])
+def test_a_cached_model_is_used_if_the_hub_does_not_answer(
+    how: str, own: Hub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = resolve("someone/model")
+    if how == "broken":
+        own.status = 503
+    else:
+        monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert resolve("someone/model") == files
+    assert "the copy in the cache is used" in caplog.text
+
+
+def test_no_network_says_how_to_go_on_offline(no_answer: Hub) -> None:
+    with pytest.raises(UserError, match=r"hf download someone/model --local-dir FOLDER`") as caught:
+        resolve("someone/model")
+    the_line(caught)
+    with pytest.raises(UserError, match=r"stable-cascade-prior --local-dir FOLDER/stable-c"):
+        resolve(V3)
+
+
+def test_a_download_that_was_cut_off_is_not_taken_for_the_model(
+    own: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own.cut = [0] * 100
+    with pytest.raises(UserError):
+        resolve("someone/model")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="the cache does not hold it"):
+        resolve("someone/model")
+
+
+# Downloads that fail
+
+
+def test_a_connection_that_breaks_is_taken_up_where_it_broke(own: Hub) -> None:
+    own.cut = [1000]
+    assert isinstance(open_source(resolve("someone/model")), OwnFolder)
+    ranges = [byte_range for _, _, byte_range in own.asked if byte_range]
+    assert len(ranges) == 1 and re.fullmatch(r"bytes=[1-9]\d+-", ranges[0])
+
+
+def test_the_next_run_resumes_what_was_cut_off(own: Hub) -> None:
+    [first] = [name for name in sorted(own.repositories["someone/model"]) if "compressor" in name]
+    own.repositories["someone/model"][first] = b"x" * 5000
+    own.cut = [2000, *[0] * 6]
+    with pytest.raises(UserError, match="run the same command again: it resumes") as caught:
+        resolve("someone/model")
+    the_line(caught)
+    own.cut.clear()
+    own.asked.clear()
+    files = resolve("someone/model")
+    assert (files.folders[0] / first).read_bytes() == b"x" * 5000
+    [(_, path, byte_range)] = [asked for asked in own.asked if asked[2]]
+    assert path.endswith(first)
+    start = int((byte_range or "").removeprefix("bytes=").rstrip("-"))
+    assert 1500 <= start <= 2000
+
+
+def test_a_wrong_hash_is_named_and_nothing_of_it_stays(own: Hub, tmp_path: Path) -> None:
+    name = "stage_b.safetensors"
+    content = own.repositories["someone/model"][name]
+    own.served_instead[name] = b"\0" * len(content)
+    with pytest.raises(UserError, match=f"{name} has the wrong hash") as caught:
+        resolve("someone/model")
+    the_line(caught)
+    blobs = tmp_path / "cache" / "models--someone--model" / "blobs"
+    assert not [path for path in blobs.iterdir() if path.name.startswith(_sha256(content))]
+    assert not list(blobs.glob("*.incomplete"))
+    own.served_instead.clear()
+    files = resolve("someone/model")
+    assert (files.folders[0] / name).read_bytes() == content
+
+
+def test_a_cached_file_of_the_wrong_size_is_downloaded_again(
+    own: Hub, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = resolve("someone/model").folders[0] / "stage_c.safetensors"
+    whole = path.read_bytes()
+    path.resolve().write_bytes(whole[:100])
+    own.asked.clear()
+    resolve("someone/model")
+    assert path.read_bytes() == whole
+    assert own.content() == ["someone/model:stage_c.safetensors"]
+    assert "damaged in the cache" in caplog.text
+
+
+def test_a_licence_to_accept_is_one_line(two: Hub) -> None:
+    two.gated.add(V3)
+    with pytest.raises(UserError, match=r"licence must be accepted.*`hf auth login`") as caught:
+        resolve(V3)
+    assert f"{two.address}/{V3}" in the_line(caught)
+
+
+def test_refused_access_is_one_line(own: Hub) -> None:
+    own.unauthorized = True
+    with pytest.raises(UserError, match=r"refuses access \(403\).*`hf auth login`") as caught:
+        resolve("someone/model")
+    the_line(caught)
+
+
+def test_an_unknown_name_is_one_line_with_the_nearest_known_one(hub: Hub) -> None:
+    with pytest.raises(UserError, match="stabilityai/stable-cascde: the hub has no such") as caught:
+        resolve("stabilityai/stable-cascde")
+    assert the_line(caught).endswith(f"did you mean {V3}?")
+    with pytest.raises(UserError, match="the hub has no such model") as caught:
+        resolve("someone/model")
+    assert "did you mean" not in the_line(caught)
+
+
+def test_a_full_disk_is_told_before_and_during_a_download(
+    own: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch = "cascade.checkpoints.hub_fetch."
+    with monkeypatch.context() as patch:
+        usage = shutil._ntuple_diskusage(10, 9, 1)
+        patch.setattr(fetch + "shutil.disk_usage", lambda place: usage)
+        with pytest.raises(UserError, match=r"GB are free at .* HF_HOME") as caught:
+            resolve("someone/model")
+        the_line(caught)
+    assert not own.content()
+
+    def full(*values: object, **settings: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("huggingface_hub.file_download.http_get", full)
+    with pytest.raises(UserError, match=r"the disk is full at .* it resumes") as caught:
+        resolve("someone/model")
+    the_line(caught)
+
+
+def test_a_listing_that_is_none_is_one_line(own: Hub) -> None:
+    own.revisions["main"] = "../../elsewhere"
+    with pytest.raises(UserError, match="does not answer as a hub does") as caught:
+        resolve("someone/model")
+    the_line(caught)
