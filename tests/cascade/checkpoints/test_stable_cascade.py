@@ -142,6 +142,8 @@ def variations(x: Tensor, t: Tensor, cond: Any) -> dict[str, tuple[Tensor, Tenso
     varied = {"x": (x + 0.1, t, cond), "t": (x, t - 0.05, cond)}
     for field in dataclasses.fields(cond):
         value = getattr(cond, field.name)
+        if value is None:  # a ControlNet's maps, which diffusers does not know
+            continue
         varied[field.name] = x, t, dataclasses.replace(cond, **{field.name: value + 0.05})
         if field.default is None:
             varied[f"no {field.name}"] = x, t, dataclasses.replace(cond, **{field.name: None})

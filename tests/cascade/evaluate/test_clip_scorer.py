@@ -11,7 +11,8 @@ from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 from cascade.errors import UserError
 from cascade.evaluate.clip_scorer import ClipScorer, PicturePreprocessing
 
-WORDS = ["<pad>", "<start>", "<end>", "<unk>", "a", "red", "blue", "cat", "dog", "drawing", "of"]
+# The end is not token 2: transformers would pool at the highest token instead.
+WORDS = ["<start>", "<end>", "<pad>", "<unk>", "a", "red", "blue", "cat", "dog", "drawing", "of"]
 
 
 @pytest.fixture
@@ -20,14 +21,14 @@ def folder(tmp_path: Path) -> Path:
     tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
     tower |= {"num_attention_heads": 2, "projection_dim": 8}
     text = {**tower, "vocab_size": len(WORDS), "max_position_embeddings": 8}
-    text |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    text |= {"pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 1}
     vision = {**tower, "image_size": 16, "patch_size": 8}
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
     model.save_pretrained(tmp_path)
     backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.post_processor = processors.TemplateProcessing(
-        single="<start> $A <end>", special_tokens=[("<start>", 1), ("<end>", 2)]
+        single="<start> $A <end>", special_tokens=[("<start>", 0), ("<end>", 1)]
     )
     PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -87,10 +88,13 @@ def test_a_picture_that_is_not_square_is_refused():
         preprocessing(torch.zeros(1, 3, 16, 20))
 
 
-@pytest.mark.parametrize("name", ["preprocessor.json", "model.safetensors"])
-def test_a_missing_part_of_the_folder_is_named(folder: Path, name: str):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("preprocessor.json", "preprocessor.json"), ("model.safetensors", "no weights in it")],
+)
+def test_a_missing_part_of_the_folder_is_named(folder: Path, name: str, message: str):
     (folder / name).unlink()
-    with pytest.raises(UserError, match=name):
+    with pytest.raises(UserError, match=message):
         ClipScorer.from_folder(folder)
 
 
