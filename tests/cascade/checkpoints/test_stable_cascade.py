@@ -128,6 +128,7 @@ def theirs_on(unet: nn.Module, x: Tensor, t: Tensor, cond: Any) -> Tensor:
         part = {name: None if value is None else value[i : i + 1] for name, value in part.items()}
         part["clip_text_pooled"] = part.pop("text_pooled")[:, None]
         if isinstance(cond, StageCCondition):
+            assert part.pop("control") is None  # diffusers has none
             part["clip_text"] = part.pop("text_hidden")
             image = part.pop("image")
             part["clip_img"] = torch.zeros(1, 1, 14) if image is None else image
