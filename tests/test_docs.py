@@ -26,7 +26,7 @@ def commands() -> list[str]:
 
 
 def words_of(command: str, program: str) -> list[str]:
-    return shlex.split(command[command.index(program) + len(program) :])
+    return shlex.split(command[command.index(program) + len(program) :], comments=True)
 
 
 def test_two_commands_do_all_the_set_up() -> None:
