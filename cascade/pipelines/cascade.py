@@ -393,7 +393,7 @@ class CascadePipeline:
         """
         start = 0
         lengths = [
-            tuple(one([request.prompt, plan.negative_prompt]).hidden.shape[1] for one in states)
+            tuple(one.num_windows([request.prompt, plan.negative_prompt]) for one in states)
             for request in plan.requests
         ]
         for index in range(1, len(lengths) + 1):

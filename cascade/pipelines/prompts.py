@@ -33,6 +33,10 @@ class PromptStates:
             pooled=torch.cat([one.pooled for one in features]),
         )
 
+    def num_windows(self, prompts: Sequence[str]) -> int:
+        """Return how many windows of the encoder the longest prompt takes; nothing is encoded."""
+        return max(self._encoder.num_windows(prompt) for prompt in prompts)
+
     def pair(self, prompts: Sequence[str], negative_prompt: str) -> Prompted:
         """Return the states of prompts and of their common negative, all of one length."""
         count = len(prompts)

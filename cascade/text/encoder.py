@@ -184,6 +184,10 @@ class TextEncoder:
         )
         return TextFeatures(hidden, pooled)
 
+    def num_windows(self, prompt: str) -> int:
+        """Return the number of windows that a prompt's states fill: 1 unless it is chunked."""
+        return len(self._windows(prompt)) if self.config.overflow == "chunk" else 1
+
     def _windows(self, prompt: str) -> list[tuple[list[int], list[int]]]:
         """Return (token ids, mask) of each window of a prompt; at least one."""
         # verbose=False: transformers warns of long prompts without naming what is lost; we name it.

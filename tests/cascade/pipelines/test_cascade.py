@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -358,3 +359,18 @@ def test_a_model_without_a_previewer_says_so_before_it_computes(copied_model: Pa
     pipeline.stage_c.forward = None  # nothing may run
     with pytest.raises(UserError, match="has no previewer"):
         pipeline("a red hat", seed=1, on_preview=lambda preview: None)
+
+
+def test_the_seconds_of_the_text_are_those_of_encoding_it(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = CascadePipeline(tiny_model, device="cpu")
+    encode = pipeline.text_encoder.encode
+
+    def slow(prompts: list[str]) -> object:
+        time.sleep(0.05)
+        return encode(prompts)
+
+    monkeypatch.setattr(pipeline.text_encoder, "encode", slow)
+    # Both the prompt and the null prompt are encoded.
+    assert pipeline("a red hat", seed=1, progress=False).seconds["text"] >= 0.1
