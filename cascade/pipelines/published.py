@@ -97,7 +97,16 @@ class PublishedFiles:
         self.spec = self._make_spec()
 
     def load(self, device: torch.device, dtype: torch.dtype) -> CascadeParts:
-        """Load the networks."""
+        """Load the networks.
+
+        Raises:
+            UserError: For float16, in which the published Stage C of v3 overflows.
+        """
+        if dtype == torch.float16 and self.generation == "v3":
+            raise UserError(
+                f"{self.folder}: Stable Cascade's Stage C overflows in float16 (its makers say so, "
+                "and pictures come out black); take bfloat16, or float32"
+            )
 
         def load(kind: str) -> Any:
             return self._build(self._part(kind), device, dtype)

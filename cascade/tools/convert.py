@@ -358,6 +358,9 @@ def discrete_betas(shift: float = 1.0) -> Tensor:
 
 
 def _write_text(encoder: TextEncoder, folder: Path, tokens: Path, dtype: torch.dtype) -> None:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # this command prints what it wrote, and no more
     model: Any = encoder.model
     folder.mkdir(parents=True, exist_ok=True)
     model.to(dtype).save_pretrained(folder, safe_serialization=True)

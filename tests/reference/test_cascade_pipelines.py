@@ -330,6 +330,16 @@ def test_a_size_that_diffusers_rule_can_not_make_is_one_line(saved: Any) -> None
         pipeline("a red cat", seed=0, width=192, height=192, steps_c=1, steps_b=1)
 
 
+def test_float16_is_refused_where_stage_c_is_known_to_overflow(saved: Any) -> None:
+    _, _, folder = saved
+    source = open_source(folder)
+    if source.spec.generation == "v3":
+        with pytest.raises(UserError, match="overflows in float16"):
+            CascadePipeline(source, device="cpu", dtype="float16")
+    else:
+        CascadePipeline(source, device="cpu", dtype="float16")
+
+
 def test_a_missing_part_is_named(saved: Any, tmp_path: Path) -> None:
     _, _, folder = saved
     (tmp_path / "prior-pipeline").symlink_to(folder / "prior-pipeline")
