@@ -93,6 +93,11 @@ class StageBConfig:
                     f"hidden_channels={self.hidden_channels}"
                 )
 
+    @property
+    def latent_multiple(self) -> int:
+        """What both sides of the latent must be multiples of; odd levels are resized on the way."""
+        return self.patch_size
+
     @classmethod
     def full(cls) -> StageBConfig:
         """Return the published large Stage B."""

@@ -253,7 +253,7 @@ def assign_strictly(network: nn.Module, state: Mapping[str, Tensor], where: str)
     missing = [key for key in own if key not in state]
     unexpected = [key for key in state if key not in own]
     misshapen = [
-        f"{key} ({_shape(state[key])} in the file, {_shape(own[key])} in the network)"
+        f"{key} ({sides(state[key].shape)} in the file, {sides(own[key].shape)} in the network)"
         for key in own
         if key in state and state[key].shape != own[key].shape
     ]
@@ -263,7 +263,7 @@ def assign_strictly(network: nn.Module, state: Mapping[str, Tensor], where: str)
         if key in state and state[key].is_floating_point() != own[key].is_floating_point()
     ]
     complaints = [
-        f"{len(keys)} {kind}: {_first(keys)}"
+        f"{len(keys)} {kind}: {first_keys(keys)}"
         for kind, keys in (
             ("missing", missing),
             ("unexpected", unexpected),
@@ -278,10 +278,12 @@ def assign_strictly(network: nn.Module, state: Mapping[str, Tensor], where: str)
     network.load_state_dict(dict(state), strict=True, assign=True)
 
 
-def _first(keys: Sequence[str]) -> str:
+def first_keys(keys: Sequence[str]) -> str:
+    """Return the first five names, and how many more there are."""
     more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
     return ", ".join(keys[:_SHOWN]) + more
 
 
-def _shape(tensor: Tensor) -> str:
-    return "x".join(str(side) for side in tensor.shape) or "scalar"
+def sides(shape: torch.Size) -> str:
+    """Return a shape as 3x4x5."""
+    return "x".join(str(side) for side in shape) or "scalar"

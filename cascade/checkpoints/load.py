@@ -184,11 +184,12 @@ def family_of(published: Published) -> Family:
 
 def build(
     opened: Opened,
+    published: Published,
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
-) -> tuple[Published, nn.Module]:
-    """Build the network of identified weights and put them into it.
+) -> nn.Module:
+    """Build the network of weights that ``identify`` told and put them into it.
 
     The network is built on the meta device; on a CPU and in the file's number format its tensors
     are those of the file, memory-mapped.
@@ -196,7 +197,6 @@ def build(
     Raises:
         UserError: Naming the first missing, unexpected and misshapen keys.
     """
-    published = identify(opened)
     family = family_of(published)
     state: State = opened.tensors
     if published.layout != "ours":
@@ -210,7 +210,7 @@ def build(
         for key, value in state.items()
     }
     assign_strictly(network, moved, opened.where)
-    return published, network.eval()
+    return network.eval()
 
 
 def load_any(
@@ -238,5 +238,5 @@ def load_any(
             raise UserError(
                 f"{opened.where}: holds a {published.kind}, but {' or '.join(expect)} is needed"
             )
-        loaded.append(build(opened, device=device, dtype=dtype))
+        loaded.append((published, build(opened, published, device=device, dtype=dtype)))
     return loaded

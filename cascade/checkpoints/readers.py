@@ -102,6 +102,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def is_entry(path: Path) -> bool:
+    """Return whether a file, by its name, is where weights are opened: no shard of an index."""
+    if is_index(path) or path.suffix in PICKLE_SUFFIXES:
+        return True
+    return path.suffix == ".safetensors" and "-of-" not in path.name
+
+
 def is_index(path: Path) -> bool:
     """Return whether a file, by its name, lists shards; a variant's mark may be in it."""
     return _INDEX.fullmatch(path.name) is not None

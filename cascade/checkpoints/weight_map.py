@@ -12,11 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from cascade.checkpoints.files import first_keys, sides
 from cascade.errors import UserError
 
 State = Mapping[str, Tensor]
-
-_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def _converted(
     missing = [key for key in wanted if key not in state]
     unexpected = [key for key in state if key not in known]
     misshapen = [
-        f"{key} ({_sides(state[key].shape)} instead of {_sides(shapes[key])})"
+        f"{key} ({sides(state[key].shape)} instead of {sides(shapes[key])})"
         for key in (wanted if shapes is not None else ())
         if shapes is not None and key in state and state[key].shape != shapes[key]
     ]
@@ -124,7 +123,7 @@ def _converted(
         try:
             converted.update(_follow(state, step))
         except (RuntimeError, ValueError):
-            misshapen += [f"{key} ({_sides(state[key].shape)})" for key in step.sources]
+            misshapen += [f"{key} ({sides(state[key].shape)})" for key in step.sources]
     _refuse(misshapen=misshapen)
     return converted
 
@@ -145,7 +144,7 @@ def _without_ones(link: Link) -> Callable[[Tensor], Tensor]:
     def reshape(tensor: Tensor) -> Tensor:
         ones = link.their_leading_ones
         if tensor.shape[:ones] != (1,) * ones:
-            raise ValueError(f"{_sides(tensor.shape)} has no {ones} leading axes of size 1")
+            raise ValueError(f"{sides(tensor.shape)} has no {ones} leading axes of size 1")
         return tensor.reshape(tensor.shape[ones:]) if ones else tensor
 
     return reshape
@@ -164,8 +163,7 @@ def _refuse(**complaints: Sequence[str]) -> None:
     told = []
     for kind, keys in complaints.items():
         if keys:
-            more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
-            told.append(f"{len(keys)} {kind}: {', '.join(keys[:_SHOWN])}{more}")
+            told.append(f"{len(keys)} {kind}: {first_keys(keys)}")
     if told:
         raise UserError(f"weights do not fit the configuration: {'; '.join(told)}")
 
@@ -176,7 +174,3 @@ def _on_meta(network: nn.Module) -> dict[str, Tensor]:
 
 def _shapes(state: State) -> dict[str, torch.Size]:
     return {key: tensor.shape for key, tensor in state.items()}
-
-
-def _sides(shape: torch.Size) -> str:
-    return "x".join(str(side) for side in shape) or "scalar"

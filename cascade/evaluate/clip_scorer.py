@@ -141,11 +141,6 @@ def read_preprocessing(path: Path) -> PicturePreprocessing:
     """Read a ``preprocessor.json``.
 
     Raises:
-        UserError: It is missing, or not what it should be.
-    """
-    """Read a ``preprocessor.json``.
-
-    Raises:
         UserError: If it is missing or not valid.
     """
     if not path.is_file():

@@ -39,7 +39,6 @@ from cascade.pipelines.watch import Clock, OnPreview, Watch
 from cascade.rng import PictureNoise
 from stages.previewer import Previewer
 from stages.semantic_compressor import SemanticCompressor
-from stages.stage_b_v2 import StageBV2
 
 GPU_BATCH_SIZE = 4
 """Pictures that run together on a GPU unless the caller says otherwise."""
@@ -83,10 +82,7 @@ class CascadePipeline:
         self.stage_b = self._parts.stage_b
         self.stage_a = self._parts.stage_a
         check_fit(self.text_encoder, self.stage_c, self.stage_b, self.stage_a, str(self.folder))
-        cells = self.stage_b.config.patch_size
-        if isinstance(self.stage_b, StageBV2):
-            cells = self.stage_b.config.latent_multiple
-        cell = self.stage_a.downscale * cells
+        cell = self.stage_a.downscale * self.stage_b.config.latent_multiple
         if self.spec.size_multiple % cell:
             raise UserError(
                 f"{self.folder}: the model's size_multiple is {self.spec.size_multiple}, but "
@@ -438,9 +434,7 @@ class CascadePipeline:
             side = self.stage_a.downscale
             return channels, height // side, width // side
         rows, columns = (int(side * cells) for side in stage_c_latents.shape[-2:])
-        multiple = self.stage_b.config.patch_size
-        if isinstance(self.stage_b, StageBV2):
-            multiple = self.stage_b.config.latent_multiple
+        multiple = self.stage_b.config.latent_multiple
         if rows % multiple or columns % multiple:
             raise UserError(
                 f"{width}x{height}: by diffusers' rule Stage A's latents are {columns}x{rows}, but "

@@ -21,7 +21,7 @@ from cascade.checkpoints.load import build, identify
 from cascade.checkpoints.readers import (
     PICKLE_SUFFIXES,
     Opened,
-    is_index,
+    is_entry,
     open_weights,
     read_json,
 )
@@ -144,7 +144,8 @@ class PublishedFiles:
         return part
 
     def _build(self, part: _Found, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        published, network = build(part.opened, device=device, dtype=dtype)
+        published = part.published
+        network = build(part.opened, published, device=device, dtype=dtype)
         if published.kind == "stage_a":
             # The constant belongs to the Stage B that was trained on these latents.
             scale = published.config.scale
@@ -258,9 +259,7 @@ def _entries(folder: Path, depth: int) -> Iterator[Path]:
             continue
         if path.is_dir() and depth:
             yield from _entries(path, depth - 1)
-        elif is_index(path) or path.suffix in PICKLE_SUFFIXES:
-            yield path
-        elif path.suffix == ".safetensors" and "-of-" not in path.name:
+        elif is_entry(path):
             yield path
 
 

@@ -75,17 +75,13 @@ def convert(model: Path, target: Target, out: Path, dtype: torch.dtype) -> Writt
     return writers[target](source, parts, out, dtype)
 
 
-def _networks(source: Source, parts: CascadeParts) -> Iterator[tuple[str, nn.Module]]:
+def _networks(parts: CascadeParts) -> Iterator[tuple[str, nn.Module]]:
     yield "stage_c", parts.stage_c
     yield "stage_b", parts.stage_b
     yield "stage_a", parts.stage_a
     for name in ("compressor", "previewer"):
         if name in parts.extras:
-            try:
-                yield name, parts.extras[name]()
-            except UserError:
-                if (source.folder / f"{name}.safetensors").exists():
-                    raise  # it is there, and broken
+            yield name, parts.extras[name]()
 
 
 def family_for(network: nn.Module) -> Family:
@@ -101,7 +97,7 @@ def family_for(network: nn.Module) -> Family:
 
 def _write_ours(source: Source, parts: CascadeParts, out: Path, dtype: torch.dtype) -> Written:
     files = []
-    for name, network in _networks(source, parts):
+    for name, network in _networks(parts):
         save_network(out / f"{name}.safetensors", network, dtype=dtype)
         files.append(out / f"{name}.safetensors")
     for name, encoder in (("text", parts.text), ("text_b", parts.text_b)):
@@ -120,7 +116,7 @@ def _write_ours(source: Source, parts: CascadeParts, out: Path, dtype: torch.dty
 
 def _write_original(source: Source, parts: CascadeParts, out: Path, dtype: torch.dtype) -> Written:
     files = []
-    for name, network in _networks(source, parts):
+    for name, network in _networks(parts):
         family = family_for(network)
         config: Any = network.config
         state = family.to_layout["original"](network.state_dict(), config)

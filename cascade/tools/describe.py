@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cascade.checkpoints.detect import Published
 from cascade.checkpoints.load import identify
-from cascade.checkpoints.readers import PICKLE_SUFFIXES, Opened, is_index, open_weights
+from cascade.checkpoints.readers import Opened, is_entry, open_weights
 from cascade.errors import UserError
 from cascade.pipelines.spec import SPEC_FILE, load_spec
 from stages.semantic_compressor import CompressorConfig
@@ -83,7 +83,11 @@ def describe_path(path: Path) -> list[Description]:
     """
     if not path.is_dir():
         return [_describe(opened) for opened in open_weights(path)]
-    files = [file for file in sorted(path.rglob("*")) if _is_entry(file)]
+    files = [
+        file
+        for file in sorted(path.rglob("*"))
+        if file.is_file() and not file.name.startswith(".") and is_entry(file)
+    ]
     described: list[Description] = []
     passed_over: list[str] = []
     for file in files:
@@ -95,14 +99,6 @@ def describe_path(path: Path) -> list[Description]:
         reason = passed_over[0] if passed_over else f"{path}: no weights in it"
         raise UserError(reason)
     return described
-
-
-def _is_entry(file: Path) -> bool:
-    if not file.is_file() or file.name.startswith("."):
-        return False
-    if is_index(file) or file.suffix in PICKLE_SUFFIXES:
-        return True
-    return file.suffix == ".safetensors" and "-of-" not in file.name
 
 
 def _describe(opened: Opened) -> Description:
