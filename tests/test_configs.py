@@ -57,7 +57,7 @@ def _header(path: Path) -> str:
 
 
 def test_the_demonstration_has_a_run_of_every_network() -> None:
-    demo = {path.stem for path in RUNS if path.parent.name == "demo"}
+    demo = {_kind(path) for path in RUNS if path.parent.name == "demo"}
     assert demo == set(command.KINDS)
 
 
@@ -101,7 +101,11 @@ def _networks(kind: str, config: object) -> list[nn.Module]:
         if kind == "clip":
             return [config.model.build(_Vocabulary(config.model.vocab_size))]  # type: ignore[attr-defined]
         if kind == "stage_b":
-            return [StageB(config.model), SemanticCompressor(config.compressor)]  # type: ignore[attr-defined]
+            compressor = config.compressor  # type: ignore[attr-defined]
+            joint = [] if compressor is None else [SemanticCompressor(compressor)]
+            return [StageB(config.model), *joint]  # type: ignore[attr-defined]
+        if kind == "compressor":
+            return [SemanticCompressor(config.model), Previewer(config.previewer)]  # type: ignore[attr-defined]
         network = {"stage_a": StageA, "stage_c": StageC, "previewer": Previewer}[kind]
         return [network(config.model)]  # type: ignore[attr-defined]
 

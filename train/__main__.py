@@ -15,7 +15,7 @@ from typing import Any
 from cascade.config import load_yaml, parse_overrides
 from cascade.errors import run_main
 
-KINDS = ("clip", "stage_a", "stage_b", "stage_c", "previewer")
+KINDS = ("clip", "stage_a", "compressor", "stage_b", "stage_c", "previewer")
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     kinds: dict[str, tuple[type[Any], Callable[..., None]]] = {
         "clip": (runs.ClipRun, runs.train_clip),
         "stage_a": (runs.StageARun, runs.train_stage_a),
+        "compressor": (runs.CompressorRun, runs.train_compressor),
         "stage_b": (runs.StageBRun, runs.train_stage_b),
         "stage_c": (runs.StageCRun, runs.train_stage_c),
         "previewer": (runs.PreviewerRun, runs.train_previewer),

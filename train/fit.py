@@ -41,7 +41,7 @@ _log = logging.getLogger(__name__)
 LoaderFrom = Callable[[int, int, int], "Iterable[object]"]
 """Maps (step, rank, number of ranks) to the loader whose first batch is that step's."""
 
-_FIXED = ("model", "compressor", "discriminator")
+_FIXED = ("model", "compressor", "previewer", "discriminator")
 _FIXED_OPTIM = ("name", "lr", "muon_lr", "betas", "weight_decay")
 _NO_NEWS = (
     ".*treespec, LeafSpec.*",

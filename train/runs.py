@@ -14,6 +14,7 @@ from train.data.cached import Cache, CacheConfig, cached_loader, load_cache
 from train.data.precompute import text_hash
 from train.fit import LoaderFrom, fit, prepare
 from train.systems.clip import ClipRun, ClipSystem, load_clip, load_tokenizer
+from train.systems.compressor import CompressorRun, CompressorSystem
 from train.systems.previewer import PreviewerRun, PreviewerSystem
 from train.systems.stage_a import StageARun, StageASystem
 from train.systems.stage_b import StageBRun, StageBSystem
@@ -43,6 +44,15 @@ def train_stage_a(config: StageARun, *, resume: bool) -> None:
         )
     system = StageASystem(config)
     _start_from(system.network, config.init_from)
+    fit(system, _loader(cache, config.data), config.run, config.optim, resume=resume)
+
+
+def train_compressor(config: CompressorRun, *, resume: bool) -> None:
+    """Train the compressor with the previewer as its decoder."""
+    prepare(config.run, config, resume=resume)
+    cache = load_cache(config.data, {})
+    system = CompressorSystem(config)
+    _start_from(system.compressor, config.init_from)
     fit(system, _loader(cache, config.data), config.run, config.optim, resume=resume)
 
 

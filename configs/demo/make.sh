@@ -20,19 +20,21 @@ for split in train test test_combo test_concept; do
   done
 done
 
-train() { # kind: trains it, or goes on with it, or leaves it when it is done
+train() { # name of a configuration: trains it, or goes on with it, or leaves it when it is done
   local done_file=runs/demo/$1/done
   [ -f "$done_file" ] && return
   local resume=()
   [ -f "runs/demo/$1/checkpoints/last.ckpt" ] && resume=(--resume)
-  python -m train "$1" --config "configs/demo/$1.yaml" "${resume[@]}"
+  python -m train "${1%_joint}" --config "configs/demo/$1.yaml" "${resume[@]}"
   touch "$done_file"
 }
 
-precompute() {
-  [ -f "$cache/$1.safetensors" ] && return
+precompute() { # name of the step, and what encodes
+  local done_file=$cache/$1.done
+  [ -f "$done_file" ] && return
   shift
   python -m train.data precompute --shards "$shards/train/*.tar" --out "$cache" "$@"
+  touch "$done_file"
 }
 
 train clip
@@ -40,8 +42,16 @@ precompute text --text runs/demo/clip/text
 precompute image --image runs/demo/clip/text
 train stage_a
 precompute stage_a --stage-a runs/demo/stage_a/stage_a.safetensors
+
+# First half: Stage B and the compressor together, and Stage C on that compressor's latents.
+train stage_b_joint
+precompute stage_c_joint --compressor runs/demo/stage_b_joint/compressor.safetensors
+train stage_c_joint
+
+# Second half: the compressor learns to keep more, with the previewer as its decoder; Stage B and
+# Stage C go on with its latents.
+train compressor
+precompute stage_c --compressor runs/demo/compressor/compressor.safetensors
 train stage_b
-precompute stage_c --compressor runs/demo/stage_b/compressor.safetensors
 train stage_c
-train previewer
 python -m train.assemble --config configs/demo/model.yaml --out weights/demo

@@ -148,6 +148,8 @@ def _kind(kind: str, model: Path, clip: Path) -> dict[str, object]:
         more = {"vocab_size": 300, "max_tokens": 12, "image_size": 16, "patch_size": 8}
         return {"model": {**layers, **more, "projection": 8}}
     networks: dict[str, object] = {"model": config_in(model / f"{kind}.safetensors")}
+    if kind == "compressor":
+        return {**networks, "previewer": config_in(model / "previewer.safetensors")}
     if kind == "stage_a":
         networks |= {"discriminator": {"channels": [4, 8]}, "crop": 16, "clip": str(clip)}
         loss = {"perceptual_layers": [1], "adversarial_from_step": 2}

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from cascade.checkpoints.files import load_network, read_metadata
+from cascade.errors import UserError
 from cascade.evaluate.clip_scorer import ClipScorer
 from cascade.text.encoder import TextConfig, TextEncoder
 from stages.previewer import Previewer
@@ -22,12 +23,14 @@ LEARN = {"data": {"batch_size": 12}, "run": {"log_every_steps": 1, "checkpoint_e
 CASES = {
     "clip": (60, 0.6, {"optim": {"lr": 1e-2, "schedule": "constant"}}),
     "stage_a": (60, 0.5, {"loss": {"adversarial_from_step": 1000}, "quantize": 0.0}),
+    "compressor": (60, 0.5, {}),
     "stage_b": (60, 0.9, {"diffusion": {"prediction": "v", "weight": "constant"}}),
     "stage_c": (60, 0.8, {"diffusion": {"prediction": "v", "weight": "constant"}}),
     "previewer": (60, 0.3, {}),
 }
 NETWORKS = {
     "stage_a": {"stage_a": StageA},
+    "compressor": {"compressor": SemanticCompressor, "previewer": Previewer},
     "stage_b": {"stage_b": StageB, "compressor": SemanticCompressor},
     "stage_c": {"stage_c": StageC},
     "previewer": {"previewer": Previewer},
@@ -82,3 +85,24 @@ def test_a_previewer_trained_in_bfloat16_exports_finite_weights(make_run):
     state = load_file(run.out / "previewer.safetensors")
     assert all(value.isfinite().all() for value in state.values())
     assert run.metrics()[-1]["samples_per_s"]
+
+
+def test_a_compressors_decoder_sees_noise_of_the_told_size(make_run, monkeypatch):
+    seen = []
+    forward = Previewer.forward
+    monkeypatch.setattr(Previewer, "forward", lambda self, z: seen.append(z) or forward(self, z))
+    for noise in (0.0, 0.5):
+        run = make_run("compressor", f"noise-{noise}", latent_noise=noise)
+        assert run.start("--run.max_steps", 1) == 0
+    noise = (seen[1] - seen[0]).detach()
+    assert noise.std().item() == pytest.approx(0.5, rel=0.15)
+    assert seen[0].std().item() == pytest.approx(1.0, rel=0.2)
+
+
+def test_a_compressor_and_a_previewer_that_do_not_fit_are_refused(make_run):
+    run = make_run("compressor", previewer={"latent_channels": 8})
+    with pytest.raises(UserError, match=r"previewer\.latent_channels is 8"):
+        run.start()
+    run = make_run("compressor", latent_noise=-0.1)
+    with pytest.raises(UserError, match="must not be negative"):
+        run.start()

@@ -20,6 +20,7 @@ from cascade.checkpoints.files import atomic_path, file_hash, load_network
 from cascade.errors import UserError
 from cascade.pipelines.placement import pick_device
 from cascade.text.encoder import TextConfig, TextEncoder
+from cascade.text.picture_encoder import PictureEncoder
 from stages.semantic_compressor import SemanticCompressor
 from stages.stage_a import StageA
 from train.data.cached import Pictures, load_pictures
@@ -67,10 +68,8 @@ def precompute(
         metadata = {**base, "weights": weights, "captions": json.dumps(captions)}
         _write(folder / "text.safetensors", metadata, text_hidden=hidden, text_pooled=pooled)
     if image is not None:
-        from cascade.evaluate.clip_scorer import ClipScorer  # transformers' CLIP: seconds
-
-        scorer = ClipScorer.from_folder(image, target)
-        embeds = _encode_pictures(scorer.project_pictures, pictures, batch_size, target)
+        picture_encoder = PictureEncoder.from_folder(image, target)
+        embeds = _encode_pictures(picture_encoder, pictures, batch_size, target)
         _write(
             folder / "image.safetensors", {**base, "weights": text_hash(image)}, image_embeds=embeds
         )

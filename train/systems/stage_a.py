@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from cascade.evaluate.clip_scorer import read_preprocessing
+from cascade.text.picture_encoder import find_preprocessing
 from stages.discriminator import Discriminator, DiscriminatorConfig
 from stages.stage_a import StageA, StageAConfig
 from train.data.cached import CacheConfig, CachedBatch
@@ -177,7 +177,7 @@ class FrozenClipFeatures(nn.Module):
         self.tower = whole.vision_model
         self.tower.eval().requires_grad_(False)
         self.layers = layers
-        preprocessing = read_preprocessing(Path(folder) / "preprocessor.json")
+        preprocessing = find_preprocessing(Path(folder))
         self.register_buffer("mean", torch.tensor(preprocessing.mean).view(3, 1, 1), False)
         self.register_buffer("std", torch.tensor(preprocessing.std).view(3, 1, 1), False)
         vision: Any = whole.config.vision_config

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from cascade.checkpoints.files import file_hash, load_network
 from cascade.errors import UserError
-from cascade.evaluate.clip_scorer import ClipScorer
 from cascade.text.encoder import TextConfig, TextEncoder
+from cascade.text.picture_encoder import PictureEncoder
 from stages.semantic_compressor import SemanticCompressor
 from stages.stage_a import StageA
 from train.data.__main__ import main
@@ -130,7 +130,7 @@ def test_picture_embeddings_are_cached_as_the_picture_tower_gives_them(
     settings = config(shards, folder=str(tmp_path))
     cache = load_cache(settings, {"image": text_hash(clip_folder)})
     batch = next(iter(cached_loader(cache, settings)))
-    expected = ClipScorer.from_folder(clip_folder).project_pictures(batch.pixels)
+    expected = PictureEncoder.from_folder(clip_folder)(batch.pixels)
     torch.testing.assert_close(batch.require("image_embeds"), expected, rtol=2e-3, atol=2e-3)
 
 
