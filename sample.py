@@ -18,6 +18,8 @@ from cascade.config import nearest
 from cascade.errors import UserError, run_main
 
 if TYPE_CHECKING:
+    from cascade.pipelines.control_input import ControlInput
+    from cascade.pipelines.picture_input import PictureInput
     from cascade.pipelines.results import Picture, Preview
 
 DEMO_MODEL = Path(__file__).resolve().parent / "weights" / "demo"
@@ -65,6 +67,43 @@ def make_parser() -> Parser:
     )
     what.add_argument("--width", type=int, metavar="PX", help="default: the model's own")
     what.add_argument("--height", type=int, metavar="PX", help="default: the model's own")
+
+    start = parser.add_argument_group("from a picture")
+    start.add_argument(
+        "--image", type=Path, metavar="FILE", help="a picture to start from (see --mode)"
+    )
+    start.add_argument(
+        "--mode",
+        metavar="NAME",
+        help="img2img: change it by the prompt; variation: another one like it; inpaint: draw the "
+        "white part of --mask anew; outpaint: draw what is around it, up to --width and --height; "
+        "reconstruct: compress it and bring it back (default: inpaint with --mask, else img2img)",
+    )
+    start.add_argument(
+        "--mask",
+        type=Path,
+        metavar="FILE",
+        help="as large as --image: white is drawn anew, black is kept to the pixel",
+    )
+    start.add_argument(
+        "--strength",
+        type=float,
+        metavar="X",
+        help="how much is drawn anew, above 0 and up to 1 (default: 0.8 for img2img, else 1)",
+    )
+    start.add_argument(
+        "--control",
+        type=Path,
+        metavar="FILE",
+        help="a ControlNet of Stable Cascade (canny, inpainting or super-resolution, told by its "
+        "content), which leads Stage C by --control-image",
+    )
+    start.add_argument(
+        "--control-image", type=Path, metavar="FILE", help="what it looks at (default: --image)"
+    )
+    start.add_argument(
+        "--control-strength", type=float, metavar="X", help="0 is no control (default 1)"
+    )
 
     how = parser.add_argument_group("how to make it (default: as the model's makers chose)")
     how.add_argument("--steps-c", type=int, metavar="N", help="steps of Stage C: what is seen")
@@ -160,14 +199,66 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
         if not found:
             raise UserError(f"{path}: no prompts in it; write one a line")
         prompts += found
+    if not prompts and options.mode in ("variation", "reconstruct"):
+        return [""]
     if not prompts:
         raise UserError('no prompt given; for instance --prompt "a 3D render of a red apple"')
     return prompts
 
 
+def check_picture_options(options: argparse.Namespace) -> None:
+    """Refuse options that lack the picture they are about, and settle the mode.
+
+    Raises:
+        UserError: Naming the option that is missing.
+    """
+    if options.image is None:
+        given = [
+            name for name in ("mode", "mask", "strength") if getattr(options, name) is not None
+        ]
+        if given:
+            raise UserError(f"--{given[0]} is about a picture; name it with --image FILE")
+    elif options.mode is None:
+        options.mode = "img2img" if options.mask is None else "inpaint"
+    if options.control is None:
+        given = [
+            name
+            for name in ("image", "strength")
+            if getattr(options, f"control_{name}") is not None
+        ]
+        if given:
+            raise UserError(
+                f"--control-{given[0]} is about a ControlNet; name it with --control FILE"
+            )
+
+
+def read_picture(options: argparse.Namespace) -> PictureInput | None:
+    """Open the picture and the mask of the command line."""
+    if options.image is None:
+        return None
+    from cascade.images import open_image
+    from cascade.pipelines.picture_input import PictureInput
+
+    mask = None if options.mask is None else open_image(options.mask)
+    return PictureInput(open_image(options.image), options.mode, mask, options.strength)
+
+
+def read_control(options: argparse.Namespace) -> ControlInput | None:
+    """Open the picture of the command line's ControlNet."""
+    if options.control is None:
+        return None
+    from cascade.images import open_image
+    from cascade.pipelines.control_input import ControlInput
+
+    image = None if options.control_image is None else open_image(options.control_image)
+    strength = 1.0 if options.control_strength is None else options.control_strength
+    return ControlInput(options.control, image, strength)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Make the pictures that the command line asks for."""
     options = parse(sys.argv[1:] if argv is None else argv)
+    check_picture_options(options)
     prompts = read_prompts(options)
     # Libraries log what they have to say, such as the words of a prompt that is too long.
     logging.basicConfig(level=logging.WARNING, format="notice: %(message)s")
@@ -176,13 +267,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from cascade.checkpoints.hub import resolve
     from cascade.pipelines.outputs import Outputs
     from cascade.pipelines.parts import open_source
-    from cascade.pipelines.plan import make_plan
+    from cascade.pipelines.plan import Settings, make_plan
 
+    given, control = read_picture(options), read_control(options)
     files = resolve(options.model, variant=options.variant)
     source = open_source(files, dialect=options.dialect)
-    plan = make_plan(
-        source.spec,
-        prompts,
+    settings = Settings(
         negative_prompt=options.negative_prompt,
         seed=options.seed,
         num_images=options.num_images,
@@ -194,6 +284,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         width=options.width,
         height=options.height,
     )
+    plan = make_plan(source.spec, prompts, settings, picture=given, control=control)
     outputs = Outputs.prepare(options.out, plan.requests, grid=options.grid)
     for notice in plan.notices:
         print(f"notice: {notice}", file=sys.stderr)

@@ -43,11 +43,16 @@ def pixels_to_images(pixels: Tensor) -> list[Image.Image]:
 
 def image_to_pixels(image: Image.Image) -> Tensor:
     """Turn a picture of any mode into pixels ``(3, H, W)``, float32 in [0, 1], on white."""
+    array = np.array(flatten(image))
+    return torch.from_numpy(array).permute(2, 0, 1).contiguous().float().div_(255)
+
+
+def flatten(image: Image.Image) -> Image.Image:
+    """Return the picture in RGB, on white where it is transparent."""
     if "A" in image.getbands() or "transparency" in image.info:
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-    array = np.array(image.convert("RGB"))
-    return torch.from_numpy(array).permute(2, 0, 1).contiguous().float().div_(255)
+    return image.convert("RGB")
 
 
 def open_image(path: Path | str) -> Image.Image:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import sample
 from cascade.errors import run_main
@@ -129,16 +131,41 @@ def test_ctrl_c_keeps_what_is_finished_and_says_so(
 ) -> None:
     whole = CascadePipeline._make_batch
 
-    def stop_at_the_third(self: CascadePipeline, plan, states, watch):  # type: ignore[no-untyped-def]
+    def stop_at_the_third(self: CascadePipeline, plan, states, given, watch):  # type: ignore[no-untyped-def]
         if watch.batch[0] == 2:
             raise KeyboardInterrupt
-        return whole(self, plan, states, watch)
+        return whole(self, plan, states, given, watch)
 
     monkeypatch.setattr(CascadePipeline, "_make_batch", stop_at_the_third)
     code, _, err = make("--prompt", "a hat", "--seed", "7", "--num-images", "4", "--grid")
     assert code == 130
     assert err == "stopped: 2 of 4 pictures kept\n"
     assert [path.name[:4] for path in make.files()] == ["0001", "0002", "0005"]
+
+
+def test_a_picture_and_a_mask_become_a_picture_that_keeps_the_black_side(
+    make: Make, tmp_path: Path
+) -> None:
+    picture, mask = tmp_path / "picture.png", tmp_path / "mask.png"
+    Image.new("RGB", (32, 32), (200, 30, 60)).save(picture)
+    hole = Image.new("L", (32, 32))
+    hole.paste(255, (16, 0, 32, 32))
+    hole.save(mask)
+    given = ("--image", str(picture), "--seed", "7")
+    assert make("--prompt", "a hat", "--mask", str(mask), *given)[0] == 0
+    assert make("--mode", "reconstruct", *given)[0] == 0
+    painted, reconstructed = (open_image(path).convert("RGB") for path in make.files())
+    assert painted.crop((0, 0, 16, 32)).getcolors() == [(512, (200, 30, 60))]
+    assert len(painted.crop((16, 0, 32, 32)).getcolors() or []) > 1
+    assert reconstructed.size == (32, 32)
+    told = json.loads(read_png_metadata(make.files()[0])["settings"])["picture"]
+    assert told["mode"] == "inpaint"
+
+
+def test_a_picture_of_another_size_is_scaled_with_a_notice(make: Make, tmp_path: Path) -> None:
+    Image.new("RGB", (100, 50), "red").save(tmp_path / "wide.png")
+    code, _, err = make("--mode", "reconstruct", "--image", str(tmp_path / "wide.png"))
+    assert (code, err) == (0, "notice: the picture is scaled and cut from 100x50 to 48x24\n")
 
 
 @pytest.mark.parametrize(
@@ -164,11 +191,29 @@ def test_ctrl_c_keeps_what_is_finished_and_says_so(
         (["--prompt", "a", "--model", "/nowhere/at/all"], "no such folder"),
         (["--prompts-file", "/nowhere.txt"], "/nowhere.txt"),
         (["--prompts-file", "/dev/null"], "no prompts in it"),
+        (["--prompt", "a", "--mode", "inpaint"], "--mode is about a picture"),
+        (["--prompt", "a", "--strength", "0.5"], "--strength is about a picture"),
+        (["--prompt", "a", "--image", "/nowhere.png"], "/nowhere.png: no such file"),
+        (["--prompt", "a", "--image", __file__], "not a readable picture"),
+        (["--image", "{picture}"], "no prompt given"),
+        (["--prompt", "a", "--image", "{picture}", "--mode", "inpait"], "did you mean 'inpaint'"),
+        (["--prompt", "a", "--image", "{picture}", "--mode", "inpaint"], "needs a mask"),
+        (["--prompt", "a", "--image", "{picture}", "--strength", "2"], "above 0 and up to 1"),
+        (["--prompt", "a", "--image", "{picture}", "--mode", "outpaint"], "a width or height"),
+        (["--image", "{picture}", "--mode", "variation"], "told nothing of pictures"),
+        (["--prompt", "a", "--control-image", "{picture}"], "name it with --control FILE"),
+        (["--prompt", "a", "--control", "/nowhere.safetensors"], "needs a picture"),
+        (
+            ["--prompt", "a", "--control", "/nowhere.safetensors", "--image", "{picture}"],
+            "/nowhere.safetensors: no such file",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
-    make: Make, arguments: list[str], message: str
+    make: Make, arguments: list[str], message: str, tmp_path: Path
 ) -> None:
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "picture.png")
+    arguments = [one.replace("{picture}", str(tmp_path / "picture.png")) for one in arguments]
     code, _, err = make(*arguments)
     assert code == 2
     assert message in err

@@ -24,6 +24,21 @@ def unguided(denoiser: Denoiser, cond: Any) -> Denoise:
     return lambda x_t, t: denoiser(x_t, t, cond)
 
 
+def keeping(denoise: Denoise, x0: Tensor, kept: Tensor) -> Denoise:
+    """Hold a part of the samples: there the estimate of x0 is the known one.
+
+    Each sampler's step is a function of ``x_t`` and the estimate, so the kept part walks the
+    forward process backwards, exactly, and ends at ``x0``; at every step the rest sees it with the
+    right noise.
+
+    Args:
+        denoise: The estimate of the part that is not kept.
+        x0: Known samples, ``(B, C, H, W)``; the start must be these, noised.
+        kept: 1 where they are kept and 0 elsewhere; must broadcast to ``x0``.
+    """
+    return lambda x_t, t: torch.lerp(denoise(x_t, t), x0, kept)
+
+
 @dataclass(frozen=True)
 class Guided:
     """Runs the conditional and the unconditional estimate as one batch and extrapolates.

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from cascade.checkpoints.hub import resolve
@@ -22,9 +23,11 @@ from cascade.errors import UserError
 from cascade.images import pixels_to_images
 from cascade.pipelines.finite import check_finite, check_not_black
 from cascade.pipelines.fit import check_fit
+from cascade.pipelines.given import Given, read_control
 from cascade.pipelines.parts import Dialect, Source, open_source
+from cascade.pipelines.picture_input import PictureInput
 from cascade.pipelines.placement import pick_device, pick_dtype
-from cascade.pipelines.plan import Plan, make_plan
+from cascade.pipelines.plan import Plan, Settings, make_plan
 from cascade.pipelines.prompts import PromptStates
 from cascade.pipelines.results import (
     CascadeOutput,
@@ -34,9 +37,10 @@ from cascade.pipelines.results import (
     collect,
     describe,
 )
-from cascade.pipelines.sampling import sample_stage_b, sample_stage_c
+from cascade.pipelines.sampling import Shown, Start, sample_stage_b, sample_stage_c
 from cascade.pipelines.watch import Clock, OnPreview, Watch
 from cascade.rng import PictureNoise
+from cascade.text.picture_encoder import PictureEncoder, centre_square
 from stages.previewer import Previewer
 from stages.semantic_compressor import SemanticCompressor
 
@@ -145,6 +149,12 @@ class CascadePipeline:
         return network
 
     @cached_property
+    def image_encoder(self) -> PictureEncoder:
+        """CLIP's picture tower, loaded when a picture is first varied."""
+        network: PictureEncoder = self._parts.extra("image_encoder", str(self.folder))
+        return network
+
+    @cached_property
     def weights_hash(self) -> str:
         """Hash over the model's files, as stored in pictures."""
         return self._source.weights_hash()
@@ -194,9 +204,7 @@ class CascadePipeline:
             NonFiniteError: If a stage gives values that are not finite.
             Interrupted: On Ctrl-C; it holds the pictures that were finished.
         """
-        plan = make_plan(
-            self.spec,
-            prompt,
+        settings = Settings(
             negative_prompt=negative_prompt,
             seed=seed,
             seeds=seeds,
@@ -209,6 +217,101 @@ class CascadePipeline:
             width=width,
             height=height,
         )
+        return self.make(
+            make_plan(self.spec, prompt, settings),
+            batch_size=batch_size,
+            progress=progress,
+            on_preview=on_preview,
+            preview_every=preview_every,
+        )
+
+    def variation(
+        self, image: Image.Image, prompt: str | Sequence[str] = "", settings: Settings | None = None
+    ) -> CascadeOutput:
+        """Make pictures like this one: Stage C is told its CLIP embedding, and the prompt if any.
+
+        Args:
+            image: The picture.
+            prompt: One prompt or several.
+            settings: Everything else.
+
+        Raises:
+            UserError: If the model takes no picture, and as a call does.
+        """
+        return self._from_picture(PictureInput(image, "variation"), prompt, settings)
+
+    def image_to_image(
+        self,
+        image: Image.Image,
+        prompt: str | Sequence[str],
+        strength: float | None = None,
+        settings: Settings | None = None,
+    ) -> CascadeOutput:
+        """Change a picture by a prompt: noise its Stage C latents and denoise them.
+
+        Args:
+            image: The picture.
+            prompt: One prompt or several.
+            strength: Diffusion time in (0, 1] from which it is drawn anew; None is 0.8.
+            settings: Everything else.
+
+        Raises:
+            UserError: If the model has no compressor, and as a call does.
+        """
+        return self._from_picture(PictureInput(image, "img2img", None, strength), prompt, settings)
+
+    def inpaint(
+        self,
+        image: Image.Image,
+        mask: Image.Image,
+        prompt: str | Sequence[str],
+        strength: float | None = None,
+        settings: Settings | None = None,
+    ) -> CascadeOutput:
+        """Draw a part of a picture anew; all other pixels come out as they were.
+
+        Args:
+            image: The picture.
+            mask: As large as the picture: white is drawn anew.
+            prompt: One prompt or several.
+            strength: See ``image_to_image``; None is 1.
+            settings: Everything else.
+
+        Raises:
+            UserError: If the model has no compressor, and as a call does.
+        """
+        return self._from_picture(PictureInput(image, "inpaint", mask, strength), prompt, settings)
+
+    def outpaint(
+        self, image: Image.Image, prompt: str | Sequence[str], settings: Settings
+    ) -> CascadeOutput:
+        """Draw what is around a picture, which lies in the middle and comes out as it was.
+
+        Args:
+            image: The picture.
+            prompt: One prompt or several, of the whole.
+            settings: Everything else; its width and height are those of the whole.
+
+        Raises:
+            UserError: If the whole is not larger than the picture, and as a call does.
+        """
+        return self._from_picture(PictureInput(image, "outpaint"), prompt, settings)
+
+    def _from_picture(
+        self, picture: PictureInput, prompt: str | Sequence[str], settings: Settings | None
+    ) -> CascadeOutput:
+        return self.make(make_plan(self.spec, prompt, settings, picture=picture))
+
+    def make(
+        self,
+        plan: Plan,
+        *,
+        batch_size: int | None = None,
+        progress: bool | None = None,
+        on_preview: OnPreview | None = None,
+        preview_every: int = 4,
+    ) -> CascadeOutput:
+        """Make all pictures of a plan; the arguments and errors are those of a call."""
         finished: list[Picture] = []
         try:
             for picture in self.run(
@@ -247,9 +350,10 @@ class CascadePipeline:
         if on_preview is not None:
             _ = self.previewer  # a model without one: now, not after Stage C's first steps
         states = self._prompt_states()
+        given = self._read_given(plan)
         for batch in self._batches(plan, states, batch_size):
             watch = Watch(batch, len(plan.requests), progress, on_preview, preview_every)
-            yield from self._make_batch(plan, states, watch)
+            yield from self._make_batch(plan, states, given, watch)
 
     def encode_picture(self, pixels: Tensor) -> Tensor:
         """Compress pictures into Stage C latents.
@@ -316,7 +420,7 @@ class CascadePipeline:
 
     @torch.inference_mode()
     def _make_batch(
-        self, plan: Plan, states: tuple[PromptStates, PromptStates], watch: Watch
+        self, plan: Plan, states: tuple[PromptStates, PromptStates], given: Given, watch: Watch
     ) -> list[Picture]:
         """Run one batch through all stages."""
         requests = [plan.requests[index] for index in watch.batch]
@@ -327,21 +431,26 @@ class CascadePipeline:
             prompts = [request.prompt for request in requests]
             prompted, prompted_b = (one.pair(prompts, plan.negative_prompt) for one in states)
 
-        with clock("stage_c"), watch.stage("Stage C", plan.stage_c.steps) as count:
+        if given.reconstructed is not None:
+            stage_c_latents = given.reconstructed.expand(len(requests), -1, -1, -1)
+        else:
+            with clock("stage_c"), watch.stage("Stage C", plan.stage_c.steps) as count:
 
-            def on_step(info: StepInfo) -> None:
-                count(info)
-                if watch.wants_preview(info):
-                    watch.show(info, self._preview(info.x0_hat))
+                def on_step(info: StepInfo) -> None:
+                    count(info)
+                    if watch.wants_preview(info):
+                        watch.show(info, self._preview(info.x0_hat))
 
-            stage_c_latents = sample_stage_c(
-                self.stage_c,
-                plan.stage_c,
-                prompted,
-                PictureNoise(seeds, "stage_c"),
-                self.spec.stage_c_size((plan.height, plan.width)),
-                on_step=on_step,
-            )
+                stage_c_latents = sample_stage_c(
+                    self.stage_c,
+                    plan.stage_c,
+                    prompted,
+                    PictureNoise(seeds, "stage_c"),
+                    self.spec.stage_c_size((plan.height, plan.width)),
+                    start=given.stage_c,
+                    shown=given.shown,
+                    on_step=on_step,
+                )
 
         with clock("stage_b"), watch.stage("Stage B", plan.stage_b.steps) as count:
             stage_b_latents = sample_stage_b(
@@ -351,11 +460,12 @@ class CascadePipeline:
                 prompted_b,
                 PictureNoise(seeds, "stage_b"),
                 self._latent_shape(plan.height, plan.width, stage_c_latents),
+                start=given.stage_b,
                 on_step=count,
             )
 
         with clock("stage_a"):
-            pixels = self._decode(stage_b_latents).cpu()
+            pixels = given.pasted(self._decode(stage_b_latents).cpu())
         check_not_black(pixels, self.dtype)
         seconds = {name: value / len(requests) for name, value in clock.seconds.items()}
         return [
@@ -373,6 +483,57 @@ class CascadePipeline:
                 zip(requests, pixels_to_images(pixels), strict=True)
             )
         ]
+
+    @torch.inference_mode()
+    def _read_given(self, plan: Plan) -> Given:
+        """Run what a plan's picture and control need once: encoders and the ControlNet."""
+        size = self.spec.stage_c_size((plan.height, plan.width))
+        control = None
+        if plan.control is not None:
+            control = read_control(
+                plan.control, self.stage_c, size, self.device, self.dtype, lambda: self.compressor
+            )
+        picture = plan.picture
+        if picture is None:
+            return Given(Shown(control=control))
+        if picture.mode == "variation":
+            embeds = self._embed(picture.pixels)
+            return Given(Shown(image=embeds, control=control))
+        latents = self.encode_picture(picture.pixels)
+        if picture.mode == "reconstruct":
+            return Given(Shown(), reconstructed=latents)
+        start_c = Start(latents, picture.strength, picture.kept(size))
+        if picture.mask is None:
+            return Given(Shown(control=control), stage_c=start_c)
+        shape = self._latent_shape(plan.height, plan.width, latents)
+        stage_a_latents = self.stage_a.encode(picture.pixels.to(self.device, self.dtype)).float()
+        check_finite(stage_a_latents, "Stage A's encoder", self.dtype)
+        if stage_a_latents.shape[1:] != shape:
+            raise UserError(
+                "masks need Stage A's latents to follow the picture's size; in the dialect of "
+                "diffusers they do not: use the official dialect"
+            )
+        return Given(
+            Shown(control=control),
+            stage_c=start_c,
+            stage_b=Start(stage_a_latents, kept=picture.kept((shape[1], shape[2]))),
+            picture=picture,
+        )
+
+    def _embed(self, pixels: Tensor) -> Tensor:
+        """Return the CLIP embedding ``(1, 1, E)`` of a picture."""
+        channels = getattr(self.stage_c.config, "image_channels", None)
+        if channels is None:
+            raise UserError(f"{self.folder}: this model's Stage C is told nothing of pictures")
+        encoder = self.image_encoder
+        if encoder.channels != channels:
+            raise UserError(
+                f"{self.folder}: its Stage C takes embeddings of pictures with {channels} values, "
+                f"but its image encoder makes {encoder.channels}"
+            )
+        embeds = encoder(centre_square(pixels))[:, None]
+        check_finite(embeds, "the image encoder", self.dtype)
+        return embeds
 
     def _metadata(self, plan: Plan, index: int) -> dict[str, str]:
         dtype = str(self.dtype).removeprefix("torch.")

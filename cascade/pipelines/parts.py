@@ -16,6 +16,7 @@ from cascade.checkpoints.hub import ModelFiles
 from cascade.errors import UserError
 from cascade.pipelines.spec import SPEC_FILE, CascadeSpec, load_spec, model_hash
 from cascade.text.encoder import TextEncoder
+from cascade.text.picture_encoder import PictureEncoder, has_preprocessing
 from stages.previewer import Previewer
 from stages.semantic_compressor import SemanticCompressor
 from stages.stage_a import StageA
@@ -25,7 +26,7 @@ from stages.stage_c import StageC
 from stages.stage_c_v2 import StageCV2
 
 N = TypeVar("N", bound=nn.Module)
-Extra = Literal["compressor", "previewer"]
+Extra = Literal["compressor", "previewer", "image_encoder"]
 Dialect = Literal["official", "diffusers"]
 
 
@@ -41,7 +42,7 @@ class CascadeParts:
     text_b: TextEncoder | None = None
     """Stage B's own text encoder (v2)."""
     extras: dict[str, Callable[[], Any]] = field(default_factory=dict)
-    """Loaders of what only some calls need: "compressor", "previewer"."""
+    """Loaders of what only some calls need: "compressor", "previewer", "image_encoder"."""
 
     def extra(self, name: Extra, where: str) -> Any:
         """Load a part that only some calls need.
@@ -50,7 +51,8 @@ class CascadeParts:
             UserError: If the model has none.
         """
         if name not in self.extras:
-            raise UserError(f"{where}: this model has no {name}; its files came without one")
+            what = name.replace("_", " ")
+            raise UserError(f"{where}: this model has no {what}; its files came without one")
         return self.extras[name]()
 
 
@@ -94,17 +96,22 @@ class OwnFolder:
             folder = self.folder / "text_b"
             text_b = TextEncoder.from_folder(folder, self.spec.text_b, device=device)
         v2 = self.spec.generation == "v2"
+        extras: dict[str, Callable[[], Any]] = {
+            name: partial(load, name, network)
+            for name, network in (("compressor", SemanticCompressor), ("previewer", Previewer))
+            if (self.folder / f"{name}.safetensors").exists()
+        }
+        if has_preprocessing(self.folder / "text"):  # a CLIP with both towers
+            extras["image_encoder"] = partial(
+                PictureEncoder.from_folder, self.folder / "text", device
+            )
         return CascadeParts(
             stage_c=load("stage_c", StageCV2) if v2 else load("stage_c", StageC),
             stage_b=load("stage_b", StageBV2) if v2 else load("stage_b", StageB),
             stage_a=load("stage_a", StageA),
             text=text,
             text_b=text_b,
-            extras={
-                name: partial(load, name, network)
-                for name, network in (("compressor", SemanticCompressor), ("previewer", Previewer))
-                if (self.folder / f"{name}.safetensors").exists()
-            },
+            extras=extras,
         )
 
     def weights_hash(self) -> str:

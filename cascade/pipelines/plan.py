@@ -8,11 +8,41 @@ from numbers import Real
 
 from cascade.config import nearest
 from cascade.errors import UserError
+from cascade.pipelines.control_input import ControlInput, ControlTask, fit_control
+from cascade.pipelines.picture_input import NEEDS_PROMPT, PictureInput, PictureTask, fit_picture
 from cascade.pipelines.sizes import fit_size
 from cascade.pipelines.spec import MAX_GUIDANCE, MAX_STEPS, CascadeSpec, StageSampling
 from cascade.rng import MAX_SEED, check_seed, fresh_seed
 
 SAMPLER_NAMES = ("ddpm", "ddim", "dpmpp_2m")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a call may choose; None is the model's own value."""
+
+    negative_prompt: str = ""
+    """What pictures are steered away from, in both diffusion stages."""
+    seed: int | None = None
+    """Seed of each prompt's first picture; the next ones count up. None draws one."""
+    seeds: Sequence[int] | None = None
+    """One seed for each picture instead, in the order of :class:`Plan`."""
+    num_images: int = 1
+    """Pictures for each prompt."""
+    steps_c: int | None = None
+    """Steps of Stage C."""
+    steps_b: int | None = None
+    """Steps of Stage B."""
+    guidance_c: float | None = None
+    """Guidance scale of Stage C; 1 is off."""
+    guidance_b: float | None = None
+    """Guidance scale of Stage B; 1 is off."""
+    sampler: str | None = None
+    """"ddpm", "ddim" or "dpmpp_2m", for both stages."""
+    width: int | None = None
+    """Width in pixels, rounded to what the cascade makes."""
+    height: int | None = None
+    """Height in pixels, rounded to what the cascade makes."""
 
 
 @dataclass(frozen=True)
@@ -41,67 +71,63 @@ class Plan:
     """Sampling of Stage B."""
     notices: tuple[str, ...] = ()
     """What was changed, and what the user should know."""
+    picture: PictureTask | None = None
+    """The picture that the pictures are made of; None: of prompts alone."""
+    control: ControlTask | None = None
+    """The picture that a ControlNet leads Stage C by."""
 
 
 def make_plan(
     spec: CascadeSpec,
     prompt: str | Sequence[str],
+    settings: Settings | None = None,
     *,
-    negative_prompt: str = "",
-    seed: int | None = None,
-    seeds: Sequence[int] | None = None,
-    num_images: int = 1,
-    steps_c: int | None = None,
-    steps_b: int | None = None,
-    guidance_c: float | None = None,
-    guidance_b: float | None = None,
-    sampler: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
+    picture: PictureInput | None = None,
+    control: ControlInput | None = None,
 ) -> Plan:
     """Settle what a call makes.
 
     Args:
-        spec: The cascade; what is None below is taken from it.
-        prompt: One prompt or several.
-        negative_prompt: What pictures are steered away from, in both diffusion stages.
-        seed: Seed of each prompt's first picture; the next ones count up. None draws one.
-        seeds: One seed for each picture instead, in the order of :class:`Plan`.
-        num_images: Pictures for each prompt.
-        steps_c: Steps of Stage C.
-        steps_b: Steps of Stage B.
-        guidance_c: Guidance scale of Stage C; 1 is off.
-        guidance_b: Guidance scale of Stage B; 1 is off.
-        sampler: "ddpm", "ddim" or "dpmpp_2m", for both stages.
-        width: Width in pixels, rounded to what the cascade makes.
-        height: Height in pixels, rounded to what the cascade makes.
+        spec: The cascade; what the settings leave open is taken from it.
+        prompt: One prompt or several; with a picture to vary or reconstruct it may be empty.
+        settings: Everything else; None leaves all of it open.
+        picture: A picture to start from.
+        control: A picture that a ControlNet leads Stage C by.
 
     Raises:
         UserError: For anything that cannot be made, saying what can.
     """
+    wanted = Settings() if settings is None else settings
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    may_be_empty = picture is not None and picture.mode not in NEEDS_PROMPT
     for number, text in enumerate(prompts, start=1):
         _check_text(text, f"prompt {number}" if len(prompts) > 1 else "the prompt")
-        if not text.strip():
+        if not text.strip() and not may_be_empty:
             which = f"prompt {number} of {len(prompts)}" if len(prompts) > 1 else "the prompt"
             raise UserError(f"{which} is empty; say what the picture shows")
     if not prompts:
         raise UserError("no prompt given; say what the picture shows")
-    _check_text(negative_prompt, "the negative prompt")
-    _check_count("num_images", num_images, 1_000_000)
-    fitted_width, fitted_height, notices = fit_size(spec, width, height)
-    stage_c = _override(spec.stage_c, "c", steps_c, guidance_c, sampler)
-    stage_b = _override(spec.stage_b, "b", steps_b, guidance_b, sampler)
-    if negative_prompt.strip() and stage_c.guidance == 1 and stage_b.guidance == 1:
+    _check_text(wanted.negative_prompt, "the negative prompt")
+    _check_count("num_images", wanted.num_images, 1_000_000)
+    task: PictureTask | None = None
+    if picture is None:
+        width, height, notices = fit_size(spec, wanted.width, wanted.height)
+    else:
+        task, width, height, notices = fit_picture(spec, picture, wanted.width, wanted.height)
+    stage_c = _override(spec.stage_c, "c", wanted.steps_c, wanted.guidance_c, wanted.sampler)
+    stage_b = _override(spec.stage_b, "b", wanted.steps_b, wanted.guidance_b, wanted.sampler)
+    if wanted.negative_prompt.strip() and stage_c.guidance == 1 and stage_b.guidance == 1:
         notices.append("the negative prompt has no effect: guidance is off in both stages")
     return Plan(
-        requests=_requests(prompts, seed, seeds, num_images),
-        negative_prompt=negative_prompt,
-        width=fitted_width,
-        height=fitted_height,
+        requests=_requests(prompts, wanted.seed, wanted.seeds, wanted.num_images),
+        negative_prompt=wanted.negative_prompt,
+        width=width,
+        height=height,
         stage_c=stage_c,
         stage_b=stage_b,
         notices=tuple(notices),
+        picture=task,
+        control=None if control is None else fit_control(control, task, width, height),
     )
 
 

@@ -29,6 +29,7 @@ from cascade.errors import UserError
 from cascade.pipelines.parts import CascadeParts, Dialect
 from cascade.pipelines.spec import CascadeSpec, StageSampling
 from cascade.text.encoder import TextConfig, TextEncoder
+from cascade.text.picture_encoder import PictureEncoder
 
 V2_SCALE = 0.3764
 V3_SCALE = 0.43
@@ -92,6 +93,7 @@ class PublishedFiles:
             )
         self.generation = stage_c.published.generation
         self._encoders = list(_text_encoders(files))
+        self._image_encoder = _image_encoder(files)
         self._text = self._encoder_for(stage_c, "Stage C")
         self._text_b = self._encoder_for(stage_b, "Stage B")
         self.spec = self._make_spec()
@@ -121,6 +123,10 @@ class PublishedFiles:
             for kind in ("compressor", "previewer")
             if self._parts[kind] is not None
         }
+        if self._image_encoder is not None:
+            extras["image_encoder"] = partial(
+                PictureEncoder.from_folder, self._image_encoder, device, text_dtype
+            )
         return CascadeParts(
             stage_c=load("stage_c"),
             stage_b=load("stage_b"),
@@ -292,6 +298,16 @@ def _text_encoders(files: ModelFiles) -> Iterator[_TextFolder]:
                 width, pooled = values.get("hidden_size", 512), values.get("projection_dim", 512)
                 yield _TextFolder(home, tokenizer, int(width), int(pooled))
                 break
+
+
+def _image_encoder(files: ModelFiles) -> Path | None:
+    """Find the folder of CLIP's picture tower, which tells Stage C of a picture to vary."""
+    for config in (path for folder in files.folders for path in _configs(folder)):
+        if files.files is not None and config not in files.files:
+            continue
+        if read_json(config).get("model_type") == "clip_vision_model":
+            return config.parent
+    return None
 
 
 def _choose(found: Sequence[_Found], kind: str, lite: bool) -> _Found | None:

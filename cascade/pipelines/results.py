@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cascade.pipelines.picture_input import fingerprint
 from cascade.pipelines.plan import Plan
 
 
@@ -121,13 +122,21 @@ def describe(plan: Plan, index: int, *, model: str, weights: str, dtype: str) ->
         dtype: Number format that it ran in.
     """
     request = plan.requests[index]
-    settings = {
+    settings: dict[str, object] = {
         "width": plan.width,
         "height": plan.height,
         "stage_c": asdict(plan.stage_c),
         "stage_b": asdict(plan.stage_b),
         "dtype": dtype,
     }
+    if plan.picture is not None:
+        settings["picture"] = {
+            "mode": plan.picture.mode,
+            "strength": plan.picture.strength,
+            "fingerprint": fingerprint(plan.picture.pixels, plan.picture.mask),
+        }
+    if plan.control is not None:
+        settings["control"] = plan.control.described()
     return {
         "prompt": request.prompt,
         "negative_prompt": plan.negative_prompt,

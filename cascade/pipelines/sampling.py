@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cascade.control import Maps
 from cascade.diffusion.denoiser import Denoiser
-from cascade.diffusion.guidance import Denoise, Guided, unguided
+from cascade.diffusion.guidance import Denoise, Guided, keeping, unguided
 from cascade.diffusion.prediction import Prediction
 from cascade.diffusion.samplers import SAMPLERS, OnStep, StepInfo, sample_ddpm
-from cascade.diffusion.schedules import CosineSchedule
+from cascade.diffusion.schedules import CosineSchedule, diffuse
 from cascade.pipelines.finite import check_finite
 from cascade.pipelines.spec import StageSampling
 from cascade.rng import PictureNoise
@@ -34,6 +35,28 @@ class Prompted:
     """As many as ``text``, and as long."""
 
 
+@dataclass(frozen=True)
+class Start:
+    """Clean latents of a picture that sampling starts from."""
+
+    latents: Tensor
+    """``(1, C, h, w)`` float32, the same for all pictures of the batch."""
+    strength: float = 1.0
+    """Diffusion time to which they are noised, and from which all steps are taken."""
+    kept: Tensor | None = None
+    """``(1, 1, h, w)``: where it is 1 the latents come out as they are, where it is 0 anew."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What Stage C is shown beside the prompt; the same for all pictures of a batch."""
+
+    image: Tensor | None = None
+    """``(1, n, E)`` CLIP embeddings of pictures to vary."""
+    control: tuple[Maps, Maps] | None = None
+    """A ControlNet's maps for the conditional and the unconditional half, one picture each."""
+
+
 def sample_stage_c(
     network: StageC | StageCV2,
     sampling: StageSampling,
@@ -41,6 +64,8 @@ def sample_stage_c(
     noise: PictureNoise,
     latent_size: tuple[int, int],
     *,
+    start: Start | None = None,
+    shown: Shown | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Draw Stage C latents of B prompts.
@@ -51,6 +76,8 @@ def sample_stage_c(
         prompted: The prompts' states.
         noise: One seed for each picture.
         latent_size: Height and width of the latents.
+        start: A picture to start from.
+        shown: What the v3 network is shown beside the prompts.
         on_step: Called after each step.
 
     Returns:
@@ -69,10 +96,30 @@ def sample_stage_c(
         cond, uncond = (
             StageCCondition(one.hidden.to(weight), one.pooled.to(weight)) for one in states
         )
+        if shown is not None:
+            cond, uncond = _show(shown, cond, uncond)
     guided = sampling.guidance != 1
     prepared = network.prepare(concat([cond, uncond]) if guided else cond)
     x = noise.randn((network.config.latent_channels, *latent_size))
-    return _sample("Stage C", network, sampling, cond, prepared, noise, x, on_step)
+    return _sample("Stage C", network, sampling, cond, prepared, noise, x, start, on_step)
+
+
+def _show(
+    shown: Shown, cond: StageCCondition, uncond: StageCCondition
+) -> tuple[StageCCondition, StageCCondition]:
+    """Put what is shown into both conditions, once for each picture."""
+    count = len(cond.text_pooled)
+    if shown.image is not None:
+        image = shown.image.to(cond.text_pooled).expand(count, -1, -1)
+        cond = replace(cond, image=image)
+        uncond = replace(uncond, image=torch.zeros_like(image))  # as published
+    if shown.control is not None:
+        told, untold = (
+            tuple(None if one is None else one.expand(count, -1, -1, -1) for one in maps)
+            for maps in shown.control
+        )
+        cond, uncond = replace(cond, control=told), replace(uncond, control=untold)
+    return cond, uncond
 
 
 def sample_stage_b(
@@ -83,6 +130,7 @@ def sample_stage_b(
     noise: PictureNoise,
     latent_shape: tuple[int, int, int],
     *,
+    start: Start | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Draw Stage B latents that fit Stage C latents ``(B, 16, h, w)``.
@@ -97,6 +145,7 @@ def sample_stage_b(
         prompted: The prompts' states.
         noise: One seed for each picture.
         latent_shape: Channels, height and width of the latents: Stage A's.
+        start: A picture to start from.
         on_step: Called after each step.
 
     Returns:
@@ -118,7 +167,7 @@ def sample_stage_b(
     guided = sampling.guidance != 1
     prepared = network.prepare(concat([cond, uncond]) if guided else cond, latent_shape[1:])
     x = noise.randn(latent_shape)
-    return _sample("Stage B", network, sampling, cond, prepared, noise, x, on_step)
+    return _sample("Stage B", network, sampling, cond, prepared, noise, x, start, on_step)
 
 
 def _sample(
@@ -129,6 +178,7 @@ def _sample(
     prepared: object,
     noise: PictureNoise,
     x: Tensor,
+    start: Start | None,
     on_step: OnStep | None,
 ) -> Tensor:
     """Sample from noise ``x``; under guidance ``prepared`` is the pair [cond, uncond]."""
@@ -150,10 +200,18 @@ def _sample(
     if sampling.sampler == "ddpm":
         sampler = partial(sample_ddpm, last=sampling.last_step)
     times = torch.tensor(sampling.times) if sampling.times else schedule.times(sampling.steps)
+    x = x.to(weight.device)
+    if start is not None:
+        # All steps between the strength and 0, as published.
+        times = times * start.strength
+        latents = start.latents.to(x).expand_as(x)
+        x = diffuse(latents, x, times[:1].to(x.device).expand(len(x)), schedule)
+        if start.kept is not None:
+            denoise = keeping(denoise, latents, start.kept.to(x))
     return sampler(
         denoise,
         schedule,
-        x.to(weight.device),
+        x,
         times,
         randn_like=noise.randn_like,
         on_step=check,

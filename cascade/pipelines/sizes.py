@@ -35,12 +35,17 @@ def fit_size(
                 f"{spec.size_multiple} pixels"
             )
         fitted.append(size)
-    if max(fitted) > 2 * spec.image_size or 2 * min(fitted) < spec.image_size:
+    if is_far(spec, fitted[0], fitted[1]):
         notices.append(
             f"{fitted[0]}x{fitted[1]} is far from the {spec.image_size}x{spec.image_size} pixels "
             "that this model was trained at: expect odd pictures"
         )
     return fitted[0], fitted[1], notices
+
+
+def is_far(spec: CascadeSpec, width: int, height: int) -> bool:
+    """Tell whether a size is so far from the trained one that pictures come out odd."""
+    return max(width, height) > 2 * spec.image_size or 2 * min(width, height) < spec.image_size
 
 
 def _fit_side(spec: CascadeSpec, name: str, wanted: int) -> int:

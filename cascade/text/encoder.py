@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cascade.errors import UserError
+from cascade.text.towers import OTHER_THAN_TEXT, fill_tower, read_tower
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -126,7 +127,7 @@ class TextEncoder:
         tokens = folder if tokenizer_folder is None else Path(tokenizer_folder)
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder}: no config.json in it; a text encoder's folder needs one")
-        state = _text_tower(folder, device, dtype)
+        state = read_tower(folder, OTHER_THAN_TEXT, device, dtype)
         # transformers takes seconds to import as a whole; these modules are enough.
         from transformers.models.clip.modeling_clip import (
             CLIPTextModel,
@@ -144,7 +145,7 @@ class TextEncoder:
         except Exception as error:  # tokenizers and the hub's checks raise plain Exceptions
             reason = " ".join(str(error).split())
             raise UserError(f"{folder}: not a readable CLIP folder: {reason}") from error
-        _fill(model, state, str(folder), device)
+        fill_tower(model, state, str(folder), device, "text_model.")
         try:
             return cls(tokenizer, model, config)
         except UserError as error:
@@ -256,42 +257,3 @@ def _load_tokenizer(folder: Path) -> Any:
     from transformers import CLIPTokenizerFast  # type: ignore[attr-defined]
 
     return CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
-
-
-def _text_tower(
-    folder: Path, device: str | torch.device, dtype: torch.dtype | None
-) -> dict[str, Tensor]:
-    """Read the text model's weights out of a CLIP's or a text model's folder."""
-    from cascade.checkpoints.readers import open_weights
-
-    [opened] = open_weights(folder)
-    vision = ("vision_model.", "visual_projection.", "logit_scale")
-    return {
-        key: value.to(device, dtype) if value.is_floating_point() else value.to(device)
-        for key, value in opened.tensors.items()
-        if not key.startswith(vision) and not key.endswith("position_ids")
-    }
-
-
-def _fill(
-    model: nn.Module, state: dict[str, Tensor], where: str, device: str | torch.device
-) -> None:
-    """Fill a text model on the meta device."""
-    from cascade.checkpoints.files import assign_strictly
-
-    # transformers 5 dropped the text model's own prefix; published files have it.
-    own = set(model.state_dict())
-    if not own & set(state):
-        prefix = "text_model."
-        if all(prefix + key in own for key in state):
-            state = {prefix + key: value for key, value in state.items()}
-        elif all(key.removeprefix(prefix) in own for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-    assign_strictly(model, state, where)
-    # Position ids are no weights: transformers makes them in the constructor, here on meta.
-    for module in model.modules():
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            if buffer.is_meta:
-                assert name == "position_ids", f"unknown buffer {name} in the text model"
-                ids = torch.arange(buffer.shape[-1], device=device).view(buffer.shape)
-                module.register_buffer(name, ids, persistent=False)

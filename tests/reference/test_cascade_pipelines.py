@@ -18,7 +18,7 @@ from cascade.errors import UserError
 from cascade.pipelines import cascade as pipeline_module
 from cascade.pipelines.cascade import CascadePipeline
 from cascade.pipelines.parts import open_source
-from cascade.pipelines.plan import make_plan
+from cascade.pipelines.plan import Settings, make_plan
 from cascade.pipelines.sampling import sample_stage_c
 
 pytestmark = pytest.mark.reference
@@ -293,9 +293,8 @@ def test_latents_of_every_step_and_pixels_are_those_of_diffusers(
     def watch(info: StepInfo) -> None:
         seen.append(info.x_t.clone())
 
-    plan = make_plan(
-        ours.spec, prompts, seed=0, steps_c=STEPS_C, guidance_c=guidance, negative_prompt=negative
-    )
+    settings = Settings(seed=0, steps_c=STEPS_C, guidance_c=guidance, negative_prompt=negative)
+    plan = make_plan(ours.spec, prompts, settings)
     last = sample_stage_c(
         ours.stage_c,
         plan.stage_c,
@@ -375,7 +374,7 @@ def test_a_plan_may_change_the_times_of_v2() -> None:
         pixels_per_stage_c_cell=42.67,
         stage_c=StageSampling(steps=29, times=V2_TIMES),
     )
-    assert make_plan(spec, "a", seed=0).stage_c.times == V2_TIMES
-    assert make_plan(spec, "a", seed=0, steps_c=5).stage_c.times == ()
+    assert make_plan(spec, "a", Settings(seed=0)).stage_c.times == V2_TIMES
+    assert make_plan(spec, "a", Settings(seed=0, steps_c=5)).stage_c.times == ()
     with pytest.raises(ValueError, match="need one more"):
         replace(spec.stage_c, steps=5)

@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
 from cascade.errors import UserError
-from cascade.evaluate.clip_scorer import ClipScorer, PicturePreprocessing
+from cascade.evaluate.clip_scorer import ClipScorer
+from cascade.text.picture_encoder import PicturePreprocessing
 
 # The end is not token 2: transformers would pool at the highest token instead.
 WORDS = ["<start>", "<end>", "<pad>", "<unk>", "a", "red", "blue", "cat", "dog", "drawing", "of"]

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from cascade.errors import UserError
-from cascade.pipelines.plan import Request, make_plan
+from cascade.pipelines.plan import Request, Settings, make_plan
 from cascade.pipelines.spec import CascadeSpec
 from cascade.rng import MAX_SEED
 
@@ -21,19 +21,21 @@ def test_what_is_not_said_is_the_models_own() -> None:
 
 def test_what_is_said_reaches_its_stage() -> None:
     plan = make_plan(
-        SPEC, "a hat", steps_c=3, steps_b=4, guidance_c=5, guidance_b=1, sampler="ddim"
+        SPEC,
+        "a hat",
+        Settings(steps_c=3, steps_b=4, guidance_c=5, guidance_b=1, sampler="ddim"),
     )
     assert (plan.stage_c.steps, plan.stage_c.guidance, plan.stage_c.sampler) == (3, 5.0, "ddim")
     assert (plan.stage_b.steps, plan.stage_b.guidance, plan.stage_b.sampler) == (4, 1.0, "ddim")
 
 
 def test_seeds_count_up_from_the_first_for_each_prompt() -> None:
-    plan = make_plan(SPEC, ["a", "b"], seed=7, num_images=2)
+    plan = make_plan(SPEC, ["a", "b"], Settings(seed=7, num_images=2))
     assert plan.requests == (Request("a", 7), Request("a", 8), Request("b", 7), Request("b", 8))
 
 
 def test_seeds_can_be_given_one_by_one() -> None:
-    plan = make_plan(SPEC, ["a", "b"], seeds=[5, 2])
+    plan = make_plan(SPEC, ["a", "b"], Settings(seeds=[5, 2]))
     assert plan.requests == (Request("a", 5), Request("b", 2))
 
 
@@ -69,11 +71,13 @@ def test_a_seed_is_drawn_when_none_is_given() -> None:
 )
 def test_what_cannot_be_made_is_refused_in_one_line(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        make_plan(SPEC, **{"prompt": "a hat", **settings})
+        prompt = settings.get("prompt", "a hat")
+        rest = {key: value for key, value in settings.items() if key != "prompt"}
+        make_plan(SPEC, prompt, Settings(**rest))
     assert "\n" not in str(caught.value)
 
 
 def test_a_negative_prompt_without_guidance_is_told_to_have_no_effect() -> None:
-    plan = make_plan(SPEC, "a", negative_prompt="blur", guidance_c=1, guidance_b=1)
+    plan = make_plan(SPEC, "a", Settings(negative_prompt="blur", guidance_c=1, guidance_b=1))
     assert any("no effect" in notice for notice in plan.notices)
-    assert not make_plan(SPEC, "a", negative_prompt="blur").notices
+    assert not make_plan(SPEC, "a", Settings(negative_prompt="blur")).notices
