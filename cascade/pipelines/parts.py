@@ -16,7 +16,7 @@ from cascade.checkpoints.hub import ModelFiles
 from cascade.errors import UserError
 from cascade.pipelines.spec import SPEC_FILE, CascadeSpec, load_spec, model_hash
 from cascade.text.encoder import TextEncoder
-from cascade.text.picture_encoder import PictureEncoder, has_preprocessing
+from cascade.text.picture_encoder import PictureEncoder, own_picture_encoder
 from stages.previewer import Previewer
 from stages.semantic_compressor import SemanticCompressor
 from stages.stage_a import StageA
@@ -101,10 +101,9 @@ class OwnFolder:
             for name, network in (("compressor", SemanticCompressor), ("previewer", Previewer))
             if (self.folder / f"{name}.safetensors").exists()
         }
-        if has_preprocessing(self.folder / "text"):  # a CLIP with both towers
-            extras["image_encoder"] = partial(
-                PictureEncoder.from_folder, self.folder / "text", device
-            )
+        tower = own_picture_encoder(self.folder)
+        if tower is not None:
+            extras["image_encoder"] = partial(PictureEncoder.from_folder, tower, device)
         return CascadeParts(
             stage_c=load("stage_c", StageCV2) if v2 else load("stage_c", StageC),
             stage_b=load("stage_b", StageBV2) if v2 else load("stage_b", StageB),

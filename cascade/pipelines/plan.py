@@ -116,6 +116,9 @@ def make_plan(
         task, width, height, notices = fit_picture(spec, picture, wanted.width, wanted.height)
     stage_c = _override(spec.stage_c, "c", wanted.steps_c, wanted.guidance_c, wanted.sampler)
     stage_b = _override(spec.stage_b, "b", wanted.steps_b, wanted.guidance_b, wanted.sampler)
+    if task is not None and task.strength < 1 and not stage_c.times:
+        # As in the published notebook: a shorter way takes as many steps less.
+        stage_c = replace(stage_c, steps=max(1, int(stage_c.steps * task.strength)))
     if wanted.negative_prompt.strip() and stage_c.guidance == 1 and stage_b.guidance == 1:
         notices.append("the negative prompt has no effect: guidance is off in both stages")
     return Plan(

@@ -42,7 +42,7 @@ class Start:
     latents: Tensor
     """``(1, C, h, w)`` float32, the same for all pictures of the batch."""
     strength: float = 1.0
-    """Diffusion time to which they are noised, and from which all steps are taken."""
+    """Diffusion time to which they are noised; all steps lie between it and 0."""
     kept: Tensor | None = None
     """``(1, 1, h, w)``: where it is 1 the latents come out as they are, where it is 0 anew."""
 
@@ -202,7 +202,6 @@ def _sample(
     times = torch.tensor(sampling.times) if sampling.times else schedule.times(sampling.steps)
     x = x.to(weight.device)
     if start is not None:
-        # All steps between the strength and 0, as published.
         times = times * start.strength
         latents = start.latents.to(x).expand_as(x)
         x = diffuse(latents, x, times[:1].to(x.device).expand(len(x)), schedule)

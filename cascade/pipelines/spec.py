@@ -23,6 +23,8 @@ from cascade.text.encoder import TextConfig
 SPEC_FILE = "model.json"
 NETWORKS = ("stage_a", "stage_b", "stage_c", "compressor", "previewer")
 """Names of a model folder's network files."""
+ENCODERS = ("text", "text_b", "image_encoder")
+"""Names of a model folder's folders; the last two only where a model has them."""
 MAX_STEPS = 1000
 MAX_GUIDANCE = 1000
 
@@ -164,7 +166,7 @@ def model_hash(folder: Path) -> str:
     digest = hashlib.sha256()
     own = {SPEC_FILE, *(f"{name}.safetensors" for name in NETWORKS)}
     paths = [path for path in folder.iterdir() if path.name in own]
-    paths += [*folder.glob("text/*"), *folder.glob("text_b/*")]
+    paths += [path for name in ENCODERS for path in folder.glob(f"{name}/*")]
     for path in sorted(paths):
         if path.suffix in {".safetensors", ".json"} and path.is_file():
             digest.update(f"{path.relative_to(folder).as_posix()} {file_hash(path)}\n".encode())

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cascade.config import from_dict
+from cascade.config import from_dict, to_dict
 from cascade.errors import UserError
 from cascade.text.towers import OTHER_THAN_PICTURES, fill_tower, read_tower
 
@@ -69,19 +69,19 @@ class PicturePreprocessing:
 class PictureEncoder(nn.Module):
     """The picture tower with its projection."""
 
-    def __init__(
-        self, vision_model: nn.Module, projection: nn.Linear, preprocessing: PicturePreprocessing
-    ) -> None:
-        """Take transformers' tower, its projection and the preprocessing."""
+    def __init__(self, model: nn.Module, preprocessing: PicturePreprocessing) -> None:
+        """Take transformers' ``CLIPVisionModelWithProjection`` and the preprocessing."""
         super().__init__()
-        self.vision_model = vision_model
-        self.projection = projection
+        self.model = model
         self.preprocessing = preprocessing
 
     @property
     def channels(self) -> int:
         """Width of an embedding."""
-        return self.projection.out_features
+        return int(self._model().visual_projection.out_features)
+
+    def _model(self) -> Any:
+        return self.model
 
     @classmethod
     def from_folder(
@@ -120,8 +120,42 @@ class PictureEncoder(nn.Module):
                 f"{folder}: pictures are prepared at {preprocessing.image_size} px but the tower "
                 f"takes {model.config.image_size}"
             )
-        encoder = cls(model.vision_model, model.visual_projection, preprocessing)
-        return encoder.eval().requires_grad_(False)
+        return cls(model, preprocessing).eval().requires_grad_(False)
+
+    def save(self, folder: Path, preprocessing_folder: Path | None = None) -> None:
+        """Write the tower and its preprocessing.
+
+        Args:
+            folder: Gets the weights, their configuration and, in our layout, the preprocessing.
+            preprocessing_folder: Gets the preprocessing in transformers' form instead.
+        """
+        from cascade.checkpoints.files import atomic_write_text
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._model().save_pretrained(folder, safe_serialization=True)
+        if preprocessing_folder is None:
+            content = to_dict(self.preprocessing)
+            atomic_write_text(folder / _OWN_FILE, json.dumps(content, indent=2) + "\n")
+            return
+        side = self.preprocessing.image_size
+        numbers = {name: number for number, name in _RESAMPLE.items()}
+        published = {
+            "image_processor_type": "CLIPImageProcessor",
+            "do_resize": True,
+            "size": {"shortest_edge": side},
+            "resample": numbers[self.preprocessing.resample],
+            "do_center_crop": True,
+            "crop_size": {"height": side, "width": side},
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(self.preprocessing.mean),
+            "image_std": list(self.preprocessing.std),
+            "do_convert_rgb": True,
+        }
+        preprocessing_folder.mkdir(parents=True, exist_ok=True)
+        path = preprocessing_folder / _PUBLISHED_FILE
+        atomic_write_text(path, json.dumps(published, indent=2) + "\n")
 
     @torch.inference_mode()
     def forward(self, pixels: Tensor) -> Tensor:
@@ -129,10 +163,9 @@ class PictureEncoder(nn.Module):
 
         These, not of unit length, are what Stage C is told of a picture.
         """
-        weight = self.projection.weight
+        weight = self._model().visual_projection.weight
         prepared = self.preprocessing(pixels.float().to(weight.device)).to(weight.dtype)
-        pooled = self.vision_model(pixel_values=prepared).pooler_output
-        projected: Tensor = self.projection(pooled)
+        projected: Tensor = self.model(pixel_values=prepared).image_embeds
         return projected.float()
 
 
@@ -144,9 +177,10 @@ def centre_square(pixels: Tensor) -> Tensor:
     return pixels[..., top : top + side, left : left + side]
 
 
-def has_preprocessing(folder: Path) -> bool:
-    """Tell whether a folder holds a CLIP that was trained here with its picture tower."""
-    return (folder / _OWN_FILE).is_file()
+def own_picture_encoder(folder: Path) -> Path | None:
+    """Return where a model folder of ours holds a picture tower: alone, or in a whole CLIP."""
+    places = (folder / "image_encoder", folder / "text")
+    return next((place for place in places if (place / _OWN_FILE).is_file()), None)
 
 
 def find_preprocessing(folder: Path) -> PicturePreprocessing:

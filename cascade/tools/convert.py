@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from cascade.errors import UserError
 from cascade.pipelines.parts import CascadeParts, Source, open_source
 from cascade.pipelines.spec import StageSampling, save_spec
 from cascade.text.encoder import TextEncoder
+from cascade.text.picture_encoder import PictureEncoder
 from stages.stage_a import StageA, StageAConfig
 from stages.stage_b import StageBConfig
 from stages.stage_b_v2 import StageBV2Config
@@ -84,6 +84,11 @@ def _networks(parts: CascadeParts) -> Iterator[tuple[str, nn.Module]]:
             yield name, parts.extras[name]()
 
 
+def _image_encoder(parts: CascadeParts, dtype: torch.dtype) -> PictureEncoder:
+    encoder: PictureEncoder = parts.extras["image_encoder"]()
+    return encoder.to(dtype)
+
+
 def family_for(network: nn.Module) -> Family:
     """Return the family of one of our networks."""
     for family in FAMILIES:
@@ -104,9 +109,9 @@ def _write_ours(source: Source, parts: CascadeParts, out: Path, dtype: torch.dty
         if encoder is not None:
             _write_text(encoder, out / name, out / name, dtype)
             files.append(out / name)
-    preprocessing = source.folder / "text" / "preprocessor.json"
-    if preprocessing.is_file():
-        shutil.copyfile(preprocessing, out / "text" / "preprocessor.json")
+    if "image_encoder" in parts.extras:
+        _image_encoder(parts, dtype).save(out / "image_encoder")
+        files.append(out / "image_encoder")
     save_spec(source.spec, out)
     return Written((*files, out / "model.json"), ())
 
@@ -190,7 +195,13 @@ def _write_diffusers(source: Source, parts: CascadeParts, out: Path, dtype: torc
         "tokenizer": tokens,
         "resolution_multiple": spec.pixels_per_stage_c_cell,
     }
-    if not v2:
+    if "image_encoder" in parts.extras:
+        _image_encoder(parts, dtype).save(prior / "image_encoder", prior / "feature_extractor")
+        index |= {
+            "feature_extractor": ["transformers", "CLIPImageProcessor"],
+            "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
+        }
+    elif not v2:
         index |= {"feature_extractor": [None, None], "image_encoder": [None, None]}
     atomic_write_text(prior / "model_index.json", json.dumps(index, indent=2) + "\n")
     index = {

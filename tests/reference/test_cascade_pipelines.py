@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from cascade.diffusion.samplers import StepInfo
@@ -79,6 +81,21 @@ def text_model(tokens: Any, width: int, *, projects: bool) -> nn.Module:
     return (CLIPTextModelWithProjection if projects else CLIPTextModel)(config).eval()
 
 
+def image_encoder() -> Any:
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    config = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        projection_dim=12,
+        image_size=28,
+        patch_size=14,
+    )
+    return CLIPVisionModelWithProjection(config).eval()
+
+
 def randomize(network: nn.Module) -> nn.Module:
     """Give zero-initialised weights values, so that all of the network has a say."""
     with torch.no_grad():
@@ -103,6 +120,7 @@ def save_v3(folder: Path) -> tuple[Any, Any]:
         StableCascadePriorPipeline,
         StableCascadeUNet,
     )
+    from transformers import CLIPImageProcessor
 
     conv, time, attention = "SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock"
     prior = StableCascadeUNet(
@@ -150,6 +168,8 @@ def save_v3(folder: Path) -> tuple[Any, Any]:
         text_encoder=text,
         prior=randomize(prior),
         scheduler=DDPMWuerstchenScheduler(),
+        image_encoder=image_encoder(),
+        feature_extractor=CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=28),
     )
     second = StableCascadeDecoderPipeline(
         tokenizer=tokens,
@@ -306,6 +326,45 @@ def test_latents_of_every_step_and_pixels_are_those_of_diffusers(
     for step, (mine, other) in enumerate(zip([*seen[1:], last], steps, strict=True)):
         error = (mine - other).abs().max() / other.std()
         assert error < 1e-4, f"step {step}"
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_a_variation_is_that_of_diffusers(saved: Any, guidance: float, monkeypatch: Any) -> None:
+    first, _, folder = saved
+    rows, columns = np.mgrid[0:28, 0:28]
+    levels = np.stack([rows * 9, columns * 9, 255 - rows * 4 - columns * 4], axis=-1)
+    image = Image.fromarray(levels.astype(np.uint8))  # of the tower's size: nothing is resized
+    monkeypatch.setattr(pipeline_module, "PictureNoise", SharedNoise)
+    ours = CascadePipeline(open_source(folder, dialect="diffusers"), device="cpu", dtype="float32")
+    settings = Settings(
+        seed=0, height=128, width=128, steps_c=STEPS_C, steps_b=1, guidance_c=guidance
+    )
+    if ours.spec.generation == "v2":
+        with pytest.raises(UserError, match="told nothing of pictures"):
+            ours.variation(image, PROMPTS[0], settings)
+        return
+    theirs = first(
+        PROMPTS[0],
+        images=[image],
+        height=128,
+        width=128,
+        num_inference_steps=STEPS_C,
+        guidance_scale=guidance,
+        generator=generator("stage_c"),
+        output_type="pt",
+    ).image_embeddings
+    mine = ours.variation(image, PROMPTS[0], settings).stage_c_latents
+    assert (mine - theirs).abs().max() < 1e-4 * theirs.std()
+    unseen = ours(
+        PROMPTS[0],
+        seed=0,
+        height=128,
+        width=128,
+        steps_c=STEPS_C,
+        steps_b=1,
+        guidance_c=guidance,
+    )
+    assert (mine - unseen.stage_c_latents).abs().max() > 1e-3 * theirs.std()
 
 
 def test_the_same_files_are_sampled_as_their_authors_do_unless_told_otherwise(saved: Any) -> None:
