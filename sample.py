@@ -141,7 +141,25 @@ def make_parser() -> Parser:
         "--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps"
     )
     where.add_argument(
-        "--dtype", default="auto", metavar="NAME", help="auto, float32, bfloat16, float16"
+        "--dtype",
+        default="auto",
+        metavar="NAME",
+        help="auto, float32, bfloat16, float16; or by stage, as in "
+        "stage_c=bfloat16,stage_b=float16, the rest being auto",
+    )
+    where.add_argument(
+        "--offload",
+        choices=("none", "model", "sequential"),
+        help="where weights are while they do not work: none: on the device as well; model: each "
+        "network is there for its stage alone; sequential: layer by layer, the least memory and "
+        "the most time (default: as --vram needs it, else none)",
+    )
+    where.add_argument(
+        "--vram",
+        type=float,
+        metavar="GIB",
+        help="make do with this much of the GPU's memory: the fastest plan that fits is picked, "
+        "and said",
     )
     where.add_argument(
         "--out",
@@ -265,10 +283,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # What follows costs seconds to import, so that --help and slips come first.
     from cascade.checkpoints.hub import resolve
+    from cascade.pipelines.offload import check_request
     from cascade.pipelines.outputs import Outputs
     from cascade.pipelines.parts import open_source
+    from cascade.pipelines.placement import pick_device, pick_dtypes
     from cascade.pipelines.plan import Settings, make_plan
 
+    device = pick_device(options.device)
+    pick_dtypes(options.dtype, device)  # a slip must not wait for a download
+    check_request(options.offload, options.vram, device)
     given, control = read_picture(options), read_control(options)
     files = resolve(options.model, variant=options.variant)
     source = open_source(files, dialect=options.dialect)
@@ -292,7 +315,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     started_s = time.perf_counter()
     from cascade.pipelines.cascade import CascadePipeline
 
-    pipeline = CascadePipeline(source, device=options.device, dtype=options.dtype)
+    pipeline = CascadePipeline(
+        source,
+        device=options.device,
+        dtype=options.dtype,
+        offload=options.offload,
+        vram=options.vram,
+    )
+    if options.offload or options.vram is not None:
+        print(pipeline.arrange(plan).describe())
     ready_s = time.perf_counter() - started_s
     print(f"{pipeline.spec.name} on {pipeline.device}, ready in {ready_s:.1f} s")
 

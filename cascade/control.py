@@ -9,6 +9,7 @@ Reference: Canny, 1986, A Computational Approach to Edge Detection, IEEE TPAMI 8
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -17,7 +18,6 @@ from torch.nn import functional as F
 
 from cascade.errors import UserError
 from stages.controlnet import ControlNet, ControlNetConfig
-from stages.semantic_compressor import SemanticCompressor
 
 Control = Literal["canny", "inpainting", "super_resolution"]
 Maps = tuple[Tensor | None, ...]
@@ -52,7 +52,7 @@ def control_signal(
     latent_size: tuple[int, int],
     *,
     mask: Tensor | None = None,
-    compressor: SemanticCompressor | None = None,
+    encode: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Make of a picture what a ControlNet wants to see.
 
@@ -61,7 +61,7 @@ def control_signal(
         pixels: The picture, of any size; for super-resolution the small one.
         latent_size: Height and width of the Stage C latents to be drawn.
         mask: ``(B, 1, H, W)``, 1 where the picture is to be drawn anew; for inpainting.
-        compressor: That of Stage C's latents; for super-resolution.
+        encode: The compressor of Stage C's latents; for super-resolution.
 
     Returns:
         ``(B, in_channels, H', W')``, as ``ControlNet.forward`` takes it.
@@ -71,9 +71,9 @@ def control_signal(
     """
     kind = control_kind(config)
     if kind == "super_resolution":
-        if compressor is None:
+        if encode is None:
             raise UserError("super-resolution needs the compressor, which this model lacks")
-        return super_resolution_signal(compressor, pixels)
+        return super_resolution_signal(encode, pixels)
     height, width = (side * config.stride for side in latent_size)
     pixels = _resized(pixels, (height, width))
     if kind == "canny":
@@ -142,16 +142,16 @@ def inpainting_signal(pixels: Tensor, mask: Tensor) -> Tensor:
 
 
 def super_resolution_signal(
-    compressor: SemanticCompressor, pixels: Tensor, factor: int = 2
+    encode: Callable[[Tensor], Tensor], pixels: Tensor, factor: int = 2
 ) -> Tensor:
     """Return the compressed small picture, each cell repeated: ``(B, 16, factor h, factor w)``.
 
     Args:
-        compressor: The compressor of Stage C's latents.
+        encode: The compressor of Stage C's latents.
         pixels: The small picture, ``(B, 3, H, W)`` in [0, 1], at its own size.
         factor: How many times larger the wanted picture is along each side; 2 in training.
     """
-    return F.interpolate(compressor.encode(pixels), scale_factor=factor, mode="nearest")
+    return F.interpolate(encode(pixels), scale_factor=factor, mode="nearest")
 
 
 def _resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:

@@ -67,6 +67,20 @@ class StageAConfig:
         """Pixels per latent cell along one side: 4 for the published network."""
         return self.patch_size * 2 ** (len(self.channels) - 1)
 
+    @property
+    def decoder_reach(self) -> int:
+        """Latent cells to each side of its own that a decoded pixel depends on: 13 as published.
+
+        Every block looks one cell of its level further, and every transposed convolution (4 wide,
+        stride 2) halves the distance and adds one cell of the coarser level.
+        """
+        reach = 0  # in cells of the level, from the finest, where pixels are, to the coarsest
+        for level, blocks in enumerate(reversed(self.decoder_blocks)):
+            if level > 0:
+                reach = reach // 2 + 1
+            reach += blocks
+        return reach
+
     @classmethod
     def v3(cls) -> StageAConfig:
         """Published Stage A with Stable Cascade's scale, 0.43."""

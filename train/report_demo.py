@@ -246,7 +246,7 @@ def _make_store(pipeline: CascadePipeline, options: argparse.Namespace) -> Pictu
     def reconstruct(pixels: Tensor, seeds: Sequence[int]) -> Tensor:
         return pipeline.reconstruct(pixels, seeds=seeds).pixels
 
-    dtype = str(pipeline.dtype).removeprefix("torch.")
+    dtype = str(pipeline.dtypes)
     folder = options.out / "pictures" / f"{pipeline.weights_hash}-{dtype}"
     return PictureStore(folder, generate, reconstruct, options.batch_size)
 

@@ -24,9 +24,11 @@ from cascade.images import pixels_to_images
 from cascade.pipelines.finite import check_finite, check_not_black
 from cascade.pipelines.fit import check_fit
 from cascade.pipelines.given import Given, read_control
+from cascade.pipelines.memory_plan import MemoryPlan
+from cascade.pipelines.offload import Memory, check_request
 from cascade.pipelines.parts import Dialect, Source, open_source
 from cascade.pipelines.picture_input import PictureInput
-from cascade.pipelines.placement import pick_device, pick_dtype
+from cascade.pipelines.placement import DtypeChoice, pick_device, pick_dtypes
 from cascade.pipelines.plan import Plan, Settings, make_plan
 from cascade.pipelines.prompts import PromptStates
 from cascade.pipelines.results import (
@@ -38,6 +40,7 @@ from cascade.pipelines.results import (
     describe,
 )
 from cascade.pipelines.sampling import Shown, Start, sample_stage_b, sample_stage_c
+from cascade.pipelines.tiles import decode_pixels
 from cascade.pipelines.watch import Clock, OnPreview, Watch
 from cascade.rng import PictureNoise
 from cascade.text.picture_encoder import PictureEncoder, centre_square
@@ -61,15 +64,19 @@ class CascadePipeline:
         folder: str | Path | Source,
         *,
         device: str = "auto",
-        dtype: str | torch.dtype = "auto",
+        dtype: DtypeChoice = "auto",
+        offload: str | None = None,
+        vram: float | None = None,
     ) -> None:
         """Load a model folder; nothing is downloaded.
 
         Args:
             folder: A folder of ours or of published weights, or what ``open_source`` made of one.
             device: "auto", "cpu", "cuda", "cuda:1", "mps".
-            dtype: Number format of the stages: "auto", "float32", "bfloat16", "float16". The text
-                encoder always runs in float32.
+            dtype: Number format of the stages: "auto", "float32", "bfloat16", "float16", or one
+                for each: see ``pick_dtypes``.
+            offload: See ``place``.
+            vram: See ``place``.
 
         Raises:
             UserError: If something is missing or does not fit.
@@ -78,8 +85,12 @@ class CascadePipeline:
         self.folder = self._source.folder
         self.spec = self._source.spec
         self.device = pick_device(str(device))
-        self.dtype = pick_dtype(dtype, self.device)
-        self._parts = self._source.load(self.device, self.dtype)
+        self.dtypes = pick_dtypes(dtype, self.device)
+        check_request(offload, vram, self.device)
+        # What leaves the device again must never have been on it all at once.
+        moves = vram is not None or offload not in (None, "none")
+        home = torch.device("cpu") if moves else self.device
+        self._parts = self._source.load(home, self.dtypes)
         self.text_encoder = self._parts.text
         self.text_encoder_b = self._parts.text_b or self._parts.text
         self.stage_c = self._parts.stage_c
@@ -93,12 +104,21 @@ class CascadePipeline:
                 f"Stage A and Stage B together need multiples of {cell} pixels"
             )
 
+        self.memory = Memory(self._parts, self.device, self.dtypes)
+        self.place(offload=offload, vram=vram)
+
     @classmethod
     def from_folder(
-        cls, folder: str | Path, *, device: str = "auto", dtype: str | torch.dtype = "auto"
+        cls,
+        folder: str | Path,
+        *,
+        device: str = "auto",
+        dtype: DtypeChoice = "auto",
+        offload: str | None = None,
+        vram: float | None = None,
     ) -> CascadePipeline:
         """Load a model folder; the network is never touched."""
-        return cls(folder, device=device, dtype=dtype)
+        return cls(folder, device=device, dtype=dtype, offload=offload, vram=vram)
 
     @classmethod
     def from_pretrained(
@@ -106,7 +126,9 @@ class CascadePipeline:
         model: str | Path,
         *,
         device: str = "auto",
-        dtype: str | torch.dtype = "auto",
+        dtype: DtypeChoice = "auto",
+        offload: str | None = None,
+        vram: float | None = None,
         revision: str | None = None,
         variant: str | None = None,
         dialect: Dialect = "official",
@@ -118,6 +140,8 @@ class CascadePipeline:
             model: A folder, or ``organisation/name[:lite][@revision]`` on the hub.
             device: See the constructor.
             dtype: See the constructor.
+            offload: See ``place``.
+            vram: See ``place``.
             revision: A branch, tag or commit on the hub; see ``resolve`` for two repositories.
             variant: The mark of a set of weights, such as "bf16"; None: the unmarked one.
             dialect: For published weights: sampled as their authors do, or as diffusers does.
@@ -127,7 +151,31 @@ class CascadePipeline:
             UserError: If it is neither, cannot be fetched, or does not fit.
         """
         files = resolve(model, revision=revision, variant=variant, lite=lite)
-        return cls(open_source(files, dialect=dialect), device=device, dtype=dtype)
+        source = open_source(files, dialect=dialect)
+        return cls(source, device=device, dtype=dtype, offload=offload, vram=vram)
+
+    def place(self, *, offload: str | None = None, vram: float | None = None) -> None:
+        """Place the networks anew, from any placement to any other; pictures stay the same.
+
+        Args:
+            offload: "none": all stay on the device. "model": each is there for its own stage.
+                "sequential": they come layer by layer. None: as ``vram`` needs it, else "none".
+            vram: GiB of the GPU that may be used; each run then picks the fastest plan that fits.
+
+        Raises:
+            UserError: For an unknown mode, or memory that is not there.
+        """
+        self.memory.place(offload, vram)
+
+    def arrange(self, plan: Plan, *, batch_size: int | None = None) -> MemoryPlan:
+        """Place the networks as a run of this plan needs it, and return how; ``run`` does it too.
+
+        Raises:
+            UserError: If nothing fits into ``vram``, saying what would.
+        """
+        size = self.spec.stage_c_size((plan.height, plan.width))
+        shape = self._latent_shape(plan.height, plan.width, torch.empty(0, *size))
+        return self.memory.arrange(plan, size, shape, batch_size, GPU_BATCH_SIZE)
 
     @cached_property
     def compressor(self) -> SemanticCompressor:
@@ -140,18 +188,21 @@ class CascadePipeline:
                 f"{self.folder}: the compressor's latents are {made}, but by model.json's "
                 f"pixels_per_stage_c_cell they are {declared}"
             )
+        self.memory.add("compressor", network)
         return network
 
     @cached_property
     def previewer(self) -> Previewer:
         """The previewer, loaded when a preview is first asked for."""
         network: Previewer = self._parts.extra("previewer", str(self.folder))
+        self.memory.add("previewer", network)
         return network
 
     @cached_property
     def image_encoder(self) -> PictureEncoder:
         """CLIP's picture tower, loaded when a picture is first varied."""
         network: PictureEncoder = self._parts.extra("image_encoder", str(self.folder))
+        self.memory.add("image_encoder", network)
         return network
 
     @cached_property
@@ -341,15 +392,17 @@ class CascadePipeline:
             UserError: If ``batch_size`` or ``preview_every`` is below 1.
             NonFiniteError: If a stage gives values that are not finite.
         """
-        if batch_size is None:
-            batch_size = 1 if self.device.type == "cpu" else GPU_BATCH_SIZE
-        if batch_size < 1 or preview_every < 1:
+        if (batch_size is not None and batch_size < 1) or preview_every < 1:
             raise UserError(
                 f"batch_size {batch_size} and preview_every {preview_every} must be at least 1"
             )
         if on_preview is not None:
             _ = self.previewer  # a model without one: now, not after Stage C's first steps
-        states = self._prompt_states()
+        memory = self.arrange(plan, batch_size=batch_size)
+        if batch_size is None:
+            batch_size = memory.batch_size or (1 if self.device.type == "cpu" else GPU_BATCH_SIZE)
+        prompts = [request.prompt for request in plan.requests]
+        states = self._prompt_states([*prompts, plan.negative_prompt])
         given = self._read_given(plan)
         for batch in self._batches(plan, states, batch_size):
             watch = Watch(batch, len(plan.requests), progress, on_preview, preview_every)
@@ -365,9 +418,10 @@ class CascadePipeline:
             ``(B, 16, h, w)`` float32 on the pipeline's device, ready for diffusion.
         """
         self._check_pixels(pixels)
-        with torch.inference_mode():
-            latents = self.compressor.encode(pixels.to(self.device)).float()
-        check_finite(latents, "the semantic compressor", self.dtype)
+        compressor = self.compressor
+        with torch.inference_mode(), self.memory.on("compressor"):
+            latents = compressor.encode(pixels.to(self.device)).float()
+        check_finite(latents, "the semantic compressor", self.dtypes.of("compressor"))
         return latents
 
     def reconstruct(
@@ -404,18 +458,19 @@ class CascadePipeline:
             raise UserError(f"{count} pictures, {len(seeds)} seeds and {len(prompts)} prompts")
         with torch.inference_mode():
             if through == "a":
-                latents = self.stage_a.encode(pixels.to(self.device, self.dtype)).float()
-                check_finite(latents, "Stage A's encoder", self.dtype)
+                latents = self._encode_stage_a(pixels)
                 return Reconstruction(self._decode(latents).cpu(), None, latents.cpu())
             stage_c_latents = self.encode_picture(pixels)
-            latents = sample_stage_b(
-                self.stage_b,
-                self.spec.stage_b,
-                self._told(stage_c_latents),
-                self._prompt_states()[1].pair(prompts, ""),
-                PictureNoise(seeds, "stage_b"),
-                self._latent_shape(height, width, stage_c_latents),
-            )
+            prompted_b = self._prompt_states([*prompts, ""])[1].pair(prompts, "")
+            with self.memory.on("stage_b"):
+                latents = sample_stage_b(
+                    self.stage_b,
+                    self.spec.stage_b,
+                    self._told(stage_c_latents),
+                    prompted_b,
+                    PictureNoise(seeds, "stage_b"),
+                    self._latent_shape(height, width, stage_c_latents),
+                )
             return Reconstruction(self._decode(latents).cpu(), stage_c_latents.cpu(), latents.cpu())
 
     @torch.inference_mode()
@@ -431,10 +486,12 @@ class CascadePipeline:
             prompts = [request.prompt for request in requests]
             prompted, prompted_b = (one.pair(prompts, plan.negative_prompt) for one in states)
 
+        on = self.memory.on
         if given.reconstructed is not None:
             stage_c_latents = given.reconstructed.expand(len(requests), -1, -1, -1)
         else:
-            with clock("stage_c"), watch.stage("Stage C", plan.stage_c.steps) as count:
+            steps = plan.stage_c.steps
+            with clock("stage_c"), on("stage_c"), watch.stage("Stage C", steps) as count:
 
                 def on_step(info: StepInfo) -> None:
                     count(info)
@@ -452,7 +509,7 @@ class CascadePipeline:
                     on_step=on_step,
                 )
 
-        with clock("stage_b"), watch.stage("Stage B", plan.stage_b.steps) as count:
+        with clock("stage_b"), on("stage_b"), watch.stage("Stage B", plan.stage_b.steps) as count:
             stage_b_latents = sample_stage_b(
                 self.stage_b,
                 plan.stage_b,
@@ -466,7 +523,7 @@ class CascadePipeline:
 
         with clock("stage_a"):
             pixels = given.pasted(self._decode(stage_b_latents).cpu())
-        check_not_black(pixels, self.dtype)
+        check_not_black(pixels, self.dtypes.stage_a)
         seconds = {name: value / len(requests) for name, value in clock.seconds.items()}
         return [
             Picture(
@@ -490,8 +547,9 @@ class CascadePipeline:
         size = self.spec.stage_c_size((plan.height, plan.width))
         control = None
         if plan.control is not None:
+            dtype = self.dtypes.stage_c
             control = read_control(
-                plan.control, self.stage_c, size, self.device, self.dtype, lambda: self.compressor
+                plan.control, self.stage_c, size, self.device, dtype, self.encode_picture
             )
         picture = plan.picture
         if picture is None:
@@ -506,8 +564,7 @@ class CascadePipeline:
         if picture.mask is None:
             return Given(Shown(control=control), stage_c=start_c)
         shape = self._latent_shape(plan.height, plan.width, latents)
-        stage_a_latents = self.stage_a.encode(picture.pixels.to(self.device, self.dtype)).float()
-        check_finite(stage_a_latents, "Stage A's encoder", self.dtype)
+        stage_a_latents = self._encode_stage_a(picture.pixels)
         if stage_a_latents.shape[1:] != shape:
             raise UserError(
                 "masks need Stage A's latents to follow the picture's size; in the dialect of "
@@ -520,6 +577,14 @@ class CascadePipeline:
             picture=picture,
         )
 
+    def _encode_stage_a(self, pixels: Tensor) -> Tensor:
+        """Return Stage A's latents of pictures, float32."""
+        dtype = self.dtypes.stage_a
+        with self.memory.on("stage_a"):
+            latents = self.stage_a.encode(pixels.to(self.device, dtype)).float()
+        check_finite(latents, "Stage A's encoder", dtype)
+        return latents
+
     def _embed(self, pixels: Tensor) -> Tensor:
         """Return the CLIP embedding ``(1, 1, E)`` of a picture."""
         channels = getattr(self.stage_c.config, "image_channels", None)
@@ -531,14 +596,14 @@ class CascadePipeline:
                 f"{self.folder}: its Stage C takes embeddings of pictures with {channels} values, "
                 f"but its image encoder makes {encoder.channels}"
             )
-        embeds = encoder(centre_square(pixels))[:, None]
-        check_finite(embeds, "the image encoder", self.dtype)
+        with self.memory.on("image_encoder"):
+            embeds = encoder(centre_square(pixels))[:, None]
+        check_finite(embeds, "the image encoder", embeds.dtype)
         return embeds
 
     def _metadata(self, plan: Plan, index: int) -> dict[str, str]:
-        dtype = str(self.dtype).removeprefix("torch.")
-        weights = self.weights_hash
-        return describe(plan, index, model=self.spec.name, weights=weights, dtype=dtype)
+        weights, dtypes = self.weights_hash, str(self.dtypes)
+        return describe(plan, index, model=self.spec.name, weights=weights, dtype=dtypes)
 
     @staticmethod
     def _batches(
@@ -572,12 +637,12 @@ class CascadePipeline:
                 "in [0, 1]; divide 8-bit values by 255"
             )
 
-    def _prompt_states(self) -> tuple[PromptStates, PromptStates]:
+    def _prompt_states(self, prompts: Sequence[str]) -> tuple[PromptStates, PromptStates]:
         """Return what Stage C and Stage B read of prompts; the same if they share an encoder."""
-        states = PromptStates(self.text_encoder)
+        states = self.memory.prompt_states("text", self.text_encoder, prompts)
         if self.text_encoder_b is self.text_encoder:
             return states, states
-        return states, PromptStates(self.text_encoder_b)
+        return states, self.memory.prompt_states("text_b", self.text_encoder_b, prompts)
 
     def _told(self, stage_c_latents: Tensor) -> Tensor:
         """Return Stage C's latents in the scale that Stage B was trained on."""
@@ -605,11 +670,14 @@ class CascadePipeline:
 
     def _decode(self, stage_b_latents: Tensor) -> Tensor:
         """Turn Stage B latents into pixels ``(B, 3, H, W)``, float32 in [0, 1]."""
-        pixels = self.stage_a.decode(stage_b_latents.to(self.dtype)).float()
-        check_finite(pixels, "Stage A", self.dtype)
-        return pixels.clamp(0, 1)
+        with self.memory.on("stage_a"):
+            return decode_pixels(
+                self.stage_a, stage_b_latents, self.dtypes.stage_a, self.memory.plan.tile
+            )
 
     def _preview(self, x0_hat: Tensor) -> Tensor:
-        pixels: Tensor = self.previewer(x0_hat.to(self.dtype)).float()
-        check_finite(pixels, "the previewer", self.dtype)
+        dtype = self.dtypes.of("previewer")
+        with self.memory.on("previewer"):
+            pixels: Tensor = self.previewer(x0_hat.to(dtype)).float()
+        check_finite(pixels, "the previewer", dtype)
         return pixels

@@ -15,7 +15,6 @@ from cascade.pipelines.control_input import ControlTask
 from cascade.pipelines.picture_input import PictureTask
 from cascade.pipelines.sampling import Shown, Start
 from stages.controlnet import ControlNet
-from stages.semantic_compressor import SemanticCompressor
 from stages.stage_c import StageC
 
 
@@ -47,7 +46,7 @@ def read_control(
     latent_size: tuple[int, int],
     device: torch.device,
     dtype: torch.dtype,
-    compressor: Callable[[], SemanticCompressor],
+    encode: Callable[[Tensor], Tensor],
 ) -> tuple[Maps, Maps]:
     """Load a ControlNet and run it on its picture.
 
@@ -57,7 +56,7 @@ def read_control(
         latent_size: Height and width of Stage C's latents.
         device: Where to run it.
         dtype: Number format.
-        compressor: Gives the compressor, for super-resolution.
+        encode: Compresses pictures, for super-resolution.
 
     Returns:
         ``StageCCondition.control`` of the conditional and the unconditional half, one picture each.
@@ -85,12 +84,5 @@ def read_control(
         half = tuple(side // 2 for side in pixels.shape[-2:])
         pixels = nn.functional.interpolate(pixels, size=half, mode="bilinear", antialias=True)
     mask = None if task.mask is None else task.mask.to(device)
-    needs_compressor = control_kind(network.config) == "super_resolution"
-    signal = control_signal(
-        network.config,
-        pixels,
-        latent_size,
-        mask=mask,
-        compressor=compressor() if needs_compressor else None,
-    )
+    signal = control_signal(network.config, pixels, latent_size, mask=mask, encode=encode)
     return control_maps(network, signal.to(dtype), task.strength)

@@ -14,6 +14,7 @@ from torch import nn
 from cascade.checkpoints.files import load_network
 from cascade.checkpoints.hub import ModelFiles
 from cascade.errors import UserError
+from cascade.pipelines.placement import Dtypes, refuse_overflow
 from cascade.pipelines.spec import SPEC_FILE, CascadeSpec, load_spec, model_hash
 from cascade.text.encoder import TextEncoder
 from cascade.text.picture_encoder import PictureEncoder, own_picture_encoder
@@ -62,7 +63,7 @@ class Source(Protocol):
     folder: Path
     spec: CascadeSpec
 
-    def load(self, device: torch.device, dtype: torch.dtype) -> CascadeParts:
+    def load(self, device: torch.device, dtypes: Dtypes) -> CascadeParts:
         """Load the networks."""
         ...
 
@@ -83,12 +84,17 @@ class OwnFolder:
         self.folder = folder
         self.spec = load_spec(folder)
 
-    def load(self, device: torch.device, dtype: torch.dtype) -> CascadeParts:
-        """Load the stages; the compressor and the previewer wait until they are needed."""
+    def load(self, device: torch.device, dtypes: Dtypes) -> CascadeParts:
+        """Load the stages; the compressor and the previewer wait until they are needed.
+
+        Raises:
+            UserError: For float16 in a converted Stage C that is known to overflow.
+        """
+        refuse_overflow(self.spec, dtypes, self.folder)
 
         def load(name: str, network: type[N]) -> N:
             path = self.folder / f"{name}.safetensors"
-            return load_network(path, expect=network, device=device, dtype=dtype)
+            return load_network(path, expect=network, device=device, dtype=dtypes.of(name))
 
         text = TextEncoder.from_folder(self.folder / "text", self.spec.text, device=device)
         text_b = None

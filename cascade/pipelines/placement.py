@@ -2,13 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
 import torch
 
 from cascade.config import nearest
 from cascade.errors import UserError
+from cascade.pipelines.spec import CascadeSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEVICES = ("auto", "cpu", "cuda", "mps")
+STABLE_CASCADE = "stable-cascade"
+"""Name that Stable Cascade's weights have here, published or converted."""
+STAGES = ("stage_c", "stage_b", "stage_a")
+"""The networks that have a number format of their own."""
+
+DtypeChoice = str | torch.dtype | Mapping[str, str | torch.dtype]
+"""One number format for all stages, or one by stage; those left out are "auto"."""
+
+
+@dataclass(frozen=True)
+class Dtypes:
+    """The number format of each stage, and of what runs beside it."""
+
+    stage_c: torch.dtype
+    """Stage C, and what reads or writes its latents: the compressor and the previewer."""
+    stage_b: torch.dtype
+    """Stage B."""
+    stage_a: torch.dtype
+    """Stage A."""
+    text: torch.dtype
+    """Published text encoders; a model folder of ours has its own in float32."""
+
+    @classmethod
+    def same(cls, dtype: torch.dtype) -> Dtypes:
+        """Return one number format for everything."""
+        return cls(dtype, dtype, dtype, dtype)
+
+    def of(self, part: str) -> torch.dtype:
+        """Return the number format of "stage_c", "compressor", and so on."""
+        named = {"stage_b": self.stage_b, "stage_a": self.stage_a, "text": self.text}
+        return named.get(part, self.stage_c)
+
+    def __str__(self) -> str:
+        """Return the one name, or ``stage_c=...,stage_b=...,stage_a=...``, as ``--dtype`` does."""
+        names = {stage: str(self.of(stage)).removeprefix("torch.") for stage in STAGES}
+        if len(set(names.values())) == 1:
+            return names["stage_c"]
+        return ",".join(f"{stage}={name}" for stage, name in names.items())
 
 
 def pick_device(name: str) -> torch.device:
@@ -59,3 +102,59 @@ def pick_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
         hint = f"did you mean {guess!r}? " if guess else ""
         raise UserError(f"dtype {name!r}: {hint}valid: auto, {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def pick_dtypes(choice: DtypeChoice, device: torch.device) -> Dtypes:
+    """Return the number format of every stage.
+
+    Args:
+        choice: One for all stages; or ``stage_c=bfloat16,stage_b=float16``, or the same as a
+            mapping, where stages that are left out are "auto".
+        device: Where the stages compute. On a CPU text encoders stay in float32; elsewhere they
+            have Stage C's format.
+
+    Raises:
+        UserError: For a stage or a format that there is not.
+    """
+    if isinstance(choice, str) and "=" in choice:
+        choice = _parse_by_stage(choice)
+    if isinstance(choice, Mapping):
+        for name in choice:
+            if name not in STAGES:
+                guess = nearest(str(name), STAGES)
+                hint = f"did you mean {guess!r}? " if guess else ""
+                raise UserError(f"dtype of {name!r}: {hint}valid: {', '.join(STAGES)}")
+        by_stage = {stage: pick_dtype(choice.get(stage, "auto"), device) for stage in STAGES}
+    else:
+        by_stage = dict.fromkeys(STAGES, pick_dtype(choice, device))
+    text = torch.float32 if device.type == "cpu" else by_stage["stage_c"]
+    return Dtypes(**by_stage, text=text)
+
+
+def _parse_by_stage(text: str) -> dict[str, str]:
+    """Parse ``stage_c=bfloat16,stage_b=float16``."""
+    by_stage: dict[str, str] = {}
+    for part in text.split(","):
+        stage, equals, name = (piece.strip() for piece in part.partition("="))
+        if not equals or stage in by_stage:
+            wrong = f"{stage} comes twice" if equals else f"no stage for {stage!r}"
+            raise UserError(
+                f"dtype {text!r}: {wrong}; write one format, or stage_c=bfloat16,stage_b=float16"
+            )
+        by_stage[stage] = name
+    return by_stage
+
+
+def refuse_overflow(spec: CascadeSpec, dtypes: Dtypes, folder: Path) -> None:
+    """Refuse float16 for the Stage C that is known to overflow in it: Stable Cascade's.
+
+    Stage B and Stage A of the same model run in it.
+
+    Raises:
+        UserError: With the reason.
+    """
+    if spec.name == STABLE_CASCADE and dtypes.stage_c == torch.float16:
+        raise UserError(
+            f"{folder}: Stable Cascade's Stage C overflows in float16 (its makers say so, and "
+            "pictures come out black); take bfloat16 or float32 for stage_c"
+        )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -19,14 +20,30 @@ class PromptStates:
     prompt that is cut is told about once.
     """
 
-    def __init__(self, encoder: TextEncoder) -> None:
-        """Take the encoder."""
+    def __init__(
+        self,
+        encoder: TextEncoder,
+        *,
+        visit: Callable[[], AbstractContextManager[None]] = nullcontext,
+        ahead: Sequence[str] = (),
+    ) -> None:
+        """Take the encoder.
+
+        Args:
+            encoder: The encoder.
+            visit: Has it on the device inside.
+            ahead: Prompts of the whole run, for an encoder that leaves the device again: all are
+                encoded at its first visit, so that it has one.
+        """
         self._encoder = encoder
+        self._visit = visit
+        self._ahead = tuple(ahead)
         self._known: dict[str, TextFeatures] = {}
 
     def __call__(self, prompts: Sequence[str]) -> TextFeatures:
         """Return hidden ``(B, L, D)`` and pooled ``(B, P)`` float32 states of prompts."""
-        features = [self._one(prompt) for prompt in prompts]
+        self._encode(prompts)
+        features = [self._known[prompt] for prompt in prompts]
         length = max(one.hidden.shape[1] for one in features)
         return TextFeatures(
             hidden=torch.cat([self._lengthen(one.hidden, length) for one in features]),
@@ -46,17 +63,24 @@ class PromptStates:
             negative=TextFeatures(both.hidden[count:], both.pooled[count:]),
         )
 
-    def _one(self, prompt: str) -> TextFeatures:
-        if prompt not in self._known:
-            features = self._encoder.encode([prompt])
-            check_finite(features.hidden, "the text encoder", features.hidden.dtype)
-            check_finite(features.pooled, "the text encoder", features.pooled.dtype)
-            self._known[prompt] = features
-        return self._known[prompt]
+    def _encode(self, prompts: Sequence[str]) -> None:
+        """Encode what is not known yet, and with it all that the run will ask for."""
+        if all(prompt in self._known for prompt in prompts):
+            return
+        wanted = [*prompts, *self._ahead]
+        if len({self._encoder.num_windows(prompt) for prompt in wanted}) > 1:
+            wanted.append("")  # what shorter ones are lengthened with
+        with self._visit():
+            for prompt in dict.fromkeys(wanted):
+                if prompt not in self._known:
+                    features = self._encoder.encode([prompt])
+                    check_finite(features.hidden, "the text encoder", features.hidden.dtype)
+                    check_finite(features.pooled, "the text encoder", features.pooled.dtype)
+                    self._known[prompt] = features
 
     def _lengthen(self, hidden: Tensor, length: int) -> Tensor:
         """Append windows of the null prompt, as the encoder itself does in a batch."""
         if hidden.shape[1] == length:
             return hidden
-        null = self._one("").hidden
+        null = self._known[""].hidden
         return torch.cat([hidden] + [null] * ((length - hidden.shape[1]) // null.shape[1]), dim=1)

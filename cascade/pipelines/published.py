@@ -27,6 +27,7 @@ from cascade.checkpoints.readers import (
 )
 from cascade.errors import UserError
 from cascade.pipelines.parts import CascadeParts, Dialect
+from cascade.pipelines.placement import STABLE_CASCADE, Dtypes, refuse_overflow
 from cascade.pipelines.spec import CascadeSpec, StageSampling
 from cascade.text.encoder import TextConfig, TextEncoder
 from cascade.text.picture_encoder import PictureEncoder
@@ -98,26 +99,21 @@ class PublishedFiles:
         self._text_b = self._encoder_for(stage_b, "Stage B")
         self.spec = self._make_spec()
 
-    def load(self, device: torch.device, dtype: torch.dtype) -> CascadeParts:
+    def load(self, device: torch.device, dtypes: Dtypes) -> CascadeParts:
         """Load the networks.
 
         Raises:
-            UserError: For float16, in which the published Stage C of v3 overflows.
+            UserError: For float16 in Stage C, where Stable Cascade's overflows.
         """
-        if dtype == torch.float16 and self.generation == "v3":
-            raise UserError(
-                f"{self.folder}: Stable Cascade's Stage C overflows in float16 (its makers say so, "
-                "and pictures come out black); take bfloat16, or float32"
-            )
+        refuse_overflow(self.spec, dtypes, self.folder)
 
         def load(kind: str) -> Any:
-            return self._build(self._part(kind), device, dtype)
+            return self._build(self._part(kind), device, dtypes.of(kind))
 
-        text_dtype = torch.float32 if device.type == "cpu" else dtype
-        text = _load_text(self._text, self.spec.text, device, text_dtype)
+        text = _load_text(self._text, self.spec.text, device, dtypes.text)
         text_b = None
         if self.spec.text_b is not None:
-            text_b = _load_text(self._text_b, self.spec.text_b, device, text_dtype)
+            text_b = _load_text(self._text_b, self.spec.text_b, device, dtypes.text)
         extras: dict[str, Callable[[], Any]] = {
             kind: partial(load, kind)
             for kind in ("compressor", "previewer")
@@ -125,7 +121,7 @@ class PublishedFiles:
         }
         if self._image_encoder is not None:
             extras["image_encoder"] = partial(
-                PictureEncoder.from_folder, self._image_encoder, device, text_dtype
+                PictureEncoder.from_folder, self._image_encoder, device, dtypes.text
             )
         return CascadeParts(
             stage_c=load("stage_c"),
@@ -183,7 +179,7 @@ class PublishedFiles:
     def _make_spec(self) -> CascadeSpec:
         stage_b_own = self._text_b.folder != self._text.folder
         base = CascadeSpec(
-            name="wuerstchen-v2" if self.generation == "v2" else "stable-cascade",
+            name="wuerstchen-v2" if self.generation == "v2" else STABLE_CASCADE,
             image_size=1024,
             pixels_per_stage_c_cell=_CELLS,
             size_multiple=64 if self.generation == "v2" else 8,

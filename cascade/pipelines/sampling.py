@@ -17,6 +17,7 @@ from cascade.diffusion.samplers import SAMPLERS, OnStep, StepInfo, sample_ddpm
 from cascade.diffusion.schedules import CosineSchedule, diffuse
 from cascade.pipelines.finite import check_finite
 from cascade.pipelines.spec import StageSampling
+from cascade.placed import example_of
 from cascade.rng import PictureNoise
 from cascade.text.encoder import TextFeatures
 from stages.conditions import concat
@@ -86,7 +87,7 @@ def sample_stage_c(
     Raises:
         NonFiniteError: Naming the step.
     """
-    weight = next(network.parameters())
+    weight = example_of(network)
     states = (prompted.text, prompted.negative)
     cond: Any
     uncond: Any
@@ -154,7 +155,7 @@ def sample_stage_b(
     Raises:
         NonFiniteError: Naming the step.
     """
-    weight = next(network.parameters())
+    weight = example_of(network)
     latents = stage_c_latents.to(weight)
     cond: Any
     uncond: Any
@@ -182,7 +183,7 @@ def _sample(
     on_step: OnStep | None,
 ) -> Tensor:
     """Sample from noise ``x``; under guidance ``prepared`` is the pair [cond, uncond]."""
-    weight = next(network.parameters())
+    weight = example_of(network)
 
     def check(info: StepInfo) -> None:
         check_finite(info.x0_hat, stage, weight.dtype, step=info.index, num_steps=info.num_steps)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cascade.errors import UserError
+from cascade.placed import example_of
 from cascade.text.towers import OTHER_THAN_TEXT, fill_tower, read_tower
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ class TextEncoder:
         most = max(len(windows) for windows in rows)
         empty = self._window_of([])
         flat = [window for row in rows for window in [*row, *[empty] * (most - len(row))]]
-        device = next(self.model.parameters()).device
+        device = example_of(self.model).device
         tokens = torch.tensor([ids for ids, _ in flat], device=device)  # (B * windows, L)
         mask = torch.tensor([kept for _, kept in flat], device=device)
         output = self.model(input_ids=tokens, attention_mask=mask, output_hidden_states=True)

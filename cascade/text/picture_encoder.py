@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from cascade.config import from_dict, to_dict
 from cascade.errors import UserError
+from cascade.placed import example_of
 from cascade.text.towers import OTHER_THAN_PICTURES, fill_tower, read_tower
 
 _OWN_FILE = "preprocessor.json"
@@ -163,7 +164,7 @@ class PictureEncoder(nn.Module):
 
         These, not of unit length, are what Stage C is told of a picture.
         """
-        weight = self._model().visual_projection.weight
+        weight = example_of(self.model)
         prepared = self.preprocessing(pixels.float().to(weight.device)).to(weight.dtype)
         projected: Tensor = self.model(pixel_values=prepared).image_embeds
         return projected.float()

@@ -25,6 +25,7 @@ from cascade.config import to_dict
 from cascade.diffusion.schedules import CosineSchedule
 from cascade.errors import UserError
 from cascade.pipelines.parts import CascadeParts, Source, open_source
+from cascade.pipelines.placement import Dtypes
 from cascade.pipelines.spec import StageSampling, save_spec
 from cascade.text.encoder import TextEncoder
 from cascade.text.picture_encoder import PictureEncoder
@@ -69,7 +70,7 @@ def convert(model: Path, target: Target, out: Path, dtype: torch.dtype) -> Writt
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out}: not empty; name a new folder")
     source = open_source(model)
-    parts = source.load(torch.device("cpu"), dtype)
+    parts = source.load(torch.device("cpu"), Dtypes.same(dtype))
     out.mkdir(parents=True, exist_ok=True)
     writers = {"ours": _write_ours, "original": _write_original, "diffusers": _write_diffusers}
     return writers[target](source, parts, out, dtype)

@@ -175,7 +175,7 @@ def test_the_signal_of_a_small_picture_repeats_each_of_its_cells():
     compressor = tiny_compressor()
     pixels = torch.rand(1, 3, 32, 24)
     latents = compressor.encode(pixels)
-    signal = super_resolution_signal(compressor, pixels)
+    signal = super_resolution_signal(compressor.encode, pixels)
     assert signal.shape == (1, 16, 2 * latents.shape[2], 2 * latents.shape[3])
     for down in range(2):
         for right in range(2):
@@ -194,7 +194,7 @@ def test_every_controlnet_gets_the_signal_that_it_wants():
         (SUPER_RESOLUTION, "super_resolution"),
     ):
         assert control_kind(config) == kind
-        signal = control_signal(config, pixels, (6, 8), mask=mask, compressor=tiny_compressor())
+        signal = control_signal(config, pixels, (6, 8), mask=mask, encode=tiny_compressor().encode)
         maps = ControlNet(config).eval()(signal)
         assert maps[0] is not None
         if kind != "super_resolution":

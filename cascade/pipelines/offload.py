@@ -1,0 +1,256 @@
+"""Moving the parts of a cascade to the device and away again, through accelerate.
+
+The weights stay in the computer's memory (or in their files, mapped into it) and are copied to the
+device; going away drops the copy. Nothing is written back, so the same weights make the same
+pictures before and after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from cascade.errors import UserError
+from cascade.pipelines.memory import WHOLE_BLOCKS, Workload, footprints
+from cascade.pipelines.memory_plan import (
+    GIB,
+    MemoryPlan,
+    Offload,
+    check_offload,
+    check_vram,
+    pick_plan,
+    preset,
+)
+from cascade.pipelines.parts import CascadeParts
+from cascade.pipelines.placement import Dtypes
+from cascade.pipelines.plan import Plan
+from cascade.pipelines.prompts import PromptStates
+from cascade.text.encoder import TextEncoder
+
+
+def check_request(
+    offload: str | None, vram: float | None, device: torch.device
+) -> tuple[Offload | None, int | None]:
+    """Return a known mode and a budget in bytes, each None if it was not given.
+
+    Raises:
+        UserError: For an unknown mode, a budget that is none, or memory that is not there.
+    """
+    mode, budget = check_offload(offload), check_vram(vram)
+    if budget is None:
+        return mode, None
+    if device.type != "cuda":
+        raise UserError(
+            f"vram {vram:g}: it bounds a GPU's own memory, and {device} has none; leave it out"
+        )
+    total = torch.cuda.get_device_properties(device).total_memory
+    if budget > total:
+        raise UserError(f"vram {vram:g}: {device} has {total / GIB:.1f} GiB; give no more")
+    return mode, budget
+
+
+class Placement:
+    """Keeps the parts of one cascade where a plan wants them."""
+
+    def __init__(self, device: torch.device, parts: Mapping[str, nn.Module]) -> None:
+        """Take the device and the parts by name, wherever they are; they stay there at first."""
+        self.device = device
+        self.plan = preset("none", str(device))
+        self._parts = dict(parts)
+        self._visitors: dict[str, Any] = {}
+
+    @torch.inference_mode(False)
+    def apply(self, plan: MemoryPlan) -> None:
+        """Undo the present plan and follow another; nothing of the old one is left."""
+        for name in self._parts:
+            self._settle(name, None)
+        self.plan = plan
+        # Those that go make room for those that come.
+        for name in sorted(self._parts, key=lambda name: plan.way(name) == "stay"):
+            self._settle(name, plan)
+        _clear_cache(self.device)
+
+    @torch.inference_mode(False)
+    def add(self, name: str, network: nn.Module) -> None:
+        """Take a part that was loaded later and place it as the plan says."""
+        assert name not in self._parts, f"{name} is a part already"
+        self._parts[name] = network
+        self._settle(name, self.plan)
+
+    def moves(self, name: str) -> bool:
+        """Return whether a part leaves the device after its stage."""
+        return self.plan.way(name) != "stay"
+
+    @contextmanager
+    def on(self, name: str) -> Iterator[None]:
+        """Have a part on the device inside; however that ends, it then goes as the plan says.
+
+        What comes layer by layer comes by itself, whenever it runs.
+        """
+        visitor = self._visitors.get(name)
+        if visitor is None:
+            yield
+            return
+        network = self._parts[name]
+        try:
+            visitor.pre_forward(network)
+            yield
+        finally:
+            visitor.post_forward(network, None)
+            _clear_cache(self.device)
+
+    def _settle(self, name: str, plan: MemoryPlan | None) -> None:
+        """Bring a part to its place in a plan; None: free of hooks, wherever it is."""
+        network = self._parts[name]
+        if plan is None:
+            visitor = self._visitors.pop(name, None)
+            if visitor is not None:
+                visitor.detach_hook(network)
+            _remove_hooks(network)
+            return
+        way = plan.way(name)
+        if way == "stay":
+            network.to(self.device)
+            return
+        network.to("cpu")
+        # It takes seconds to import, and only what is offloaded needs it.
+        from accelerate import cpu_offload
+        from accelerate.hooks import AlignDevicesHook
+
+        if way == "layer":
+            cpu_offload(network, self.device, preload_module_classes=list(WHOLE_BLOCKS))
+            return
+        # A stage is many passes and begins before the first, with what it prepares once: its two
+        # ends call the hook, not each pass. Buffers, a few kilobytes, stay on the device.
+        visitor = AlignDevicesHook(self.device, offload=True, place_submodules=True)
+        visitor.init_hook(network)
+        self._visitors[name] = visitor
+
+
+def _remove_hooks(network: nn.Module) -> None:
+    """Take accelerate's hooks off a network, with the ``forward`` that they leave behind."""
+    if not any(hasattr(module, "_hf_hook") for module in network.modules()):
+        return
+    from accelerate.hooks import remove_hook_from_module
+
+    remove_hook_from_module(network, recurse=True)
+    for module in network.modules():
+        # What is left is the class's own, bound: a cycle that would keep the network alive.
+        left = module.__dict__.get("forward")
+        if getattr(left, "__func__", None) is type(module).forward:
+            del module.__dict__["forward"]
+
+
+def _clear_cache(device: torch.device) -> None:
+    """Give freed memory back, so that other programs see it too."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+
+
+class Memory:
+    """The memory of one pipeline: what was asked for, and the placement that keeps to it."""
+
+    def __init__(self, parts: CascadeParts, device: torch.device, dtypes: Dtypes) -> None:
+        """Take the loaded parts."""
+        self._parts = parts
+        self._dtypes = dtypes
+        self._encoders = {"text": parts.text}
+        if parts.text_b is not None:
+            self._encoders["text_b"] = parts.text_b
+        networks: dict[str, nn.Module] = {
+            name: encoder.model for name, encoder in self._encoders.items()
+        }
+        networks |= {"stage_c": parts.stage_c, "stage_b": parts.stage_b, "stage_a": parts.stage_a}
+        self._placement = Placement(device, networks)
+        self._device = device
+        self._offload: Offload | None = None
+        self._budget: int | None = None
+        self._arranged: tuple[object, ...] | None = None
+
+    @property
+    def plan(self) -> MemoryPlan:
+        """The plan that is followed."""
+        return self._placement.plan
+
+    def on(self, name: str) -> AbstractContextManager[None]:
+        """Have a part on the device inside."""
+        return self._placement.on(name)
+
+    def add(self, name: str, network: nn.Module) -> None:
+        """Take a part that was loaded later."""
+        self._placement.add(name, network)
+
+    def place(self, offload: str | None, vram: float | None) -> None:
+        """Follow a mode, or keep to a budget; see ``CascadePipeline.place``.
+
+        Raises:
+            UserError: See ``check_request``.
+        """
+        self._offload, self._budget = check_request(offload, vram, self._device)
+        self._arranged = None
+        # Until a budget meets a picture of known size nothing is brought.
+        waiting: Offload = "none" if self._budget is None else "model"
+        self._placement.apply(preset(self._offload or waiting, str(self._device)))
+
+    def arrange(
+        self,
+        plan: Plan,
+        stage_c_size: tuple[int, int],
+        latent_shape: tuple[int, int, int],
+        batch_size: int | None,
+        most: int,
+    ) -> MemoryPlan:
+        """Pick and apply the memory plan for a run; without a budget the mode's is kept.
+
+        Args:
+            plan: The pictures.
+            stage_c_size: Height and width of Stage C's latents.
+            latent_shape: Channels, height and width of Stage B's latents.
+            batch_size: Pictures that must run together; None: up to ``most``.
+            most: The most that run together by themselves.
+
+        Raises:
+            UserError: If nothing fits.
+        """
+        if self._budget is None:
+            return self.plan
+        prompts = (*{request.prompt for request in plan.requests}, plan.negative_prompt)
+        text_length = max(
+            encoder.num_windows(prompt) * encoder.length
+            for encoder in self._encoders.values()
+            for prompt in prompts
+        )
+        workload = Workload(plan.stage_c, plan.stage_b, stage_c_size, latent_shape, text_length)
+        together = min(most, len(plan.requests))
+        batches = [batch_size] if batch_size else list(range(together, 0, -1))
+        wanted = (workload, *batches)
+        if wanted != self._arranged:
+            parts = self._parts
+            sizes = footprints(
+                parts.stage_c, parts.stage_b, parts.stage_a, self._encoders, self._dtypes, workload
+            )
+            picked = pick_plan(
+                sizes,
+                self._budget,
+                batches,
+                offload=self._offload,
+                what=f"{plan.width}x{plan.height}",
+                cell=parts.stage_a.downscale,
+            )
+            self._placement.apply(picked)
+            self._arranged = wanted
+        return self.plan
+
+    def prompt_states(
+        self, name: str, encoder: TextEncoder, prompts: Sequence[str]
+    ) -> PromptStates:
+        """Return the states of a run's prompts; an encoder that leaves encodes all at once."""
+        ahead = prompts if self._placement.moves(name) else ()
+        return PromptStates(encoder, visit=partial(self.on, name), ahead=ahead)
