@@ -12,7 +12,9 @@ from cascade.checkpoints.load import load_any
 from cascade.control import Maps, control_kind, control_maps, control_signal
 from cascade.errors import UserError
 from cascade.pipelines.control_input import ControlTask
+from cascade.pipelines.loaded import LoadedCascade
 from cascade.pipelines.picture_input import PictureTask
+from cascade.pipelines.plan import Plan
 from cascade.pipelines.sampling import Shown, Start
 from stages.controlnet import ControlNet
 from stages.stage_c import StageC
@@ -40,7 +42,48 @@ class Given:
         return torch.where(self.picture.mask > 0.5, pixels, self.picture.pixels)
 
 
-def read_control(
+@torch.inference_mode()
+def read_given(cascade: LoadedCascade, plan: Plan) -> Given:
+    """Run what a plan's picture and control need once: encoders and the ControlNet.
+
+    Raises:
+        UserError: If the cascade lacks a network for it, or the ControlNet does not fit.
+    """
+    size = cascade.spec.stage_c_size((plan.height, plan.width))
+    control = None
+    if plan.control is not None:
+        dtype = cascade.dtypes.stage_c
+        control = _read_control(
+            plan.control, cascade.stage_c, size, cascade.device, dtype, cascade.encode_picture
+        )
+    picture = plan.picture
+    if picture is None:
+        return Given(Shown(control=control))
+    if picture.mode == "variation":
+        embeds = cascade.embed_picture(picture.pixels)
+        return Given(Shown(image=embeds, control=control))
+    latents = cascade.encode_picture(picture.pixels)
+    if picture.mode == "reconstruct":
+        return Given(Shown(), reconstructed=latents)
+    start_c = Start(latents, picture.strength, picture.kept(size))
+    if picture.mask is None:
+        return Given(Shown(control=control), stage_c=start_c)
+    shape = cascade.latent_shape(plan.height, plan.width, latents)
+    stage_a_latents = cascade.encode_stage_a(picture.pixels)
+    if stage_a_latents.shape[1:] != shape:
+        raise UserError(
+            "masks need Stage A's latents to follow the picture's size; in the dialect of "
+            "diffusers they do not: use the official dialect"
+        )
+    return Given(
+        Shown(control=control),
+        stage_c=start_c,
+        stage_b=Start(stage_a_latents, kept=picture.kept((shape[1], shape[2]))),
+        picture=picture,
+    )
+
+
+def _read_control(
     task: ControlTask,
     stage_c: nn.Module,
     latent_size: tuple[int, int],

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from cascade.pipelines.finite import check_finite
+from cascade.pipelines.plan import Plan
 from cascade.pipelines.sampling import Prompted
 from cascade.text.encoder import TextEncoder, TextFeatures
 
@@ -84,3 +85,22 @@ class PromptStates:
             return hidden
         null = self._known[""].hidden
         return torch.cat([hidden] + [null] * ((length - hidden.shape[1]) // null.shape[1]), dim=1)
+
+
+def batches_of(
+    plan: Plan, states: tuple[PromptStates, PromptStates], batch_size: int
+) -> Iterator[range]:
+    """Cut the pictures into batches of prompts of one length.
+
+    A longer neighbour would lengthen a prompt, and so change its picture.
+    """
+    start = 0
+    lengths = [
+        tuple(one.num_windows([request.prompt, plan.negative_prompt]) for one in states)
+        for request in plan.requests
+    ]
+    for index in range(1, len(lengths) + 1):
+        ends = index == len(lengths) or lengths[index] != lengths[start]
+        if ends or index - start == batch_size:
+            yield range(start, index)
+            start = index

@@ -318,7 +318,7 @@ def test_latents_of_every_step_and_pixels_are_those_of_diffusers(
     last = sample_stage_c(
         ours.stage_c,
         plan.stage_c,
-        ours._prompt_states([*prompts, negative])[0].pair(prompts * repeats, negative),
+        ours.prompt_states([*prompts, negative])[0].pair(prompts * repeats, negative),
         SharedNoise([0, 0], "stage_c"),  # type: ignore[arg-type]
         ours.spec.stage_c_size(size),
         on_step=watch,
