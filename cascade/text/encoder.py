@@ -266,9 +266,10 @@ def _text_tower(
 
     [opened] = open_weights(folder)
     vision = ("vision_model.", "visual_projection.", "logit_scale")
+    tensors = opened.tensors.moved(device, dtype)
     return {
-        key: value.to(device, dtype) if value.is_floating_point() else value.to(device)
-        for key, value in opened.tensors.items()
+        key: tensors[key]
+        for key in tensors
         if not key.startswith(vision) and not key.endswith("position_ids")
     }
 
