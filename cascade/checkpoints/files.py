@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from cascade.checkpoints.mapped import SafetensorsFile, Stored, StoredTensors, open_safetensors
 from cascade.config import from_dict, to_dict
 from cascade.errors import UserError, describe_os_error
 
@@ -26,6 +27,7 @@ _SHOWN = 5
 
 
 N = TypeVar("N", bound=nn.Module)
+V = TypeVar("V")
 
 
 @contextlib.contextmanager
@@ -127,18 +129,15 @@ def save_network(
 
 def read_metadata(path: str | Path) -> dict[str, str]:
     """Return a safetensors file's metadata without reading its tensors."""
-    with _opened(path) as file:
-        return dict(file.metadata() or {})
+    return _opened(path).metadata
 
 
-def read_tensors(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
-    """Return a safetensors file's tensors, memory-mapped where the device allows it."""
-    with _opened(path):
-        pass
-    return strip_prefixes(load_file(path, device=str(device)))
+def read_tensors(path: str | Path) -> StoredTensors:
+    """Return a safetensors file's tensors, each memory-mapped when it is asked for."""
+    return StoredTensors(strip_prefixes(_opened(path).tensors.stored))
 
 
-def strip_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def strip_prefixes(state: Mapping[str, V]) -> dict[str, V]:
     """Remove the prefixes that torch.compile and data-parallel wrappers put before all keys."""
     stripped = dict(state)
     changed = True
@@ -151,8 +150,7 @@ def strip_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return stripped
 
 
-@contextlib.contextmanager
-def _opened(path: str | Path) -> Iterator[Any]:
+def _opened(path: str | Path) -> SafetensorsFile:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such weights file; check the path")
@@ -160,14 +158,7 @@ def _opened(path: str | Path) -> Iterator[Any]:
         raise UserError(
             f"{path}: refused: a pickle can run code when it is opened; use safetensors"
         )
-    try:
-        handle = safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise UserError(
-            f"{path}: not a whole safetensors file ({error}); download or export it again"
-        ) from error
-    with handle as file:
-        yield file
+    return open_safetensors(path)
 
 
 @torch.inference_mode(False)
@@ -180,9 +171,10 @@ def load_network(
 ) -> N:
     """Load a network that ``save_network`` wrote; nothing may be missing or left over.
 
-    The network is built on the meta device and takes the file's tensors in place, so that the
-    peak of memory is about the weights themselves. Loaded inside ``torch.inference_mode``, as the
-    previewer is, its tensors are ordinary ones and work outside of it as well.
+    The network is built on the meta device and takes the file's tensors one by one, memory-mapped
+    where they stay as they are, so that the peak of memory is the weights themselves. Loaded inside
+    ``torch.inference_mode``, as the previewer is, its tensors are ordinary ones and work outside of
+    it as well.
 
     Args:
         path: The ``.safetensors`` file.
@@ -198,7 +190,8 @@ def load_network(
             that don't fit; the first five of each kind are named.
     """
     path = Path(path)
-    metadata = read_metadata(path)
+    opened = _opened(path)
+    metadata = opened.metadata
     found = metadata.get(CLASS_KEY)
     if found != expect.__name__:
         what = f"holds a {found}" if found else "says nothing of its network"
@@ -210,10 +203,8 @@ def load_network(
         raise UserError(f"{path}: its metadata holds no configuration; export it again") from error
     config = from_dict(config_class, values, f"{path} (configuration)")
     network = build_on_meta(expect, config, str(path))
-    state = read_tensors(path, device)
-    if dtype is not None:
-        state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
-    assign_strictly(network, state, str(path))
+    tensors = StoredTensors(strip_prefixes(opened.tensors.stored))
+    assign_strictly(network, tensors.moved(device, dtype), str(path))
     return network.eval()
 
 
@@ -243,6 +234,8 @@ def _config_class(network: type[nn.Module]) -> type[Any]:
 def assign_strictly(network: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
     """Put ``state`` in place of a network's tensors; every key must fit.
 
+    Of ``StoredTensors`` none is read before all fit.
+
     Raises:
         UserError: Naming the first five missing, unexpected and misshapen keys, and those with
             whole numbers in place of fractions.
@@ -250,17 +243,18 @@ def assign_strictly(network: nn.Module, state: Mapping[str, Tensor], where: str)
     if not state:
         raise UserError(f"{where}: holds no tensor at all; export or download it again")
     own = network.state_dict()
+    found = sizes(state)
     missing = [key for key in own if key not in state]
     unexpected = [key for key in state if key not in own]
     misshapen = [
-        f"{key} ({sides(state[key].shape)} in the file, {sides(own[key].shape)} in the network)"
+        f"{key} ({sides(found[key].shape)} in the file, {sides(own[key].shape)} in the network)"
         for key in own
-        if key in state and state[key].shape != own[key].shape
+        if key in found and found[key].shape != own[key].shape
     ]
     of_integers = [
-        f"{key} ({state[key].dtype} in the file, {own[key].dtype} in the network)"
+        f"{key} ({found[key].dtype} in the file, {own[key].dtype} in the network)"
         for key in own
-        if key in state and state[key].is_floating_point() != own[key].is_floating_point()
+        if key in found and found[key].dtype.is_floating_point != own[key].is_floating_point()
     ]
     complaints = [
         f"{len(keys)} {kind}: {first_keys(keys)}"
@@ -276,6 +270,11 @@ def assign_strictly(network: nn.Module, state: Mapping[str, Tensor], where: str)
         name = type(network).__name__
         raise UserError(f"{where}: does not fit {name}: {'; '.join(complaints)}")
     network.load_state_dict(dict(state), strict=True, assign=True)
+
+
+def sizes(state: Mapping[str, Tensor]) -> Mapping[str, Tensor | Stored]:
+    """Return what tells each tensor's shape and number format, reading none."""
+    return state.stored if isinstance(state, StoredTensors) else state
 
 
 def first_keys(keys: Sequence[str]) -> str:

@@ -32,10 +32,17 @@ _ROLES = {
     "prior_text_encoder": "text_encoder",
     "tokenizer": "tokenizer",
     "prior_tokenizer": "tokenizer",
+    "image_encoder": "image_encoder",
+    "prior_image_encoder": "image_encoder",
+    "feature_extractor": "feature_extractor",
+    "prior_feature_extractor": "feature_extractor",
 }
 """What the folders of diffusers' pipelines are for, by the last part of their path."""
 _SIZED = ("prior", "decoder")
 _NEEDED = ("prior", "decoder", "vqgan", "text_encoder", "tokenizer")
+_TAKEN_IF_THERE = ("image_encoder", "feature_extractor")
+"""What variations of a picture need; of Würstchen v2 there is none."""
+_WITHOUT_WEIGHTS = ("tokenizer", "feature_extractor")
 _MAX_DEPTH = 2
 _SETTINGS_SUFFIXES = {".json", ".txt"}
 
@@ -95,8 +102,9 @@ def choose(
             f"{where}: neither {OWN_SETTINGS} nor diffusers' folders prior and decoder in it; "
             "download the files that you mean with `hf download` and name their folder"
         )
-    wanted = {f"{role}_lite" if lite and role in _SIZED else role for role in _NEEDED}
-    _check_roles(wanted, roles, where, lite)
+    needed = {f"{role}_lite" if lite and role in _SIZED else role for role in _NEEDED}
+    _check_roles(needed, roles, where, lite)
+    wanted = {*needed, *_TAKEN_IF_THERE}
 
     chosen: list[list[str]] = []
     marks: set[str] = set()
@@ -109,7 +117,7 @@ def choose(
             inside = [name for name in files if _parent(name) == folder]
             sets = _weight_sets(inside)
             marks |= {one.mark for one in sets}
-            if role != "tokenizer":
+            if role not in _WITHOUT_WEIGHTS:
                 best = _best(sets, variant, f"{where}: {folder}")
                 content = tuple(sorted(files[name] for name in best.files))
                 if role == "text_encoder" and all(content):
@@ -165,7 +173,7 @@ def _folders(files: Iterable[str]) -> dict[str, str]:
         parts = PurePosixPath(folder).parts
         role = _ROLES.get(parts[-1]) if 0 < len(parts) <= _MAX_DEPTH else None
         # In a folder that holds a whole pipeline, "prior" may also name that pipeline's folder.
-        if role is not None and (role == "tokenizer" or _weight_sets(inside[folder])):
+        if role is not None and (role in _WITHOUT_WEIGHTS or _weight_sets(inside[folder])):
             found[folder] = role
     return found
 

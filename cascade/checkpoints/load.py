@@ -182,6 +182,7 @@ def family_of(published: Published) -> Family:
     raise AssertionError(f"no family for {published}")
 
 
+@torch.inference_mode(False)
 def build(
     opened: Opened,
     published: Published,
@@ -192,24 +193,21 @@ def build(
     """Build the network of weights that ``identify`` told and put them into it.
 
     The network is built on the meta device; on a CPU and in the file's number format its tensors
-    are those of the file, memory-mapped.
+    are those of the file, memory-mapped. What is moved, converted or joined is so tensor by tensor:
+    the peak of memory is the weights and one tensor more.
 
     Raises:
         UserError: Naming the first missing, unexpected and misshapen keys.
     """
     family = family_of(published)
-    state: State = opened.tensors
+    state: State = opened.tensors.moved(device, dtype)
     if published.layout != "ours":
         try:
             state = family.from_layout[published.layout](state, published.config)
         except UserError as error:
             raise UserError(f"{opened.where}: {error}") from error
     network = build_on_meta(family.network, published.config, opened.where)
-    moved = {
-        key: value.to(device, dtype) if value.is_floating_point() else value.to(device)
-        for key, value in state.items()
-    }
-    assign_strictly(network, moved, opened.where)
+    assign_strictly(network, state, opened.where)
     return network.eval()
 
 

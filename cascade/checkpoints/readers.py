@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 import pickle
 import re
@@ -15,20 +16,26 @@ import struct
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cascade.checkpoints.files import strip_prefixes
+from cascade.checkpoints.mapped import (
+    MAX_HEADER_BYTES,
+    MappedFile,
+    Stored,
+    StoredTensors,
+    open_safetensors,
+)
 from cascade.errors import UserError
 
 PICKLE_SUFFIXES = {".pt", ".pth", ".ckpt", ".bin"}
 CONFIG_FILE = "config.json"
 _INDEX = re.compile(r".+\.safetensors\.index(\.[^.]+)?\.json")
-_MAX_HEADER_BYTES = 64 << 20
 _MAX_JSON_BYTES = 64 << 20
 # Keys under which training scripts nest a network's tensors; averaged weights first.
 _NESTED = ("ema_state_dict", "state_dict_ema", "state_dict", "effnet_state_dict")
@@ -36,11 +43,11 @@ _NESTED = ("ema_state_dict", "state_dict_ema", "state_dict", "effnet_state_dict"
 
 @dataclass
 class Opened:
-    """Tensors of one network, memory-mapped where the format allows it."""
+    """Tensors of one network, memory-mapped when they are asked for."""
 
     where: str
     """The file, and the entry in it if there are several."""
-    tensors: dict[str, Tensor]
+    tensors: StoredTensors
     """By name, without the prefixes of wrappers."""
     metadata: dict[str, str] = field(default_factory=dict)
     """What the file says of itself."""
@@ -50,7 +57,7 @@ class Opened:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of each tensor."""
-        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+        return {name: tuple(one.shape) for name, one in self.tensors.stored.items()}
 
 
 def open_weights(path: str | Path) -> list[Opened]:
@@ -72,14 +79,14 @@ def open_weights(path: str | Path) -> list[Opened]:
     elif not path.is_file():
         raise UserError(f"{path}: no such file or folder; check the path")
     elif is_index(path):
-        opened = [Opened(str(path), _read_shards(path), {}, _declared(path.parent))]
+        opened = [Opened(str(path), _open_shards(path), {}, _declared(path.parent))]
     elif path.suffix in PICKLE_SUFFIXES:
         opened = _open_pickle(path)
     else:
-        tensors, metadata = _read_safetensors(path)
-        opened = [Opened(str(path), tensors, metadata, _declared(path.parent))]
+        file = open_safetensors(path)
+        opened = [Opened(str(path), file.tensors, file.metadata, _declared(path.parent))]
     for one in opened:
-        one.tensors = strip_prefixes(one.tensors)
+        one.tensors = StoredTensors(strip_prefixes(one.tensors.stored))
         if not one.tensors:
             raise UserError(f"{one.where}: holds no tensor at all; export or download it again")
     return opened
@@ -141,14 +148,14 @@ def _open_folder(folder: Path) -> Opened:
     path = weights_in(folder)
     declared = _declared(folder)
     if is_index(path):
-        return Opened(str(path), _read_shards(path), {}, declared)
+        return Opened(str(path), _open_shards(path), {}, declared)
     if path.suffix in PICKLE_SUFFIXES:
         entries = _open_pickle(path)
         if len(entries) != 1:
             raise UserError(f"{path}: holds {len(entries)} networks; name the file itself")
         return Opened(entries[0].where, entries[0].tensors, {}, declared)
-    tensors, metadata = _read_safetensors(path)
-    return Opened(str(path), tensors, metadata, declared)
+    file = open_safetensors(path)
+    return Opened(str(path), file.tensors, file.metadata, declared)
 
 
 def _declared(folder: Path) -> dict[str, Any]:
@@ -156,37 +163,12 @@ def _declared(folder: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    _check_header(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})
-    except SafetensorError as error:
-        raise UserError(
-            f"{path}: not a whole safetensors file ({error}); download or export it again"
-        ) from error
-
-
-def _check_header(path: Path) -> None:
-    """Refuse a header that claims more than the file holds, before anything is allocated."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        start = file.read(8)
-    header = struct.unpack("<Q", start)[0] if len(start) == 8 else None
-    if header is None or header + 8 > size or header > _MAX_HEADER_BYTES:
-        claim = "is too short" if header is None else f"claims a header of {header} bytes"
-        raise UserError(
-            f"{path}: not a whole safetensors file (it {claim} and has {size} bytes); "
-            "download or export it again"
-        )
-
-
-def _read_shards(index: Path) -> dict[str, Tensor]:
+def _open_shards(index: Path) -> StoredTensors:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, Mapping) or not weight_map:
         raise UserError(f"{index}: no weight_map in it; download it again")
     folder = index.parent.resolve()
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Stored] = {}
     for name in sorted({str(value) for value in weight_map.values()}):
         # A plain name beside the index; hub caches link it to a blob elsewhere, so only the name
         # is looked at.
@@ -195,11 +177,11 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
         shard = folder / name
         if not shard.is_file():
             raise UserError(f"{index}: names {name}, which is not there; download it again")
-        tensors.update(_read_safetensors(shard)[0])
+        tensors.update(open_safetensors(shard).tensors.stored)
     missing = [key for key in weight_map if key not in tensors]
     if missing:
         raise UserError(f"{index}: {len(missing)} tensors in no shard: {', '.join(missing[:5])}")
-    return tensors
+    return StoredTensors(tensors)
 
 
 def _open_pickle(path: Path) -> list[Opened]:
@@ -227,8 +209,50 @@ def _open_pickle(path: Path) -> list[Opened]:
     for network, state in found.items():
         tensors = {str(key): value for key, value in state.items() if isinstance(value, Tensor)}
         where = str(path) if len(found) == 1 else f"{path} ({network})"
-        opened.append(Opened(where, tensors))
+        opened.append(Opened(where, _stored(path, tensors)))
     return opened
+
+
+def _stored(path: Path, tensors: Mapping[str, Tensor]) -> StoredTensors:
+    """Map the tensors of a PyTorch file one by one, in place of torch's one map of all of it.
+
+    torch maps the file at an address that it does not tell, which is found by holding the
+    addresses of its tensors against the places of the archive's entries. Where that leaves a
+    doubt, torch's own tensors are used.
+    """
+    places = _entry_places(path)
+    addresses = {one.untyped_storage().data_ptr() for one in tensors.values() if one.numel()}
+    bases = {min(addresses) - place for place in places} if addresses else set()
+    fitting = [
+        base
+        for base in bases
+        if base % mmap.PAGESIZE == 0 and all(address - base in places for address in addresses)
+    ]
+    file = MappedFile(path) if len(fitting) == 1 else None
+    stored = {}
+    for name, one in tensors.items():
+        if file is not None and one.numel() and one.is_contiguous():
+            stored[name] = file.stored(one.data_ptr() - fitting[0], one.shape, one.dtype)
+        else:
+            stored[name] = Stored(one.shape, one.dtype, partial(_same, one))
+    return StoredTensors(stored)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _entry_places(path: Path) -> set[int]:
+    """Return where in a zip file of stored entries each one's content begins."""
+    places = set()
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        for entry in archive.infolist():
+            # The entry's own header, which precedes it: 30 bytes, its name, and an extra field
+            # of another length than the one that the archive's directory has.
+            file.seek(entry.header_offset + 26)
+            name, extra = struct.unpack("<HH", file.read(4))
+            places.add(entry.header_offset + 30 + name + extra)
+    return places
 
 
 def _check_zip(path: Path) -> None:
@@ -245,5 +269,5 @@ def _check_zip(path: Path) -> None:
     if packed or math.fsum(entry.file_size for entry in entries) > size:
         raise UserError(f"{path}: refused: it unpacks to more than it holds")
     pickles = [entry for entry in entries if entry.filename.endswith(".pkl")]
-    if any(entry.file_size > _MAX_HEADER_BYTES for entry in pickles):
+    if any(entry.file_size > MAX_HEADER_BYTES for entry in pickles):
         raise UserError(f"{path}: refused: its list of tensors is too large")

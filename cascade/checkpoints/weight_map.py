@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cascade.checkpoints.files import first_keys, sides
+from cascade.checkpoints.files import first_keys, sides, sizes
 from cascade.errors import UserError
 
 State = Mapping[str, Tensor]
@@ -112,10 +112,11 @@ def _converted(
     assert len(known) == len(wanted), "a table names a tensor twice"
     missing = [key for key in wanted if key not in state]
     unexpected = [key for key in state if key not in known]
+    found = sizes(state)
     misshapen = [
-        f"{key} ({sides(state[key].shape)} instead of {sides(shapes[key])})"
+        f"{key} ({sides(found[key].shape)} instead of {sides(shapes[key])})"
         for key in (wanted if shapes is not None else ())
-        if shapes is not None and key in state and state[key].shape != shapes[key]
+        if shapes is not None and key in found and found[key].shape != shapes[key]
     ]
     _refuse(missing=missing, unexpected=unexpected, misshapen=misshapen)
     converted: dict[str, Tensor] = {}
@@ -123,7 +124,7 @@ def _converted(
         try:
             converted.update(_follow(state, step))
         except (RuntimeError, ValueError):
-            misshapen += [f"{key} ({sides(state[key].shape)})" for key in step.sources]
+            misshapen += [f"{key} ({sides(found[key].shape)})" for key in step.sources]
     _refuse(misshapen=misshapen)
     return converted
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cascade.checkpoints.detect import Published
+from cascade.checkpoints.detect import Published, num_parameters
 from cascade.checkpoints.hub import ModelFiles
 from cascade.checkpoints.load import build, identify
 from cascade.checkpoints.readers import (
@@ -52,7 +52,7 @@ class _Found:
 
     @property
     def values(self) -> int:
-        return sum(tensor.numel() for tensor in self.opened.tensors.values())
+        return num_parameters(self.opened.shapes)
 
 
 class PublishedFiles:

@@ -29,9 +29,10 @@ def read_tower(
     from cascade.checkpoints.readers import open_weights
 
     [opened] = open_weights(folder)
+    tensors = opened.tensors.moved(device, dtype)
     return {
-        key: value.to(device, dtype) if value.is_floating_point() else value.to(device)
-        for key, value in opened.tensors.items()
+        key: tensors[key]
+        for key in tensors
         if not key.startswith(others) and not key.endswith("position_ids")
     }
 

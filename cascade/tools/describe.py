@@ -119,7 +119,7 @@ def _describe(opened: Opened) -> Description:
         published=published,
         parameters=parameters,
         dtypes=_dtypes(opened.tensors),
-        megabytes=sum(t.numel() * t.element_size() for t in opened.tensors.values()) / 1e6,
+        megabytes=sum(one.num_bytes for one in opened.tensors.stored.values()) / 1e6,
         origin=origin,
         licence=licence,
     )

@@ -196,7 +196,12 @@ def two(hub: Hub, two_folders: Path) -> Hub:
         hub.repositories[V3][path] = b"gigabytes"
     for path in ("effnet_encoder.safetensors", "previewer.safetensors", "controlnet/a.safetensors"):
         hub.repositories[V3][path] = f"not of this test: {path}".encode()
-    hub.repositories[V3_PRIOR]["image_encoder/model.safetensors"] = b"gigabytes"
+    hub.repositories[V3_PRIOR] |= {
+        "image_encoder/model.safetensors": b"a gigabyte",
+        "image_encoder/model.bf16.safetensors": b"half a gigabyte",
+        "image_encoder/config.json": b'{"model_type": "clip_vision_model"}',
+        "feature_extractor/preprocessor_config.json": b'{"size": 224}',
+    }
     return hub
 
 
@@ -323,18 +328,37 @@ def test_only_what_is_needed_of_two_repositories_is_downloaded(two: Hub) -> None
         "decoder/diffusion_pytorch_model.safetensors",
         "prior/diffusion_pytorch_model.safetensors",
         "text_encoder/model.safetensors",
+        "image_encoder/model.safetensors",
         "vqgan/diffusion_pytorch_model.safetensors",
         f"{COMMIT}/effnet_encoder.safetensors",
         f"{COMMIT}/previewer.safetensors",
     }
     large = [name for name in two.content() if name.endswith(_LARGE)]
-    assert len(large) == 6 and f"{V3}:text_encoder/model.safetensors" in large
+    assert len(large) == 7 and f"{V3}:text_encoder/model.safetensors" in large
     assert f"{V3_PRIOR}:prior/diffusion_pytorch_model.safetensors" in large
     assert not any("scheduler" in name or "README" in name for name in two.content())
 
 
 def test_either_repository_names_the_model(two: Hub) -> None:
     assert resolve(V3_PRIOR).files == resolve(V3).files
+
+
+def test_the_image_encoder_comes_with_what_prepares_its_pictures(two: Hub) -> None:
+    resolve(V3)
+    asked = {name.removeprefix(f"{V3_PRIOR}:") for name in two.content()}
+    assert {name for name in asked if name.startswith(("image_encoder", "feature_extractor"))} == {
+        "image_encoder/config.json",
+        "image_encoder/model.safetensors",
+        "feature_extractor/preprocessor_config.json",
+    }
+    assert not any("controlnet" in name for name in asked)
+
+
+def test_a_cascade_without_an_image_encoder_is_one_too(two: Hub) -> None:
+    files = two.repositories[V3_PRIOR]
+    kept = {name: files[name] for name in files if "image_" not in name and "extractor" not in name}
+    two.repositories[V3_PRIOR] = kept
+    assert len(weights(resolve(V3))) == 6
 
 
 def test_text_encoders_that_differ_are_both_downloaded(two: Hub) -> None:
@@ -362,8 +386,9 @@ def test_a_variant_is_taken_where_there_is_one(two: Hub) -> None:
     found = weights(resolve(V3, variant="bf16"))
     assert "decoder/diffusion_pytorch_model.bf16.safetensors" in found
     assert "text_encoder/model.bf16.safetensors" in found
+    assert "image_encoder/model.bf16.safetensors" in found
     assert "vqgan/diffusion_pytorch_model.safetensors" in found
-    assert len(found) == 6
+    assert len(found) == 7
 
 
 def test_an_unknown_variant_is_named_with_the_known_ones(two: Hub) -> None:
