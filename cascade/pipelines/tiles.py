@@ -72,9 +72,9 @@ def decode_tiles(stage_a: StageA, latents: Tensor, tile: int) -> Tensor:
                     (top - above) * scale : (bottom - above) * scale,
                     (left - before) * scale : (right - before) * scale,
                 ]
-                pixels[
-                    row, :, top * scale : bottom * scale, left * scale : right * scale
-                ] = inside.to(device, torch.float32)
+                pixels[row, :, top * scale : bottom * scale, left * scale : right * scale] = (
+                    inside.to(device, torch.float32)
+                )
     return pixels
 
 
