@@ -278,3 +278,35 @@ def _run(*arguments: str, python: tuple[str, ...] = ()) -> subprocess.CompletedP
     command = [sys.executable, *python, str(ROOT / "sample.py"), *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def test_offloading_makes_the_same_file_and_says_what_it_does(make: Make) -> None:
+    make("--prompt", "a hat", "--seed", "7")
+    for mode in ("model", "sequential"):
+        code, out, err = make("--prompt", "a hat", "--seed", "7", "--offload", mode)
+        assert (code, err) == (0, "")
+        assert f"offload {mode}: nothing is saved on a CPU" in out
+    first, *others = make.files()
+    assert all(first.read_bytes() == other.read_bytes() for other in others)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--offload", "modle"), "invalid choice: 'modle'"),
+        (("--vram", "8"), "vram 8: it bounds a GPU's own memory, and cpu has none"),
+        (("--vram", "0"), "vram 0: a positive number of GiB"),
+        (("--vram", "-3"), "vram -3: a positive number"),
+        (("--vram", "nan"), "vram nan: a positive number"),
+        (("--vram", "lots"), "invalid float value: 'lots'"),
+        (("--dtype", "stage_x=float32"), "valid: stage_c, stage_b, stage_a"),
+    ],
+)
+def test_a_slip_about_memory_is_one_line(
+    make: Make, arguments: tuple[str, ...], message: str
+) -> None:
+    code, out, err = make("--prompt", "a hat", *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert message in err
+    assert make.files() == []

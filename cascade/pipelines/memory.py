@@ -8,6 +8,7 @@ keep a reserve for them.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -118,30 +119,44 @@ def peak_bytes(run: Callable[[], object]) -> int:
 
 
 def _drawing_c(twin: Any, text: TextEncoder, workload: Workload) -> int:
-    """Bytes of Stage C's sampling, two steps of it: one more has nothing new."""
-    return peak_bytes(
+    """Bytes of Stage C's sampling."""
+    in_a_step = peak_bytes(
         lambda: sample_stage_c(
             twin,
-            _two_steps(workload.stage_c),
+            _one_step(workload.stage_c),
             _prompted(text, workload),
             PictureNoise([0]),
             workload.stage_c_size,
         )
     )
+    return in_a_step + _between_steps((twin.config.latent_channels, *workload.stage_c_size))
 
 
 def _drawing_b(twin: Any, text: TextEncoder, workload: Workload) -> int:
+    """Bytes of Stage B's sampling."""
     channels = twin.config.compressed_channels
-    return peak_bytes(
+    in_a_step = peak_bytes(
         lambda: sample_stage_b(
             twin,
-            _two_steps(workload.stage_b),
+            _one_step(workload.stage_b),
             torch.empty(1, channels, *workload.stage_c_size, device="meta"),
             _prompted(text, workload),
             PictureNoise([0]),
             workload.latent_shape,
         )
     )
+    return in_a_step + _between_steps(workload.latent_shape)
+
+
+def _one_step(sampling: StageSampling) -> StageSampling:
+    # Every sampler evaluates the network alike; "ddpm" does not look at values, of which there
+    # are none.
+    return replace(sampling, steps=1, times=(), sampler="ddpm")
+
+
+def _between_steps(latent_shape: tuple[int, int, int]) -> int:
+    """Bytes that a sampler keeps from the steps before: x, x0, noise, a mean; float32."""
+    return 4 * 4 * math.prod(latent_shape)
 
 
 def _decoding(twin: Any, dtype: torch.dtype, workload: Workload, tile: int | None) -> int:
@@ -182,23 +197,19 @@ def _prompted(encoder: TextEncoder, workload: Workload) -> Prompted:
     return Prompted(states(), states())
 
 
-def _two_steps(sampling: StageSampling) -> StageSampling:
-    # The other samplers keep no more latents than this one, and they compare values.
-    return replace(sampling, steps=2, times=(), sampler="ddpm")
-
-
 def _twin(network: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Build a network of the same widths on the meta device, with one block where it has several.
+    """Build a network of the same widths on the meta device, with two blocks a level.
 
-    The blocks of a level all work on the same sizes, so that one needs what any of them does.
+    The blocks of a level all work on the same sizes, and so do a level's repetitions: from the
+    third on nothing more is alive.
     """
     config: Any = network.config
     depths: dict[str, Any] = {}
     for field in fields(config):
         if field.name in _DEPTHS:
             value = getattr(config, field.name)
-            shallow = tuple(min(one, 1) for one in value) if isinstance(value, tuple) else 1
-            depths[field.name] = shallow
+            few = tuple(min(one, 2) for one in value) if isinstance(value, tuple) else min(value, 2)
+            depths[field.name] = few
     with torch.device("meta"):
         return type(network)(replace(config, **depths)).to(dtype).eval()
 

@@ -240,7 +240,7 @@ def _nothing_fits(
     else:
         cures.append("or take the model's smaller weights (:lite) where it has them")
     return (
-        f"vram {budget / GIB:g}: {what}{together} with offload {mode} needs at least {least:g} "
+        f"vram {budget / GIB:.4g}: {what}{together} with offload {mode} needs at least {least:g} "
         f"GiB, {RESERVE / GIB:g} of them for CUDA itself; {', '.join(cures)}"
     )
 
@@ -272,8 +272,8 @@ def _describe(
         chosen += f", up to {batch} pictures together"
     worst = max(peaks, key=lambda part: peaks[part])
     weights = ", ".join(f"{_TITLES[part]} {size.weights / GIB:.2f}" for part, size in sizes.items())
+    peak = f"{(peaks[worst] + RESERVE) / GIB:.2f} GiB in {_TITLES[worst]}"
     return (
-        f"memory plan for {what} in {budget / GIB:g} GiB: {chosen} (offload {mode}); computed peak "
-        f"{(peaks[worst] + RESERVE) / GIB:.2f} GiB in {_TITLES[worst]}, {RESERVE / GIB:g} of it for "
-        f"CUDA itself; weights in GiB: {weights}"
+        f"memory plan for {what} in {budget / GIB:.4g} GiB: {chosen} (offload {mode}); computed "
+        f"peak {peak}, {RESERVE / GIB:g} of it for CUDA itself; weights in GiB: {weights}"
     )

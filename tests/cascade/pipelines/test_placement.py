@@ -1,10 +1,20 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
 from cascade.errors import UserError
-from cascade.pipelines.placement import pick_device, pick_dtype
+from cascade.pipelines.placement import (
+    Dtypes,
+    pick_device,
+    pick_dtype,
+    pick_dtypes,
+    refuse_overflow,
+)
+from cascade.pipelines.spec import CascadeSpec
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -46,3 +56,44 @@ def test_the_one_cpu_may_be_numbered() -> None:
     assert pick_device("cpu:0") == CPU
     with pytest.raises(UserError, match="there is one cpu"):
         pick_device("cpu:1")
+
+
+def test_one_number_format_is_that_of_all_stages() -> None:
+    dtypes = pick_dtypes("bfloat16", GPU)
+    assert dtypes == Dtypes.same(torch.bfloat16)
+    assert str(dtypes) == "bfloat16"
+    assert pick_dtypes("bfloat16", CPU).text == torch.float32
+
+
+def test_each_stage_can_have_its_own_and_the_rest_is_auto() -> None:
+    dtypes = pick_dtypes("stage_c=bfloat16, stage_b=float16", CPU)
+    assert (dtypes.stage_c, dtypes.stage_b) == (torch.bfloat16, torch.float16)
+    assert dtypes.stage_a == torch.float32
+    assert (dtypes.of("compressor"), dtypes.of("previewer")) == (torch.bfloat16, torch.bfloat16)
+    assert str(dtypes) == "stage_c=bfloat16,stage_b=float16,stage_a=float32"
+    assert pick_dtypes(str(dtypes), CPU) == dtypes
+    assert pick_dtypes({"stage_c": torch.bfloat16, "stage_b": "float16"}, CPU) == dtypes
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ("stage_d=float32", "did you mean 'stage_"),
+        ("stage_c=float33", "dtype 'float33'"),
+        ("stage_c=bfloat16,float32", "no stage for 'float32'"),
+        ("stage_c=bfloat16,stage_c=float32", "stage_c comes twice"),
+        ("stage_c=", "dtype ''"),
+    ],
+)
+def test_a_wrong_number_format_by_stage_is_refused(choice: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        pick_dtypes(choice, CPU)
+
+
+def test_float16_is_refused_for_the_stage_c_that_overflows_alone(tmp_path: Path) -> None:
+    stable = CascadeSpec(name="stable-cascade", image_size=1024, pixels_per_stage_c_cell=42.67)
+    with pytest.raises(UserError, match=r"Stage C overflows in float16.*black"):
+        refuse_overflow(stable, Dtypes.same(torch.float16), tmp_path)
+    by_stage = pick_dtypes("stage_c=bfloat16,stage_b=float16,stage_a=float16", CPU)
+    refuse_overflow(stable, by_stage, tmp_path)
+    refuse_overflow(replace(stable, name="mine"), Dtypes.same(torch.float16), tmp_path)

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+
+from cascade.errors import UserError
+from cascade.pipelines.memory import Footprint
+from cascade.pipelines.memory_plan import (
+    GIB,
+    RESERVE,
+    MemoryPlan,
+    Offload,
+    check_offload,
+    check_vram,
+    pick_plan,
+)
+
+
+def gib(value: float) -> int:
+    return int(value * GIB)
+
+
+SIZES = {
+    "text": Footprint(gib(1), gib(0.1), gib(0.1)),
+    "stage_c": Footprint(gib(6), gib(0.2), gib(0.5)),
+    "stage_b": Footprint(gib(3), gib(0.2), gib(1)),
+    "stage_a": Footprint(gib(0.1), gib(0.02), gib(2), {128: gib(0.6), 64: gib(0.2)}),
+}
+
+
+def pick(vram: float, batch: int = 1, offload: Offload | None = None) -> MemoryPlan:
+    batches = list(range(batch, 0, -1))
+    return pick_plan(SIZES, gib(vram) + RESERVE, batches, offload=offload, what="1024x1024")
+
+
+def test_the_fastest_plan_that_fits_is_picked() -> None:
+    everything = pick(12.2)
+    assert (everything.offload, everything.tile) == ("none", None)
+    text_goes = pick(10.5)
+    assert (text_goes.way("text"), text_goes.way("stage_c")) == ("stage", "stay")
+    by_stage = pick(9)
+    assert set(by_stage.ways.values()) == {"stage"} and by_stage.offload == "model"
+    assert (by_stage.tile, pick(6.5).tile) == (None, None)
+    layered = pick(5)
+    assert layered.ways == {
+        "text": "stage",
+        "stage_c": "layer",
+        "stage_b": "stage",
+        "stage_a": "stage",
+    }
+
+
+def test_stage_a_is_cut_only_where_the_whole_picture_does_not_fit() -> None:
+    assert pick(12.0).tile == 128  # everything stays: 10.1 of weights, and 2 more do not fit
+    assert pick(2.0, offload="sequential").tile == 128
+
+
+def test_fewer_pictures_run_together_before_parts_are_moved() -> None:
+    assert (pick(14.1, batch=4).offload, pick(14.1, batch=4).batch_size) == ("none", 4)
+    fewer = pick(12.2, batch=4)
+    assert (fewer.offload, fewer.batch_size) == ("none", 2)
+
+
+def test_a_plan_keeps_to_its_budget_and_says_what_it_is() -> None:
+    for tenths in range(18, 160):
+        budget = gib(tenths / 10) + RESERVE
+        plan = pick(tenths / 10, batch=4)
+        assert plan.peak <= budget
+        line = plan.describe()
+        assert "\n" not in line and "memory plan for 1024x1024" in line
+        assert re.search(r"computed peak \d+\.\d\d GiB in (text|Stage [ABC])", line)
+    assert "Stage A in tiles of 512 px" in pick(12.0).describe()
+    assert "Stage C layer by layer, the rest stage by stage" in pick(5).describe()
+    assert "up to 4 pictures together" in pick(20, batch=4).describe()
+
+
+@pytest.mark.parametrize(
+    ("vram", "offload", "message"),
+    [
+        (1.0, None, r"1024x1024 with offload sequential needs at least 2 GiB.*smaller picture"),
+        (0.1, "sequential", r"at least 2 GiB, 0.75 of them for CUDA itself"),
+        (5.0, "none", r"offload none needs at least 11.9 GiB.*leave --offload to --vram \(2 GiB"),
+        (5.0, "model", r"offload model needs at least 7.3 GiB"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_what_would(
+    vram: float, offload: Offload | None, message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        pick(vram, offload=offload)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("vram", [0, -8, math.nan, math.inf, True, "8"])
+def test_a_budget_that_is_none_is_refused(vram: float) -> None:
+    with pytest.raises(UserError, match="number of GiB is needed"):
+        check_vram(vram)
+
+
+def test_an_unknown_mode_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="did you mean 'sequential'"):
+        check_offload("sequentially")
+    assert check_offload("model") == "model"
+    assert check_offload(None) is None
