@@ -220,6 +220,23 @@ def test_a_model_without_a_compressor_says_so(
         CascadePipeline.from_pretrained(bare, device="cpu").image_to_image(image, "a hat")
 
 
+@pytest.mark.parametrize("offload", ["model", "sequential"])
+def test_pictures_as_input_are_the_same_under_any_placement(
+    folder: Path, image: Image.Image, mask: Image.Image, offload: str
+) -> None:
+    pipeline = CascadePipeline.from_pretrained(folder, device="cpu")
+
+    def both() -> list[torch.Tensor]:
+        return [
+            pipeline.variation(image, settings=SEED).pixels,
+            pipeline.inpaint(image, mask, "a hat", settings=SEED).pixels,
+        ]
+
+    before = both()
+    pipeline.place(offload=offload)
+    assert all(map(torch.equal, both(), before))
+
+
 # ControlNet
 
 
