@@ -136,6 +136,8 @@ class LoadedCascade:
     def place(self, *, offload: str | None = None, vram: float | None = None) -> None:
         """Place the networks anew, from any placement to any other; pictures stay the same.
 
+        The weights of a network that is away are meta tensors; ``place()`` brings all back.
+
         Args:
             offload: "none": all stay on the device. "model": each is there for its own stage.
                 "sequential": they come layer by layer. None: as ``vram`` needs it, else "none".
@@ -242,8 +244,11 @@ class LoadedCascade:
                 "in [0, 1]; divide 8-bit values by 255"
             )
 
-    def prompt_states(self, prompts: Sequence[str]) -> tuple[PromptStates, PromptStates]:
-        """Return what Stage C and Stage B read of prompts; the same if they share an encoder."""
+    def prompt_states(self, prompts: Sequence[str] = ()) -> tuple[PromptStates, PromptStates]:
+        """Return what Stage C and Stage B read of prompts; the same if they share an encoder.
+
+        An encoder that leaves the device again encodes ``prompts``, the run's, at its first visit.
+        """
         states = self.memory.prompt_states("text", self.text_encoder, prompts)
         if self.text_encoder_b is self.text_encoder:
             return states, states

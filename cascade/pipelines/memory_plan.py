@@ -234,10 +234,9 @@ def _nothing_fits(
     cures = ["make a smaller picture"]
     if batch > 1:
         cures.insert(0, "run fewer together")
-    if mode != "sequential":
+    if mode != "sequential":  # layer by layer, smaller weights would change nothing
         lowest = math.ceil(_needed(sizes, "sequential", batch) / GIB * 10) / 10
         cures.insert(0, f"leave --offload to --vram ({lowest:g} GiB would do)")
-    else:
         cures.append("or take the model's smaller weights (:lite) where it has them")
     return (
         f"vram {budget / GIB:.4g}: {what}{together} with offload {mode} needs at least {least:g} "

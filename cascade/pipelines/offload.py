@@ -18,7 +18,6 @@ from torch import nn
 from cascade.errors import UserError
 from cascade.pipelines.memory import WHOLE_BLOCKS, Workload, footprints
 from cascade.pipelines.memory_plan import (
-    GIB,
     MemoryPlan,
     Offload,
     check_offload,
@@ -38,6 +37,8 @@ def check_request(
 ) -> tuple[Offload | None, int | None]:
     """Return a known mode and a budget in bytes, each None if it was not given.
 
+    A budget beyond the GPU's memory is all of it.
+
     Raises:
         UserError: For an unknown mode, a budget that is none, or memory that is not there.
     """
@@ -48,10 +49,8 @@ def check_request(
         raise UserError(
             f"vram {vram:g}: it bounds a GPU's own memory, and {device} has none; leave it out"
         )
-    total = torch.cuda.get_device_properties(device).total_memory
-    if budget > total:
-        raise UserError(f"vram {vram:g}: {device} has {total / GIB:.1f} GiB; give no more")
-    return mode, budget
+    # A card that is sold with 8 GB has a little less than 8 GiB.
+    return mode, min(budget, torch.cuda.get_device_properties(device).total_memory)
 
 
 class Placement:

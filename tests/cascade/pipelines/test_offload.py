@@ -234,14 +234,13 @@ def test_bad_requests_are_refused_before_anything_is_loaded(
         CascadePipeline(tiny_model, device="cpu", offload=offload, vram=vram)
 
 
-def test_more_than_the_gpu_has_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_budget_ends_where_the_gpu_does(monkeypatch: pytest.MonkeyPatch) -> None:
     class Properties:
         total_memory = 6 * 2**30
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
-    with pytest.raises(UserError, match=r"vram 8: cuda has 6.0 GiB"):
-        check_request(None, 8, torch.device("cuda"))
-    assert check_request("model", 6, torch.device("cuda")) == ("model", 6 * 2**30)
+    assert check_request(None, 8, torch.device("cuda")) == (None, 6 * 2**30)
+    assert check_request("model", 5, torch.device("cuda")) == ("model", 5 * 2**30)
 
 
 @pytest.mark.gpu
