@@ -23,8 +23,7 @@ def to_markdown(figures: Figures, provenance: Provenance, num_candidates: int) -
     if figures.sizes is not None:
         sections.append(
             "### Sizes and training cost\n\nSteps, samples and seconds are those of the run that "
-            "made the file; Stage B and the compressor come out of one run.\n\n"
-            + sizes_table(figures.sizes)
+            "made the file.\n\n" + sizes_table(figures.sizes)
         )
     if figures.reconstruction is not None:
         sections.append(
