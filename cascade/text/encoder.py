@@ -127,6 +127,8 @@ class TextEncoder:
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder}: no config.json in it; a text encoder's folder needs one")
         state = _text_tower(folder, device, dtype)
+        from cascade.checkpoints.files import on_meta
+
         # transformers takes seconds to import as a whole; these modules are enough.
         from transformers.models.clip.modeling_clip import (
             CLIPTextModel,
@@ -137,7 +139,7 @@ class TextEncoder:
         try:
             tokenizer = _load_tokenizer(tokens)
             text_config = _text_config(folder)
-            with torch.device("meta"):
+            with on_meta():
                 model = (CLIPTextModelWithProjection if projects else CLIPTextModel)(text_config)
         except UserError:
             raise
