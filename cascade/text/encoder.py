@@ -127,13 +127,13 @@ class TextEncoder:
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder}: no config.json in it; a text encoder's folder needs one")
         state = _text_tower(folder, device, dtype)
-        from cascade.checkpoints.files import on_meta
-
         # transformers takes seconds to import as a whole; these modules are enough.
         from transformers.models.clip.modeling_clip import (
             CLIPTextModel,
             CLIPTextModelWithProjection,
         )
+
+        from cascade.checkpoints.files import on_meta
 
         projects = _projects(folder)
         try:
