@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from cascade.checkpoints.mapped import SafetensorsFile, Stored, StoredTensors, open_safetensors
 from cascade.config import from_dict, to_dict
@@ -208,6 +209,37 @@ def load_network(
     return network.eval()
 
 
+class _NoDraws(TorchFunctionMode):
+    """Leaves the first values of weights out: on the meta device there are none to draw.
+
+    torch draws there all the same, through decompositions in Python whose import alone takes a
+    second.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        if func in (Tensor.uniform_, Tensor.normal_):
+            return args[0]
+        if func is torch.randn:
+            return torch.empty(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def on_meta() -> Iterator[None]:
+    """Let networks be built in this block without memory for their tensors, and fast."""
+    with torch.device("meta"), _NoDraws():
+        yield
+
+
 def build_on_meta(network: type[N], config: Any, where: str) -> N:
     """Build a network without memory for its tensors.
 
@@ -215,7 +247,7 @@ def build_on_meta(network: type[N], config: Any, where: str) -> N:
         UserError: If the sizes that ``config`` names make no network.
     """
     try:
-        with torch.device("meta"):
+        with on_meta():
             return network(config)
     # A file's sizes are checked as far as its config class knows them; layers refuse the others.
     except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as e:

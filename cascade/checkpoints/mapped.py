@@ -13,8 +13,8 @@ import mmap
 import struct
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +28,9 @@ MAX_HEADER_BYTES = 64 << 20
 _DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
     "I8": torch.int8,
     "I16": torch.int16,
     "I32": torch.int32,
@@ -47,12 +50,20 @@ class Stored:
 
     shape: torch.Size
     dtype: torch.dtype
-    read: Callable[[], Tensor]
+    """Number format to read it in, which may differ from the file's."""
+    source: Callable[[], Tensor]
+    """Returns it as it is in the file."""
+    device: str | torch.device = "cpu"
+    """Where to read it to."""
 
     @property
     def num_bytes(self) -> int:
         """Bytes of its values."""
         return self.shape.numel() * self.dtype.itemsize
+
+    def read(self) -> Tensor:
+        """Return the tensor."""
+        return self.source().to(self.device, self.dtype)
 
 
 class StoredTensors(Mapping[str, Tensor]):
@@ -88,12 +99,27 @@ class StoredTensors(Mapping[str, Tensor]):
         moved = {}
         for name, one in self.stored.items():
             target = dtype if dtype is not None and one.dtype.is_floating_point else one.dtype
-            moved[name] = Stored(one.shape, target, partial(_read_moved, one, device, target))
+            moved[name] = replace(one, device=device, dtype=target)
         return StoredTensors(moved)
 
+    def joined(self, names: Sequence[str]) -> Tensor:
+        """Read tensors into one, along the first axis, with no copy of any of them beside it.
 
-def _read_moved(stored: Stored, device: str | torch.device, dtype: torch.dtype) -> Tensor:
-    return stored.read().to(device, dtype)
+        Raises:
+            ValueError: If they differ in more than their height.
+        """
+        parts = [self.stored[name] for name in names]
+        first = parts[0]
+        alike = all(one.shape[1:] == first.shape[1:] and one.shape for one in parts)
+        if not alike or any(one.dtype != first.dtype for one in parts):
+            raise ValueError(f"{', '.join(names)} do not fit together")
+        rows = sum(one.shape[0] for one in parts)
+        joined = torch.empty(
+            (rows, *first.shape[1:]), dtype=first.dtype, device=torch.device(first.device)
+        )
+        for one, target in zip(parts, joined.split([one.shape[0] for one in parts]), strict=True):
+            target.copy_(one.source())
+        return joined
 
 
 class MappedFile:

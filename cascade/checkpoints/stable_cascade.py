@@ -6,10 +6,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from cascade.checkpoints.blocks import Layout, attn_block, res_block, timestep_block
+from cascade.checkpoints.files import on_meta
 from cascade.checkpoints.weight_map import State, Table, layer, to_ours, to_theirs
 from stages.stage_b import StageB, StageBConfig
 from stages.stage_c import StageC, StageCConfig
@@ -38,7 +38,7 @@ def stage_c_to_diffusers(state: State, config: StageCConfig) -> dict[str, Tensor
 
 
 def _meta_stage_c(config: StageCConfig) -> nn.Module:
-    with torch.device("meta"):
+    with on_meta():
         return StageC(config)
 
 
@@ -89,7 +89,7 @@ def stage_b_to_diffusers(state: State, config: StageBConfig) -> dict[str, Tensor
 
 
 def _meta_stage_b(config: StageBConfig) -> nn.Module:
-    with torch.device("meta"):
+    with on_meta():
         return StageB(config)
 
 

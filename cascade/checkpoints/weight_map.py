@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cascade.checkpoints.files import first_keys, sides, sizes
+from cascade.checkpoints.mapped import StoredTensors
 from cascade.errors import UserError
 
 State = Mapping[str, Tensor]
@@ -31,7 +32,11 @@ class Link:
     their_parts: tuple[int, ...] = (1,)
     """Relative heights of theirs."""
     their_leading_ones: int = 0
-    """Axes of size 1 that theirs have before the axes of ours."""
+    """Axes of size 1 that theirs have before the axes of ours, of one tensor each."""
+
+    def __post_init__(self) -> None:
+        """Refuse what is not followed: ones before tensors that are joined."""
+        assert not self.their_leading_ones or len(self.ours) == len(self.theirs) == 1
 
 
 Table = Iterable[Link]
@@ -73,7 +78,7 @@ def to_ours(state: State, table: Table, network: nn.Module | None = None) -> dic
         UserError: Naming the first five missing, unexpected and misshapen tensors.
     """
     links = tuple(table)
-    shapes = None if network is None else _shapes(to_theirs(_on_meta(network), links))
+    shapes = None if network is None else _their_shapes(_shapes(network.state_dict()), links)
     steps = [_Step(link.theirs, link.ours, link.our_parts, _without_ones(link)) for link in links]
     return _converted(state, steps, shapes)
 
@@ -130,10 +135,14 @@ def _converted(
 
 
 def _follow(state: State, step: _Step) -> dict[str, Tensor]:
-    tensors = [step.reshape(state[source]) for source in step.sources]
+    if len(step.sources) == 1:
+        joined = step.reshape(state[step.sources[0]])
+    elif isinstance(state, StoredTensors):
+        joined = state.joined(step.sources)
+    else:
+        joined = torch.cat([state[source] for source in step.sources])
     if len(step.targets) == 1:
-        return {step.targets[0]: tensors[0] if len(tensors) == 1 else torch.cat(tensors)}
-    joined = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        return {step.targets[0]: joined}
     unit, rest = divmod(len(joined), sum(step.target_parts))
     if rest:
         raise ValueError(f"a first axis of {len(joined)} has no parts {step.target_parts}")
@@ -169,8 +178,23 @@ def _refuse(**complaints: Sequence[str]) -> None:
         raise UserError(f"weights do not fit the configuration: {'; '.join(told)}")
 
 
-def _on_meta(network: nn.Module) -> dict[str, Tensor]:
-    return {key: value.to("meta") for key, value in network.state_dict().items()}
+def _their_shapes(ours: Mapping[str, torch.Size], links: Sequence[Link]) -> dict[str, torch.Size]:
+    """Return the shapes of theirs that hold ours."""
+    known = [name for link in links for name in link.ours]
+    _refuse(
+        missing=[name for name in known if name not in ours],
+        unexpected=[name for name in ours if name not in set(known)],
+    )
+    theirs = {}
+    for link in links:
+        first = ours[link.ours[0]]
+        if len(link.ours) == len(link.theirs) == 1:
+            theirs[link.theirs[0]] = torch.Size((*(1,) * link.their_leading_ones, *first))
+            continue
+        rows = sum(ours[name][0] for name in link.ours)
+        for name, part in zip(link.theirs, link.their_parts, strict=True):
+            theirs[name] = torch.Size((rows * part // sum(link.their_parts), *first[1:]))
+    return theirs
 
 
 def _shapes(state: State) -> dict[str, torch.Size]:

@@ -6,10 +6,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from cascade.checkpoints.blocks import Layout, attn_block, res_block, timestep_block
+from cascade.checkpoints.files import on_meta
 from cascade.checkpoints.weight_map import State, Table, layer, to_ours, to_theirs
 from stages.stage_b_v2 import StageBV2, StageBV2Config
 from stages.stage_c_v2 import StageCV2, StageCV2Config
@@ -38,7 +38,7 @@ def stage_c_to_diffusers(state: State, config: StageCV2Config) -> dict[str, Tens
 
 
 def _meta_stage_c(config: StageCV2Config) -> nn.Module:
-    with torch.device("meta"):
+    with on_meta():
         return StageCV2(config)
 
 
@@ -75,7 +75,7 @@ def stage_b_to_diffusers(state: State, config: StageBV2Config) -> dict[str, Tens
 
 
 def _meta_stage_b(config: StageBV2Config) -> nn.Module:
-    with torch.device("meta"):
+    with on_meta():
         return StageBV2(config)
 
 

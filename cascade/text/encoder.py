@@ -135,11 +135,13 @@ class TextEncoder:
             CLIPTextModelWithProjection,
         )
 
+        from cascade.checkpoints.files import on_meta
+
         projects = _projects(folder)
         try:
             tokenizer = _load_tokenizer(tokens)
             text_config = _text_config(folder)
-            with torch.device("meta"):
+            with on_meta():
                 model = (CLIPTextModelWithProjection if projects else CLIPTextModel)(text_config)
         except UserError:
             raise

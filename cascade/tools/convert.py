@@ -30,11 +30,12 @@ from cascade.pipelines.spec import StageSampling, save_spec
 from cascade.text.encoder import TextEncoder
 from cascade.text.picture_encoder import PictureEncoder
 from stages.stage_a import StageA, StageAConfig
-from stages.stage_b import StageBConfig
-from stages.stage_b_v2 import StageBV2Config
-from stages.stage_c import StageCConfig
-from stages.stage_c_v2 import StageCV2Config
+from stages.stage_b import StageB, StageBConfig
+from stages.stage_b_v2 import StageBV2, StageBV2Config
+from stages.stage_c import StageC, StageCConfig
+from stages.stage_c_v2 import StageCV2, StageCV2Config
 
+StageConfig = StageAConfig | StageBConfig | StageBV2Config | StageCConfig | StageCV2Config
 Target = Literal["ours", "original", "diffusers"]
 TARGETS: tuple[Target, ...] = ("ours", "original", "diffusers")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -160,25 +161,23 @@ def _save(path: Path, state: dict[str, Tensor], dtype: torch.dtype, network: nn.
 def _write_diffusers(source: Source, parts: CascadeParts, out: Path, dtype: torch.dtype) -> Written:
     spec = source.spec
     v2 = spec.generation == "v2"
-    cells = source.spec.pixels_per_stage_c_cell / parts.stage_a.downscale
+    cells = spec.pixels_per_stage_c_cell / parts.stage_a.downscale
     prior, decoder = out / "prior", out / "decoder"
     first = "WuerstchenPriorPipeline" if v2 else "StableCascadePriorPipeline"
     second = "WuerstchenDecoderPipeline" if v2 else "StableCascadeDecoderPipeline"
     library = "wuerstchen" if v2 else "diffusers"
-    c_class = "WuerstchenPrior" if v2 else "StableCascadeUNet"
-    b_class = "WuerstchenDiffNeXt" if v2 else "StableCascadeUNet"
+    config_c, config_b = parts.stage_c.config, parts.stage_b.config
+    c_class, b_class = _diffusers_class(config_c), _diffusers_class(config_b)
 
-    config_c: Any = parts.stage_c.config
-    config_b: Any = parts.stage_b.config
     notices = []
-    if not v2 and config_c.image_channels is None:
+    if isinstance(config_c, StageCConfig) and config_c.image_channels is None:
         notices.append(
             "diffusers' prior pipeline always gives an image embedding, and this Stage C takes "
             "none: the folder loads there, but does not sample"
         )
-    _write_unet(prior / "prior", parts.stage_c, _unet_config_c(config_c), c_class, dtype)
-    _write_unet(decoder / "decoder", parts.stage_b, _unet_config_b(config_b), b_class, dtype)
-    _write_vqgan(decoder / "vqgan", parts.stage_a, dtype)
+    _write_network(prior / "prior", parts.stage_c, dtype)
+    _write_network(decoder / "decoder", parts.stage_b, dtype)
+    _write_network(decoder / "vqgan", parts.stage_a, dtype)
     for folder, sampling in ((prior, spec.stage_c), (decoder, spec.stage_b)):
         _write_scheduler(folder / "scheduler", sampling)
     _write_text(parts.text, prior / "text_encoder", prior / "tokenizer", dtype)
@@ -220,14 +219,39 @@ def _write_diffusers(source: Source, parts: CascadeParts, out: Path, dtype: torc
     return Written((prior, decoder), tuple(notices))
 
 
-def _write_unet(
-    folder: Path, network: nn.Module, config: dict[str, Any], class_name: str, dtype: torch.dtype
+def _write_network(
+    folder: Path, network: StageA | StageB | StageBV2 | StageC | StageCV2, dtype: torch.dtype
 ) -> None:
+    content = diffusers_config(network.config)
     folder.mkdir(parents=True)
     state = family_for(network).to_layout["diffusers"](network.state_dict(), network.config)
     _save(folder / "diffusion_pytorch_model.safetensors", state, dtype, network)
-    content = {"_class_name": class_name, **config}
     atomic_write_text(folder / "config.json", json.dumps(content, indent=2) + "\n")
+
+
+def diffusers_config(config: StageConfig) -> dict[str, Any]:
+    """Return the ``config.json`` of a network's folder in diffusers.
+
+    Raises:
+        UserError: If diffusers has no Stage A of these sizes.
+    """
+    if isinstance(config, StageAConfig):
+        sizes = _vqgan_config(config)
+    elif isinstance(config, (StageBConfig, StageBV2Config)):
+        sizes = _unet_config_b(config)
+    else:
+        sizes = _unet_config_c(config)
+    return {"_class_name": _diffusers_class(config), **sizes}
+
+
+def _diffusers_class(config: StageConfig) -> str:
+    return {
+        StageAConfig: "PaellaVQModel",
+        StageBConfig: "StableCascadeUNet",
+        StageCConfig: "StableCascadeUNet",
+        StageBV2Config: "WuerstchenDiffNeXt",
+        StageCV2Config: "WuerstchenPrior",
+    }[type(config)]
 
 
 def _unet_config_c(config: StageCConfig | StageCV2Config) -> dict[str, Any]:
@@ -305,8 +329,7 @@ def _unet_common(config: StageBConfig | StageCConfig) -> dict[str, Any]:
     }
 
 
-def _write_vqgan(folder: Path, stage_a: StageA, dtype: torch.dtype) -> None:
-    config: StageAConfig = stage_a.config
+def _vqgan_config(config: StageAConfig) -> dict[str, Any]:
     wide, levels = config.channels[-1], len(config.channels)
     halves = tuple(wide // 2 ** (levels - 1 - level) for level in range(levels))
     regular = (
@@ -320,7 +343,7 @@ def _write_vqgan(folder: Path, stage_a: StageA, dtype: torch.dtype) -> None:
             f"diffusers' PaellaVQModel can't hold this Stage A: channels {config.channels}, "
             f"encoder_blocks {config.encoder_blocks}, decoder_blocks {config.decoder_blocks}"
         )
-    content = {
+    return {
         "bottleneck_blocks": config.decoder_blocks[0],
         "embed_dim": wide,
         "in_channels": 3,
@@ -331,7 +354,6 @@ def _write_vqgan(folder: Path, stage_a: StageA, dtype: torch.dtype) -> None:
         "scale_factor": config.scale,
         "up_down_scale_factor": config.patch_size,
     }
-    _write_unet(folder, stage_a, content, "PaellaVQModel", dtype)
 
 
 def _scheduler_class(sampling: StageSampling) -> str:

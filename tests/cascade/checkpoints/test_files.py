@@ -24,6 +24,7 @@ from cascade.checkpoints.files import (
     build_on_meta,
     file_hash,
     load_network,
+    on_meta,
     read_metadata,
     read_tensors,
     save_network,
@@ -309,6 +310,19 @@ def test_a_configuration_of_which_no_network_can_be_built_is_one_line(channels: 
     with pytest.raises(UserError, match="no Toy can be built of its configuration") as caught:
         build_on_meta(Toy, ToyConfig(channels=channels), "toy.safetensors")
     assert "\n" not in str(caught.value)
+
+
+def test_on_meta_nothing_is_drawn_and_afterwards_as_ever() -> None:
+    before = torch.get_rng_state()
+    with on_meta():
+        layer = nn.Linear(3, 2)
+        nn.init.normal_(layer.weight)
+        nn.init.xavier_uniform_(layer.weight, gain=0.02)
+        drawn = torch.randn(2, 3)
+    assert layer.weight.is_meta and layer.bias.is_meta
+    assert drawn.is_meta and drawn.shape == (2, 3)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert nn.Linear(3, 2).weight.any() and torch.randn(4).any()
 
 
 def test_only_the_first_five_keys_of_a_kind_are_named() -> None:

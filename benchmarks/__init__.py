@@ -1,0 +1,1 @@
+"""Measurements against other programs, each one command; see the README."""

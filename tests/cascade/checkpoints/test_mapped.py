@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import gc
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from benchmarks.memory import is_measurable, measure
+from cascade.checkpoints.mapped import Stored, StoredTensors, open_safetensors
+from cascade.checkpoints.readers import open_weights
+from cascade.errors import UserError
+
+DTYPES = [
+    torch.bool,
+    torch.uint8,
+    torch.uint16,
+    torch.int64,
+    torch.float8_e4m3fn,
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+]
+
+
+def write_raw(path: Path, header: str, data: bytes) -> Path:
+    path.write_bytes(struct.pack("<Q", len(header)) + header.encode() + data)
+    return path
+
+
+def test_every_number_format_and_shape_comes_back_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    state = {str(dtype): (torch.arange(6) % 2).view(2, 3).to(dtype) for dtype in DTYPES}
+    state |= {"scalar": torch.tensor(3.5), "empty": torch.empty(0, 4), "byte": torch.ones(1) > 0}
+    save_file(state, path, metadata={"a": "b"})
+    opened = open_safetensors(path)
+    assert opened.metadata == {"a": "b"}
+    assert set(opened.tensors) == set(state) == set(load_file(path))
+    for key, value in state.items():
+        found = opened.tensors[key]
+        assert (found.dtype, found.shape) == (value.dtype, value.shape)
+        assert found.tolist() == value.tolist()
+        assert opened.tensors.stored[key].num_bytes == value.numel() * value.element_size()
+
+
+def test_numbers_that_begin_at_an_odd_byte_are_read_too(tmp_path: Path) -> None:
+    header = '{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
+    header += " " * (1 - len(header) % 4 + 4)
+    path = write_raw(tmp_path / "x.safetensors", header, struct.pack("<ff", 1.5, -2.0))
+    assert (8 + len(header)) % 4
+    assert open_safetensors(path).tensors["w"].tolist() == [1.5, -2.0]
+
+
+def test_a_name_that_is_there_twice_is_read_as_safetensors_reads_it(tmp_path: Path) -> None:
+    one = '"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
+    header = "{" + one + "," + one.replace("[2]", "[1,2]") + "}"
+    path = write_raw(tmp_path / "x.safetensors", header, bytes(8))
+    with safe_open(path, framework="pt") as file:
+        expected = file.get_tensor("w").shape
+    assert open_safetensors(path).tensors["w"].shape == expected
+
+
+def test_a_number_format_that_torch_has_none_for_is_one_line(tmp_path: Path) -> None:
+    header = json.dumps({"w": {"dtype": "F8_E8M0", "shape": [4], "data_offsets": [0, 4]}})
+    path = write_raw(tmp_path / "x.safetensors", header, bytes(4))
+    with pytest.raises(UserError, match=r"x\.safetensors: w is in F8_E8M0"):
+        open_safetensors(path)
+
+
+def test_moving_is_to_a_number_format_of_fractions_alone() -> None:
+    state = {"a": torch.ones(2, 3), "count": torch.tensor(7)}
+    stored = StoredTensors(
+        {key: Stored(v.shape, v.dtype, lambda v=v: v) for key, v in state.items()}  # type: ignore[misc]
+    )
+    moved = stored.moved("cpu", torch.bfloat16)
+    assert {key: value.dtype for key, value in moved.items()} == {
+        "a": torch.bfloat16,
+        "count": torch.int64,
+    }
+    assert {key: one.dtype for key, one in moved.stored.items()} == {
+        key: value.dtype for key, value in moved.items()
+    }
+    kept = stored.moved("cpu", None)
+    assert kept["a"] is state["a"]
+
+
+def test_asking_for_a_name_reads_nothing() -> None:
+    def read() -> Tensor:
+        raise AssertionError("read")
+
+    stored = StoredTensors({"a": Stored(torch.Size([2]), torch.float32, read)})
+    assert "a" in stored and "b" not in stored
+    assert list(stored) == ["a"] and len(stored) == 1
+    assert "a" in stored.moved("cpu", torch.float16)
+
+
+def test_joined_tensors_are_those_of_cat(tmp_path: Path) -> None:
+    state = {"a": torch.randn(2, 3), "b": torch.randn(4, 3), "c": torch.randn(4, 2)}
+    save_file(state | {"scalar": torch.tensor(1.0)}, tmp_path / "x.safetensors")
+    tensors = open_safetensors(tmp_path / "x.safetensors").tensors
+    assert torch.equal(tensors.joined(["a", "b"]), torch.cat([state["a"], state["b"]]))
+    half = tensors.moved("cpu", torch.float16).joined(["b", "a"])
+    assert torch.equal(half, torch.cat([state["b"], state["a"]]).half())
+    for names in (["a", "c"], ["scalar", "scalar"]):
+        with pytest.raises(ValueError, match="do not fit together"):
+            tensors.joined(names)
+
+
+def test_what_is_changed_in_place_stays_so_and_never_reaches_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"w": torch.zeros(1 << 16)}, path)
+    tensors = open_safetensors(path).tensors
+    kept = tensors["w"]
+    kept.add_(1)
+    tensors["w"].sum()  # another one on the same pages, which goes at once
+    gc.collect()
+    assert bool((kept == 1).all())
+    assert not load_file(path)["w"].any()
+
+
+@pytest.mark.skipif(not is_measurable(), reason="reads memory from Linux's /proc")
+@pytest.mark.parametrize("kind", ["safetensors", "pt"])
+def test_the_pages_of_a_tensor_go_with_it(kind: str, tmp_path: Path) -> None:
+    state = {f"w{index}": torch.full((1 << 20,), float(index)) for index in range(16)}  # 64 MB
+    path = tmp_path / f"x.{kind}"
+    if kind == "pt":
+        torch.save(state, path)
+    else:
+        save_file(state, path)
+    [opened] = open_weights(path)
+    before = measure().mapped
+    kept = opened.tensors["w3"]
+    for index in range(16):
+        assert opened.tensors[f"w{index}"].sum() == index << 20
+    assert measure().mapped - before < 12e6
+    assert bool((kept == 3).all())
+
+
+def test_views_and_odd_orders_of_a_pytorch_file_come_back(tmp_path: Path) -> None:
+    whole = torch.randn(30, 20)
+    state: dict[str, Any] = {"turned": whole.t(), "part": whole[3:], "whole": whole}
+    state |= {"scalar": torch.tensor(5), "empty": torch.empty(0, 3)}
+    torch.save({"state_dict": state, "other": torch.ones(100)}, tmp_path / "x.pt")
+    [opened] = open_weights(tmp_path / "x.pt")
+    assert opened.tensors.keys() == state.keys()
+    for key, value in state.items():
+        assert torch.equal(opened.tensors[key], value)
