@@ -1,17 +1,20 @@
 """Seconds and memory of loading Stable Cascade lite, here and in diffusers, in one run.
 
 ``python benchmarks/load.py`` writes a random model of the published sizes (Stage C 1B, Stage B 700M
-and Stage A, bfloat16, as diffusers' folders; 3.5 GB) and loads it from the same files
+and Stage A, bfloat16, 3.5 GB) twice: as the authors' single files, and as diffusers' folders. It is
+loaded
 
-* here, with ``cascade.checkpoints.load.load_any``, and
-* with diffusers' ``from_pretrained(torch_dtype=torch.bfloat16)``, whose default is its economical
-  way (``low_cpu_mem_usage``) where accelerate is installed.
+* here, from the files, with ``cascade.checkpoints.load.load_any``,
+* here, from the folders: keys and values, which are one tensor here, are two there and are copied,
+* with diffusers' ``from_pretrained(torch_dtype=torch.bfloat16)`` from the folders. Its default is
+  its economical way (``low_cpu_mem_usage``) where accelerate is installed.
 
 No text encoder is loaded: diffusers leaves that to transformers. Each loading has a process of its
-own, in alternating order. What is equal for both: the files are in the page cache; imports, and a
+own, in turn. What is equal for all: the files are in the page cache; imports, and a
 first loading of a tiny model, come before the clock and the memory's zero; afterwards a number of
 every page of every weight is read, because a memory-mapped weight that nobody read is not in memory
-and was not waited for. Seconds and memory are those after that reading.
+and was not waited for. Seconds and memory are those after that reading; on a busy machine the
+seconds of a processor say more than those of the clock.
 
 Memory is the peak of the resident set (VmHWM), once as a whole and once above what the process had
 before. It counts anonymous memory and mapped pages of files alike; the state at the end is told
@@ -48,7 +51,9 @@ from stages.stage_b import StageB, StageBConfig
 from stages.stage_c import StageC, StageCConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-SIDES = ("here", "diffusers")
+SIDES = {"files": "here", "folders": "here, folders", "diffusers": "diffusers"}
+"""Titles of the loaders of ``benchmarks/load_once.py``."""
+THEIRS = "diffusers"
 NETWORKS = {"prior_lite": StageC, "decoder_lite": StageB, "vqgan": StageA}
 FULL = {
     "prior_lite": StageCConfig.lite(),
@@ -83,6 +88,20 @@ SMALL = {
 _SHOWN = ("torch", "safetensors", "diffusers", "accelerate")
 _NOISE_VALUES = 1 << 22
 _SPARE_BYTES = 1 << 30
+_MB = 1e-6
+_COLUMNS = (
+    ("seconds", "ready_s", 1.0),
+    ("least", "least", 1.0),
+    ("processor", "cpu_s", 1.0),
+    ("returned", "load_s", 1.0),
+    ("peak MB", "peak_bytes", _MB),
+    ("above start", "above", _MB),
+    ("of weights", "share", 1.0),
+    ("anonymous", "anonymous_bytes", _MB),
+    ("mapped", "mapped_bytes", _MB),
+)
+"""Medians, but for the least seconds; "returned" is when the loader returned, before all weights
+were read; "anonymous" and "mapped" are those at the end."""
 
 
 @dataclass(frozen=True)
@@ -146,9 +165,12 @@ def _check_system() -> None:
 
 
 def write_model(folder: Path, configs: dict[str, Any], seed: int) -> int:
-    """Write random networks as folders of diffusers, in bfloat16, and return their bytes.
+    """Write random networks in bfloat16, as single files and as folders of diffusers.
 
     The metadata is that of published files, which say nothing of the network.
+
+    Returns:
+        The bytes of the single files.
 
     Raises:
         UserError: If the disk is too full.
@@ -159,16 +181,20 @@ def write_model(folder: Path, configs: dict[str, Any], seed: int) -> int:
     total = 0
     for name, config in configs.items():
         network = build_on_meta(NETWORKS[name], config, name)
-        layout = family_for(network).to_layout["diffusers"](network.state_dict(), config)
-        size = sum(2 * tensor.numel() for tensor in layout.values())
-        if shutil.disk_usage(folder).free < size + _SPARE_BYTES:
-            raise UserError(f"{folder}: {name} needs {size / 1e9:.1f} GB, and the disk is too full")
-        state = {key: _random(value, noise) for key, value in layout.items()}
+        size = sum(2 * tensor.numel() for tensor in network.state_dict().values())
+        if shutil.disk_usage(folder).free < 2 * size + _SPARE_BYTES:
+            raise UserError(f"{folder}: {name} needs {2 * size / 1e9:.1f} GB; the disk is too full")
+        state = {key: _random(value, noise) for key, value in network.state_dict().items()}
+        layouts = family_for(network).to_layout
         (folder / name).mkdir()
-        path = folder / name / "diffusion_pytorch_model.safetensors"
-        save_file(state, path, metadata={"format": "pt"})
+        paths = {
+            "original": folder / f"{name}.safetensors",
+            "diffusers": folder / name / "diffusion_pytorch_model.safetensors",
+        }
+        for layout, path in paths.items():
+            save_file(layouts[layout](state, config), path, metadata={"format": "pt"})
         (folder / name / "config.json").write_text(json.dumps(diffusers_config(config)))
-        total += path.stat().st_size
+        total += paths["original"].stat().st_size
     return total
 
 
@@ -188,12 +214,12 @@ def _compare(options: Options, folder: Path) -> None:
     write_model(folder / "warm_up", SMALL, options.seed)
     print(
         f"Loading {'a tiny random' if options.small else 'a random'} Stable Cascade lite "
-        f"({', '.join(NETWORKS)}; {size / 1e9:.3g} GB in bfloat16, diffusers' folders) on the CPU"
+        f"({', '.join(NETWORKS)}; {size / 1e9:.3g} GB in bfloat16) on the CPU"
     )
-    print(f"seed {options.seed}, {options.repeats} repeats a side, order alternating; {_machine()}")
+    print(f"seed {options.seed}, {options.repeats} repeats each, in turn; {_machine()}", flush=True)
     figures: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     for repeat in range(options.repeats):
-        for side in SIDES if repeat % 2 == 0 else SIDES[::-1]:
+        for side in list(SIDES) if repeat % 2 == 0 else list(SIDES)[::-1]:
             _read_files(folder)
             figures[side].append(_run(side, folder))
     for line in report(figures):
@@ -242,38 +268,33 @@ def _run(side: str, folder: Path) -> dict[str, float]:
 
 
 def report(figures: dict[str, list[dict[str, float]]]) -> list[str]:
-    """Return the lines of a table: medians, the least seconds, and the ratio of the two sides."""
-    lines = [
-        f"{'':9}  seconds: median    min   (returned after)   peak MB   above start   "
-        "at the end: anonymous  mapped"
-    ]
+    """Return the lines of a table: medians, and the ratios to diffusers."""
+    lines = [f"{'':13}" + "".join(f"{title:>12}" for title, _, _ in _COLUMNS)]
     medians: dict[str, dict[str, float]] = {}
     for side, runs in figures.items():
         values = {name: [run[name] for run in runs] for name in runs[0]}
         values["above"] = [run["peak_bytes"] - run["before_bytes"] for run in runs]
         median = {name: statistics.median(found) for name, found in values.items()}
         median["least"] = min(values["ready_s"])
+        median["share"] = median["above"] / median["weight_bytes"]
         medians[side] = median
-        lines.append(
-            f"{side:9}  {median['ready_s']:15.2f}  {median['least']:5.2f}   "
-            f"{median['load_s']:16.2f}  {median['peak_bytes'] / 1e6:8.0f}   "
-            f"{median['above'] / 1e6:11.0f}   {median['anonymous_bytes'] / 1e6:21.0f}  "
-            f"{median['mapped_bytes'] / 1e6:6.0f}"
-        )
-    here, there = (medians[side] for side in SIDES)
+        cells = [f"{median[name] * scale:12.{_digits(scale)}f}" for _, name, scale in _COLUMNS]
+        lines.append(f"{SIDES[side]:13}" + "".join(cells))
+    theirs = medians.pop(THEIRS)
     for side, median in medians.items():
-        share = median["above"] / median["weight_bytes"]
         lines.append(
-            f"{side}: {median['weight_bytes'] / 1e6:.0f} MB of weights, "
-            f"peak above start {share:.3f} of them"
+            f"ratio {SIDES[side]} / {SIDES[THEIRS]}: "
+            f"seconds {median['ready_s'] / theirs['ready_s']:.2f} "
+            f"(least {median['least'] / theirs['least']:.2f}, "
+            f"of a processor {median['cpu_s'] / theirs['cpu_s']:.2f}), "
+            f"peak memory {median['peak_bytes'] / theirs['peak_bytes']:.2f} "
+            f"(above start {median['above'] / theirs['above']:.2f})"
         )
-    lines.append(
-        f"ratio here / diffusers: seconds {here['ready_s'] / there['ready_s']:.2f} "
-        f"(least {here['least'] / there['least']:.2f}), "
-        f"peak memory {here['peak_bytes'] / there['peak_bytes']:.2f} "
-        f"(above start {here['above'] / there['above']:.2f})"
-    )
     return lines
+
+
+def _digits(scale: float) -> int:
+    return 0 if scale == _MB else 2
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One loader in one fresh process: ``python -m benchmarks.load_once here FOLDER WARM_UP_FOLDER``.
+"""One loader in one fresh process: ``python -m benchmarks.load_once files FOLDER WARM_UP_FOLDER``.
 
 Prints its figures as JSON. ``benchmarks/load.py`` runs it.
 """
@@ -29,6 +29,8 @@ class Figures:
     """Seconds until the loader returned."""
     ready_s: float
     """Seconds until every page of every weight had been read as well."""
+    cpu_s: float
+    """Seconds of a processor until then, of this process and of the system for it."""
     before_bytes: int
     """Resident memory before, all imports done."""
     peak_bytes: int
@@ -40,14 +42,20 @@ class Figures:
 def loader_of(name: str) -> Callable[[Path], list[nn.Module]]:
     """Return a function from a folder to its networks, all imports done.
 
+    Args:
+        name: "files" is this project on the authors' single files, "folders" this project on
+            diffusers' folders, "diffusers" diffusers on its folders.
+
     Raises:
         ValueError: If there is no such loader.
     """
-    if name == "here":
+    if name in ("files", "folders"):
         from cascade.checkpoints.load import load_any
 
         def load_here(folder: Path) -> list[nn.Module]:
             paths = [folder / part for part in FOLDERS]
+            if name == "files":
+                paths = [folder / f"{part}.safetensors" for part in FOLDERS]
             return [net for path in paths for _, net in load_any(path, dtype=torch.bfloat16)]
 
         return load_here
@@ -64,7 +72,7 @@ def loader_of(name: str) -> Callable[[Path], list[nn.Module]]:
             ]
 
         return load_there
-    raise ValueError(f"{name!r} is no loader; use 'here' or 'diffusers'")
+    raise ValueError(f"{name!r} is no loader; use 'files', 'folders' or 'diffusers'")
 
 
 def read_all(networks: Sequence[nn.Module]) -> int:
@@ -89,15 +97,16 @@ def run(name: str, folder: Path, warm_up: Path) -> Figures:
     read_all(load(warm_up))
     reset_peak()
     before = measure()
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     networks = load(folder)
     load_s = time.perf_counter() - start
     weight_bytes = read_all(networks)
-    ready_s = time.perf_counter() - start
+    ready_s, cpu_s = time.perf_counter() - start, time.process_time() - cpu_start
     after = measure()
     return Figures(
         load_s=load_s,
         ready_s=ready_s,
+        cpu_s=cpu_s,
         before_bytes=before.resident,
         peak_bytes=after.peak,
         anonymous_bytes=after.anonymous,

@@ -9,7 +9,7 @@ Shapes are left to whoever puts the weights into a network.
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from cascade.checkpoints.weight_map import (
     State,
@@ -27,9 +27,11 @@ from stages.stage_a import StageAConfig
 # Stage A
 
 
-def stage_a_from_original(state: State, config: StageAConfig) -> dict[str, Tensor]:
+def stage_a_from_original(
+    state: State, config: StageAConfig, network: nn.Module | None = None
+) -> dict[str, Tensor]:
     """Rename published Stage A weights to ours; strict."""
-    return to_ours(state, _stage_a(config, codebook="vquantizer.codebook.weight"))
+    return to_ours(state, _stage_a(config, codebook="vquantizer.codebook.weight"), network)
 
 
 def stage_a_to_original(state: State, config: StageAConfig) -> dict[str, Tensor]:
@@ -37,9 +39,11 @@ def stage_a_to_original(state: State, config: StageAConfig) -> dict[str, Tensor]
     return to_theirs(state, _stage_a(config, codebook="vquantizer.codebook.weight"))
 
 
-def stage_a_from_diffusers(state: State, config: StageAConfig) -> dict[str, Tensor]:
+def stage_a_from_diffusers(
+    state: State, config: StageAConfig, network: nn.Module | None = None
+) -> dict[str, Tensor]:
     """Rename the weights of a diffusers ``PaellaVQModel`` to ours; strict."""
-    return to_ours(state, _stage_a(config, codebook="vquantizer.embedding.weight"))
+    return to_ours(state, _stage_a(config, codebook="vquantizer.embedding.weight"), network)
 
 
 def stage_a_to_diffusers(state: State, config: StageAConfig) -> dict[str, Tensor]:
@@ -85,9 +89,11 @@ def _stage_a_block(ours: str, published: str) -> Table:
 # Semantic compressor
 
 
-def compressor_from_original(state: State, config: CompressorConfig) -> dict[str, Tensor]:
+def compressor_from_original(
+    state: State, config: CompressorConfig, network: nn.Module | None = None
+) -> dict[str, Tensor]:
     """Rename the weights of a published ``effnet_encoder`` to ours; strict."""
-    return to_ours(state, _compressor(config))
+    return to_ours(state, _compressor(config), network)
 
 
 def compressor_to_original(state: State, config: CompressorConfig) -> dict[str, Tensor]:
@@ -131,9 +137,11 @@ def _trunk_block(ours: str, published: str, stage: TrunkStage) -> Table:
 # Previewer
 
 
-def previewer_from_original(state: State, config: PreviewerConfig) -> dict[str, Tensor]:
+def previewer_from_original(
+    state: State, config: PreviewerConfig, network: nn.Module | None = None
+) -> dict[str, Tensor]:
     """Rename published previewer weights to ours; strict."""
-    return to_ours(state, _previewer(config))
+    return to_ours(state, _previewer(config), network)
 
 
 def previewer_to_original(state: State, config: PreviewerConfig) -> dict[str, Tensor]:

@@ -6,16 +6,18 @@ in the compressor's file. All are pure renames: no tensor changes its shape.
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from cascade.checkpoints.autoencoders import trunk
 from cascade.checkpoints.weight_map import State, Table, layer, same, to_ours, to_theirs
 from stages.controlnet import ControlNetConfig
 
 
-def controlnet_from_original(state: State, config: ControlNetConfig) -> dict[str, Tensor]:
+def controlnet_from_original(
+    state: State, config: ControlNetConfig, network: nn.Module | None = None
+) -> dict[str, Tensor]:
     """Rename published ControlNet weights to ours; strict."""
-    return to_ours(state, _controlnet(config))
+    return to_ours(state, _controlnet(config), network)
 
 
 def controlnet_to_original(state: State, config: ControlNetConfig) -> dict[str, Tensor]:

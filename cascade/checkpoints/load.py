@@ -27,7 +27,9 @@ from stages.stage_b_v2 import StageBV2, StageBV2Config
 from stages.stage_c import StageC, StageCConfig
 from stages.stage_c_v2 import StageCV2, StageCV2Config
 
-Rename = Callable[[State, Any], dict[str, Tensor]]
+ToOurs = Callable[[State, Any, nn.Module | None], dict[str, Tensor]]
+"""From published weights and our configuration; of a network on any device, shapes are checked."""
+FromOurs = Callable[[State, Any], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,8 @@ class Family:
     generation: Generation | None
     network: type[nn.Module]
     config: type[Any]
-    from_layout: dict[str, Rename]
-    to_layout: dict[str, Rename]
+    from_layout: dict[str, ToOurs]
+    to_layout: dict[str, FromOurs]
 
 
 FAMILIES = (
@@ -200,13 +202,13 @@ def build(
         UserError: Naming the first missing, unexpected and misshapen keys.
     """
     family = family_of(published)
+    network = build_on_meta(family.network, published.config, opened.where)
     state: State = opened.tensors.moved(device, dtype)
     if published.layout != "ours":
         try:
-            state = family.from_layout[published.layout](state, published.config)
+            state = family.from_layout[published.layout](state, published.config, network)
         except UserError as error:
             raise UserError(f"{opened.where}: {error}") from error
-    network = build_on_meta(family.network, published.config, opened.where)
     assign_strictly(network, state, opened.where)
     return network.eval()
 

@@ -114,9 +114,8 @@ class StoredTensors(Mapping[str, Tensor]):
         if not alike or any(one.dtype != first.dtype for one in parts):
             raise ValueError(f"{', '.join(names)} do not fit together")
         rows = sum(one.shape[0] for one in parts)
-        joined = torch.empty(
-            (rows, *first.shape[1:]), dtype=first.dtype, device=torch.device(first.device)
-        )
+        device = torch.device(first.device)
+        joined = torch.empty((rows, *first.shape[1:]), dtype=first.dtype, device=device)
         for one, target in zip(parts, joined.split([one.shape[0] for one in parts]), strict=True):
             target.copy_(one.source())
         return joined

@@ -17,9 +17,11 @@ from stages.stage_c import StageC, StageCConfig
 # Stage C
 
 
-def stage_c_from_original(state: State, config: StageCConfig) -> dict[str, Tensor]:
+def stage_c_from_original(
+    state: State, config: StageCConfig, network: nn.Module | None = None
+) -> dict[str, Tensor]:
     """Rename published Stage C weights to ours; strict."""
-    return to_ours(state, _stage_c(config, "original"), _meta_stage_c(config))
+    return to_ours(state, _stage_c(config, "original"), network or _meta_stage_c(config))
 
 
 def stage_c_to_original(state: State, config: StageCConfig) -> dict[str, Tensor]:
@@ -27,9 +29,11 @@ def stage_c_to_original(state: State, config: StageCConfig) -> dict[str, Tensor]
     return to_theirs(state, _stage_c(config, "original"), _meta_stage_c(config))
 
 
-def stage_c_from_diffusers(state: State, config: StageCConfig) -> dict[str, Tensor]:
+def stage_c_from_diffusers(
+    state: State, config: StageCConfig, network: nn.Module | None = None
+) -> dict[str, Tensor]:
     """Rename the weights of a diffusers Stage C to ours; strict."""
-    return to_ours(state, _stage_c(config, "diffusers"), _meta_stage_c(config))
+    return to_ours(state, _stage_c(config, "diffusers"), network or _meta_stage_c(config))
 
 
 def stage_c_to_diffusers(state: State, config: StageCConfig) -> dict[str, Tensor]:
@@ -68,9 +72,11 @@ def _stage_c(config: StageCConfig, layout: Layout) -> Table:
 # Stage B
 
 
-def stage_b_from_original(state: State, config: StageBConfig) -> dict[str, Tensor]:
+def stage_b_from_original(
+    state: State, config: StageBConfig, network: nn.Module | None = None
+) -> dict[str, Tensor]:
     """Rename published Stage B weights to ours; strict."""
-    return to_ours(state, _stage_b(config, "original"), _meta_stage_b(config))
+    return to_ours(state, _stage_b(config, "original"), network or _meta_stage_b(config))
 
 
 def stage_b_to_original(state: State, config: StageBConfig) -> dict[str, Tensor]:
@@ -78,9 +84,11 @@ def stage_b_to_original(state: State, config: StageBConfig) -> dict[str, Tensor]
     return to_theirs(state, _stage_b(config, "original"), _meta_stage_b(config))
 
 
-def stage_b_from_diffusers(state: State, config: StageBConfig) -> dict[str, Tensor]:
+def stage_b_from_diffusers(
+    state: State, config: StageBConfig, network: nn.Module | None = None
+) -> dict[str, Tensor]:
     """Rename the weights of a diffusers Stage B to ours; strict."""
-    return to_ours(state, _stage_b(config, "diffusers"), _meta_stage_b(config))
+    return to_ours(state, _stage_b(config, "diffusers"), network or _meta_stage_b(config))
 
 
 def stage_b_to_diffusers(state: State, config: StageBConfig) -> dict[str, Tensor]:

@@ -17,9 +17,11 @@ from stages.stage_c_v2 import StageCV2, StageCV2Config
 # Stage C
 
 
-def stage_c_from_original(state: State, config: StageCV2Config) -> dict[str, Tensor]:
+def stage_c_from_original(
+    state: State, config: StageCV2Config, network: nn.Module | None = None
+) -> dict[str, Tensor]:
     """Rename published prior weights to ours; strict."""
-    return to_ours(state, _stage_c(config, "original"), _meta_stage_c(config))
+    return to_ours(state, _stage_c(config, "original"), network or _meta_stage_c(config))
 
 
 def stage_c_to_original(state: State, config: StageCV2Config) -> dict[str, Tensor]:
@@ -27,9 +29,11 @@ def stage_c_to_original(state: State, config: StageCV2Config) -> dict[str, Tenso
     return to_theirs(state, _stage_c(config, "original"), _meta_stage_c(config))
 
 
-def stage_c_from_diffusers(state: State, config: StageCV2Config) -> dict[str, Tensor]:
+def stage_c_from_diffusers(
+    state: State, config: StageCV2Config, network: nn.Module | None = None
+) -> dict[str, Tensor]:
     """Rename the weights of a diffusers ``WuerstchenPrior`` to ours; strict."""
-    return to_ours(state, _stage_c(config, "diffusers"), _meta_stage_c(config))
+    return to_ours(state, _stage_c(config, "diffusers"), network or _meta_stage_c(config))
 
 
 def stage_c_to_diffusers(state: State, config: StageCV2Config) -> dict[str, Tensor]:
@@ -54,9 +58,11 @@ def _stage_c(config: StageCV2Config, layout: Layout) -> Table:
 # Stage B
 
 
-def stage_b_from_original(state: State, config: StageBV2Config) -> dict[str, Tensor]:
+def stage_b_from_original(
+    state: State, config: StageBV2Config, network: nn.Module | None = None
+) -> dict[str, Tensor]:
     """Rename published Stage B weights to ours; strict."""
-    return to_ours(state, _stage_b(config, "original"), _meta_stage_b(config))
+    return to_ours(state, _stage_b(config, "original"), network or _meta_stage_b(config))
 
 
 def stage_b_to_original(state: State, config: StageBV2Config) -> dict[str, Tensor]:
@@ -64,9 +70,11 @@ def stage_b_to_original(state: State, config: StageBV2Config) -> dict[str, Tenso
     return to_theirs(state, _stage_b(config, "original"), _meta_stage_b(config))
 
 
-def stage_b_from_diffusers(state: State, config: StageBV2Config) -> dict[str, Tensor]:
+def stage_b_from_diffusers(
+    state: State, config: StageBV2Config, network: nn.Module | None = None
+) -> dict[str, Tensor]:
     """Rename the weights of a diffusers ``WuerstchenDiffNeXt`` to ours; strict."""
-    return to_ours(state, _stage_b(config, "diffusers"), _meta_stage_b(config))
+    return to_ours(state, _stage_b(config, "diffusers"), network or _meta_stage_b(config))
 
 
 def stage_b_to_diffusers(state: State, config: StageBV2Config) -> dict[str, Tensor]:
