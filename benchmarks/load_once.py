@@ -60,7 +60,7 @@ def loader_of(name: str) -> Callable[[Path], list[nn.Module]]:
 
         return load_here
     if name == "diffusers":
-        from diffusers import StableCascadeUNet
+        from diffusers import StableCascadeUNet  # type: ignore[attr-defined]
         from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel
 
         classes = (StableCascadeUNet, StableCascadeUNet, PaellaVQModel)
