@@ -41,7 +41,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from cascade.checkpoints.files import build_on_meta
 from cascade.errors import UserError, run_main
@@ -180,7 +180,7 @@ def write_model(folder: Path, configs: dict[str, Any], seed: int) -> int:
     folder.mkdir(exist_ok=True)
     total = 0
     for name, config in configs.items():
-        network = build_on_meta(NETWORKS[name], config, name)
+        network: nn.Module = build_on_meta(NETWORKS[name], config, name)
         size = sum(2 * tensor.numel() for tensor in network.state_dict().values())
         if shutil.disk_usage(folder).free < 2 * size + _SPARE_BYTES:
             raise UserError(f"{folder}: {name} needs {2 * size / 1e9:.1f} GB; the disk is too full")
