@@ -60,7 +60,7 @@ def loader_of(name: str) -> Callable[[Path], list[nn.Module]]:
 
         return load_here
     if name == "diffusers":
-        from diffusers import StableCascadeUNet  # type: ignore[attr-defined]
+        from diffusers.models.unets.unet_stable_cascade import StableCascadeUNet
         from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel
 
         classes = (StableCascadeUNet, StableCascadeUNet, PaellaVQModel)

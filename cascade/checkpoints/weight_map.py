@@ -180,10 +180,10 @@ def _refuse(**complaints: Sequence[str]) -> None:
 
 def _their_shapes(ours: Mapping[str, torch.Size], links: Sequence[Link]) -> dict[str, torch.Size]:
     """Return the shapes of theirs that hold ours."""
-    known = [name for link in links for name in link.ours]
+    known = dict.fromkeys(name for link in links for name in link.ours)
     _refuse(
         missing=[name for name in known if name not in ours],
-        unexpected=[name for name in ours if name not in set(known)],
+        unexpected=[name for name in ours if name not in known],
     )
     theirs = {}
     for link in links:
