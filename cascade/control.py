@@ -88,7 +88,7 @@ def control_maps(
     signal: Tensor,
     strength: float = 1.0,
     *,
-    unconditional: Literal["zeros", "same"] = "zeros",
+    unconditional: Literal["zeros", "same"] = "same",
 ) -> tuple[Maps, Maps]:
     """Run a ControlNet for both halves of a guided step.
 
@@ -96,8 +96,8 @@ def control_maps(
         network: The ControlNet.
         signal: What it sees, ``(B, in_channels, H, W)``.
         strength: Factor on all maps; 0 is no control.
-        unconditional: What the unconditional half sees: a signal of zeros, so that guidance
-            strengthens the control too, or the same signal.
+        unconditional: What the unconditional half sees: the same signal, as scripts written for
+            the published weights do it, or one of zeros, so that guidance strengthens the control.
 
     Returns:
         ``StageCCondition.control`` of the conditional and of the unconditional half.

@@ -47,11 +47,22 @@ def image_to_pixels(image: Image.Image) -> Tensor:
     return torch.from_numpy(array).permute(2, 0, 1).contiguous().float().div_(255)
 
 
-def flatten(image: Image.Image) -> Image.Image:
-    """Return the picture in RGB, on white where it is transparent."""
+def flatten(image: Image.Image, background: str = "white") -> Image.Image:
+    """Return the picture in RGB with 8 bits, on a background where it is transparent.
+
+    Raises:
+        UserError: If its numbers are floating-point ones, whose range nobody knows.
+    """
+    if image.mode == "F":
+        raise UserError("a picture of floating-point numbers: save it with 8 or 16 bits")
+    if image.mode.startswith("I"):  # Pillow would clip 16 bits to 8, not scale them
+        levels = np.asarray(image).astype(np.int64)
+        if image.mode != "I" or levels.max(initial=0) > 255:
+            levels = levels >> 8
+        image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
         layer = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, background), layer)
     return image.convert("RGB")
 
 

@@ -12,7 +12,6 @@ import math
 import mmap
 import struct
 import weakref
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -132,7 +131,7 @@ class MappedFile:
         """Map the file; no page of it is read yet."""
         with open(path, "rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        self._holders: dict[int, set[object]] = defaultdict(set)
+        self._holders: dict[object, tuple[int, int]] = {}
 
     def __getitem__(self, part: slice) -> bytes:
         """Return a copy of some bytes."""
@@ -151,7 +150,7 @@ class MappedFile:
         view = memoryview(self._map)[start:stop]
         # torch keeps the view as long as any tensor on these values lives.
         holder = object()
-        self._holders[start].add(holder)
+        self._holders[holder] = (start, stop)
         weakref.finalize(view, self._let_go, holder, start, stop).atexit = False
         return torch.frombuffer(view, dtype=dtype).view(shape)
 
@@ -160,10 +159,10 @@ class MappedFile:
 
         Another one could have been written to, and dropping its pages would undo that.
         """
-        holders = self._holders[start]
-        holders.discard(holder)
+        self._holders.pop(holder, None)
+        shared = any(start < end and begin < stop for begin, end in self._holders.values())
         first, last = -(-start // mmap.PAGESIZE), stop // mmap.PAGESIZE
-        if not holders and first < last and hasattr(mmap, "MADV_DONTNEED"):
+        if not shared and first < last and hasattr(mmap, "MADV_DONTNEED"):
             length = (last - first) * mmap.PAGESIZE
             self._map.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE, length)
 
@@ -191,11 +190,14 @@ def open_safetensors(path: Path) -> SafetensorsFile:
         # Checks what the header says: places in the file, without holes, as large as the shapes.
         with safe_open(path, framework="pt"):
             pass
+        file = MappedFile(path)
     except SafetensorError as error:
         raise UserError(
             f"{path}: not a whole safetensors file ({error}); download or export it again"
         ) from error
-    file = MappedFile(path)
+    except (OSError, RuntimeError) as error:  # a map larger than the system grants
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: can't be mapped into memory ({reason})") from error
     header = json.loads(file[8 : 8 + length])
     metadata = header.pop("__metadata__", None) or {}
     tensors = {}

@@ -220,6 +220,10 @@ def _stored(path: Path, tensors: Mapping[str, Tensor]) -> StoredTensors:
     addresses of its tensors against the places of the archive's entries. Where that leaves a
     doubt, torch's own tensors are used.
     """
+    for name, one in tensors.items():
+        odd = one.layout is not torch.strided or one.is_quantized or one.is_meta
+        if odd or one.is_complex():
+            raise UserError(f"{path}: {name} is no plain tensor; save its values as floating point")
     places = _entry_places(path)
     addresses = {one.untyped_storage().data_ptr() for one in tensors.values() if one.numel()}
     bases = {min(addresses) - place for place in places} if addresses else set()

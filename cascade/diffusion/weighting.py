@@ -37,7 +37,7 @@ def min_snr(
 def draw_t(
     n: int,
     generator: torch.Generator,
-    kind: Literal["uniform", "logit_normal", "official"] = "uniform",
+    kind: Literal["uniform", "logit_normal", "official", "noisy"] = "uniform",
     *,
     stratified: bool = False,
 ) -> Tensor:
@@ -48,7 +48,8 @@ def draw_t(
         generator: Source of the draws.
         kind: "uniform"; "logit_normal": the sigmoid of a standard normal, more of the middle;
             "official": Würstchen's ``(1 - U) * 1.08 + 0.001`` clamped to [0.001, 1], which puts
-            about 8 % of the draws at pure noise.
+            about 8 % of the draws at pure noise; "noisy": density 2t, three quarters of the draws
+            in the noisier half, where a prompt decides what the picture shows.
         stratified: Draw one from each of ``n`` equal parts of the distribution, in random order.
     """
     device = generator.device
@@ -62,4 +63,6 @@ def draw_t(
         return torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)).sigmoid()
     if kind == "official":
         return ((1.0 - u) * 1.08 + 0.001).clamp(0.001, 1.0)
-    raise ValueError(f"kind is {kind!r}; it is uniform, logit_normal or official")
+    if kind == "noisy":
+        return u.sqrt()
+    raise ValueError(f"kind is {kind!r}; it is uniform, logit_normal, official or noisy")

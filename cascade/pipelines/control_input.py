@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 
 from PIL import Image, ImageOps
@@ -33,6 +34,8 @@ class ControlTask:
     """A control ready to run."""
 
     network: Path
+    network_hash: str
+    """First 12 hex digits of its SHA-256."""
     pixels: Tensor
     """``(1, 3, H, W)`` float32 in [0, 1], at the plan's size."""
     mask: Tensor | None
@@ -42,7 +45,7 @@ class ControlTask:
     def described(self) -> dict[str, object]:
         """Return what a PNG tells of it: the network's hash, the picture's, the strength."""
         return {
-            "network": file_hash(self.network),
+            "network": self.network_hash,
             "fingerprint": fingerprint(self.pixels, self.mask),
             "strength": self.strength,
         }
@@ -54,17 +57,25 @@ def fit_control(
     """Bring a control's picture to the plan's size.
 
     Raises:
-        UserError: If there is no picture, or the strength is no number.
+        UserError: If there is no picture or no such file, if the strength is no number, or if the
+            plan has no Stage C to lead.
     """
-    if isinstance(given.strength, bool) or not math.isfinite(given.strength):
+    number = isinstance(given.strength, Real) and not isinstance(given.strength, bool)
+    if not number or not math.isfinite(given.strength):
         raise UserError(f"control strength {given.strength!r}: a finite number is needed")
-    mask = None if picture is None else picture.mask
-    if given.image is not None:
-        image = ImageOps.fit(flatten(given.image), (width, height), Image.Resampling.LANCZOS)
-        return ControlTask(given.network, image_to_pixels(image)[None], mask, given.strength)
-    if picture is None or picture.mode == "variation":
+    if picture is not None and picture.mode == "reconstruct":
+        raise UserError("a ControlNet leads Stage C, which a reconstruction does not run")
+    if given.image is None and (picture is None or picture.mode == "variation"):
         raise UserError(
             "a ControlNet needs a picture to look at: its edges, what is around a hole, or its "
             "small version"
         )
-    return ControlTask(given.network, picture.pixels, mask, given.strength)
+    network_hash = file_hash(given.network)
+    mask = None if picture is None else picture.mask
+    if given.image is not None:
+        image = ImageOps.fit(flatten(given.image), (width, height), Image.Resampling.LANCZOS)
+        pixels = image_to_pixels(image)[None]
+    else:
+        assert picture is not None, "checked above"
+        pixels = picture.pixels
+    return ControlTask(given.network, network_hash, pixels, mask, float(given.strength))

@@ -53,7 +53,7 @@ class MemoryPlan:
         """Return the way of a part; parts that no plan names are small and come for their stage."""
         if part in self.ways:
             return self.ways[part]
-        return "stay" if self.offload == "none" else "stage"
+        return "stay" if self.offload == "none" and not self.peaks else "stage"
 
     @property
     def peak(self) -> int:

@@ -41,8 +41,8 @@ class PictureInput:
     mask: Image.Image | None = None
     """For ``inpaint``, as large as the picture: white is drawn anew, black is kept."""
     strength: float | None = None
-    """Diffusion time in (0, 1] at which sampling starts: 1 keeps nothing of what is drawn anew.
-    None is the mode's own."""
+    """Diffusion time in (0, 1] at which sampling starts: 1 starts from noise. None is the mode's
+    own."""
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,14 @@ def fit_picture(
     if own != (width, height):
         notices.append(f"the picture is scaled and cut from {own[0]}x{own[1]} to {width}x{height}")
         image = ImageOps.fit(flatten(image), (width, height), Image.Resampling.LANCZOS)
-        if mask is not None:
-            mask = ImageOps.fit(mask.convert("L"), (width, height), Image.Resampling.BILINEAR)
     hole = None
     if mask is not None:
-        hole = _hole(mask)
+        hole = _cut(_hole(mask), (height, width))
+        if not bool(hole.any()):
+            raise UserError(
+                f"nothing white of the mask is left when it is cut to {width}x{height}: name a "
+                "width and height of the picture's own ratio"
+            )
         if bool(hole.all()):
             notices.append("the mask covers the whole picture: nothing of it is kept")
     return (
@@ -194,5 +197,14 @@ def _on_canvas(
 
 
 def _hole(mask: Image.Image) -> Tensor:
-    """Return ``(1, 1, H, W)``, 1 where the mask is lighter than mid grey."""
-    return (image_to_pixels(mask.convert("L"))[None, :1] > 0.5).float()
+    """Return ``(1, 1, H, W)``, 1 where the mask is lighter than mid grey and not transparent."""
+    return (image_to_pixels(flatten(mask, "black").convert("L"))[None, :1] > 0.5).float()
+
+
+def _cut(hole: Tensor, size: tuple[int, int]) -> Tensor:
+    """Cut and scale a hole as ``ImageOps.fit`` does a picture; scaling loses no white pixel."""
+    height, width = hole.shape[-2:]
+    scale = min(height / size[0], width / size[1])
+    rows, columns = round(size[0] * scale), round(size[1] * scale)
+    top, left = (height - rows) // 2, (width - columns) // 2
+    return F.adaptive_max_pool2d(hole[..., top : top + rows, left : left + columns], size)

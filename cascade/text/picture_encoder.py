@@ -85,6 +85,7 @@ class PictureEncoder(nn.Module):
         return self.model
 
     @classmethod
+    @torch.inference_mode(False)
     def from_folder(
         cls,
         folder: Path | str,

@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -115,3 +116,17 @@ def test_a_grid_holds_every_picture_in_reading_order() -> None:
 def test_a_grid_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="no grid"):
         image_grid([])
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I"])
+def test_a_picture_of_16_bits_is_scaled_to_8_and_not_clipped(mode: str) -> None:
+    levels = np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16)
+    image = Image.fromarray(levels if mode == "I;16" else levels.astype(np.int32))
+    assert image.mode == mode
+    pixels = image_to_pixels(image)
+    assert torch.equal((pixels[0] * 255).round().int().flatten(), torch.arange(256).int())
+
+
+def test_a_picture_of_floating_point_numbers_is_refused() -> None:
+    with pytest.raises(UserError, match="8 or 16 bits"):
+        image_to_pixels(Image.new("F", (4, 4)))

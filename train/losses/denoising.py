@@ -21,7 +21,7 @@ class DiffusionConfig:
     """What the network outputs (epsilon in all published stages)."""
     weight: Literal["p2", "min_snr", "constant"] = "p2"
     """Loss weight over log-SNR (p2 in the papers)."""
-    draw: Literal["uniform", "logit_normal", "official"] = "uniform"
+    draw: Literal["uniform", "logit_normal", "official", "noisy"] = "uniform"
     """Distribution of the diffusion time."""
     stratified: bool = True
     """Spread the times of a batch evenly over the distribution: less noise in the gradient."""

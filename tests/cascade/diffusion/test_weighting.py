@@ -84,6 +84,12 @@ def test_official_times_put_their_surplus_at_pure_noise() -> None:
     assert float(inside.mean()) == pytest.approx(0.5005, abs=0.01)
 
 
+def test_noisy_times_have_the_density_2t() -> None:
+    t = draw_t(MANY, _generator(), "noisy")
+    assert float((t > 0.5).float().mean()) == pytest.approx(0.75, abs=0.02)
+    assert _distance(t, torch.sqrt) < 0.02
+
+
 def _distance(t: torch.Tensor, quantile: object) -> float:
     """Largest gap between the sorted draws and the quantiles they should have."""
     q = (torch.arange(MANY) + 0.5) / MANY
@@ -117,5 +123,5 @@ def test_draws_come_from_the_generator_alone(kind: str, stratified: bool) -> Non
 
 
 def test_another_kind_of_draw_is_refused() -> None:
-    with pytest.raises(ValueError, match="'cosine'; it is uniform, logit_normal or official"):
+    with pytest.raises(ValueError, match="'cosine'; it is uniform, logit_normal, official or noisy"):
         draw_t(2, _generator(), "cosine")  # type: ignore[arg-type]

@@ -310,3 +310,7 @@ def test_controls_that_do_not_fit_are_refused(
         drawn(pipeline, ControlInput(path))
     with pytest.raises(UserError, match="finite"):
         drawn(pipeline, ControlInput(path, image, float("inf")))
+    with pytest.raises(UserError, match="which a reconstruction does not run"):
+        drawn(pipeline, ControlInput(path), picture=PictureInput(image, "reconstruct"))
+    with pytest.raises(UserError, match="no such file"):
+        make_plan(pipeline.spec, "a", control=ControlInput(tmp_path / "nowhere", image))

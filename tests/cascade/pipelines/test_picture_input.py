@@ -115,6 +115,26 @@ def test_what_makes_no_sense_is_refused(
     assert "\n" not in str(caught.value)
 
 
+def test_a_thin_line_of_a_mask_survives_scaling_and_one_that_is_cut_away_is_told() -> None:
+    line = Image.new("L", (1000, 1000))
+    line.paste(255, (500, 0, 501, 1000))
+    given = PictureInput(picture(1000, 1000), "inpaint", line)
+    task, *_ = fit_picture(SPEC, given, None, None)
+    assert task.mask is not None
+    assert task.mask.sum() == 128
+    aside = Image.new("L", (1000, 400))
+    aside.paste(255, (0, 0, 150, 400))
+    with pytest.raises(UserError, match="nothing white of the mask is left"):
+        fit_picture(SPEC, PictureInput(picture(1000, 400), "inpaint", aside), 128, 128)
+
+
+def test_what_is_transparent_in_a_mask_is_kept() -> None:
+    mask = Image.new("RGBA", (128, 128), (255, 255, 255, 0))
+    mask.paste((255, 255, 255, 255), (0, 0, 64, 128))
+    task, *_ = fit_picture(SPEC, PictureInput(picture(128, 128), "inpaint", mask), None, None)
+    assert task.mask is not None and task.mask.mean() == 0.5
+
+
 def test_a_mask_of_everything_is_told() -> None:
     mask = Image.new("L", (128, 128), 255)
     *_, notices = fit_picture(SPEC, PictureInput(picture(128, 128), "inpaint", mask), None, None)
