@@ -12,9 +12,9 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from cascade.config import nearest
+from cascade.command import Parser, parse_all
 from cascade.errors import UserError, run_main
 
 if TYPE_CHECKING:
@@ -24,14 +24,6 @@ if TYPE_CHECKING:
 
 DEMO_MODEL = Path(__file__).resolve().parent / "weights" / "demo"
 STAGE_TITLES = {"text": "text", "stage_c": "Stage C", "stage_b": "Stage B", "stage_a": "Stage A"}
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, raised."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise instead of printing the usage."""
-        raise UserError(f"{message}; see --help")
 
 
 def make_parser() -> Parser:
@@ -74,6 +66,7 @@ def make_parser() -> Parser:
     )
     start.add_argument(
         "--mode",
+        choices=("img2img", "variation", "inpaint", "outpaint", "reconstruct"),
         metavar="NAME",
         help="img2img: change it by the prompt; variation: another one like it; inpaint: draw the "
         "white part of --mask anew; outpaint: draw what is around it, up to --width and --height; "
@@ -83,7 +76,8 @@ def make_parser() -> Parser:
         "--mask",
         type=Path,
         metavar="FILE",
-        help="as large as --image: white is drawn anew, black is kept to the pixel",
+        help="as large as --image: white is drawn anew, black is kept, to the pixel where the size "
+        "is one that the model makes",
     )
     start.add_argument(
         "--strength",
@@ -145,7 +139,7 @@ def make_parser() -> Parser:
         default="auto",
         metavar="NAME",
         help="auto, float32, bfloat16, float16; or by stage, as in "
-        "stage_c=bfloat16,stage_b=float16, the rest being auto",
+        "stage_c=bfloat16,stage_b=float32, the rest being auto",
     )
     where.add_argument(
         "--offload",
@@ -186,15 +180,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     Raises:
         UserError: For what the parser does not know, naming the nearest option.
     """
-    parser = make_parser()
-    options, unknown = parser.parse_known_args(argv)
-    if unknown:
-        name = unknown[0].split("=", 1)[0]
-        known = [flag for action in parser._actions for flag in action.option_strings]
-        guess = nearest(name, known) if name.startswith("-") else None
-        hint = f"did you mean {guess}?" if guess else "put a prompt of several words in quotes;"
-        raise UserError(f"unknown argument {name!r}: {hint} see --help")
-    return options
+    return parse_all(make_parser(), argv, stray="put a prompt of several words in quotes; ")
 
 
 def read_prompts(options: argparse.Namespace) -> list[str]:
@@ -220,7 +206,10 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
     if not prompts and options.mode in ("variation", "reconstruct"):
         return [""]
     if not prompts:
-        raise UserError('no prompt given; for instance --prompt "a 3D render of a red apple"')
+        without = "" if options.image is None else " (--mode variation and reconstruct need none)"
+        raise UserError(
+            f'no prompt given{without}; for instance --prompt "a 3D render of a red apple"'
+        )
     return prompts
 
 
@@ -238,6 +227,8 @@ def check_picture_options(options: argparse.Namespace) -> None:
             raise UserError(f"--{given[0]} is about a picture; name it with --image FILE")
     elif options.mode is None:
         options.mode = "img2img" if options.mask is None else "inpaint"
+    elif options.mode == "reconstruct" and options.preview:
+        raise UserError("--preview shows Stage C at work, which a reconstruction does not run")
     if options.control is None:
         given = [
             name

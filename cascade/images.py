@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from cascade.checkpoints.files import atomic_path
@@ -66,6 +66,26 @@ def flatten(image: Image.Image, background: str = "white") -> Image.Image:
     return image.convert("RGB")
 
 
+ImageLike = Image.Image | str | Path
+"""A picture, or its file."""
+
+
+def as_image(image: ImageLike) -> Image.Image:
+    """Return a picture, read whole if it is a file.
+
+    Raises:
+        UserError: If it is neither, or the file can't be read.
+    """
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, (str, Path)):
+        return open_image(image)
+    raise UserError(
+        f"a picture of type {type(image).__name__}: give a PIL.Image or a file's path; "
+        "cascade.images.pixels_to_images makes pictures of a tensor"
+    )
+
+
 def open_image(path: Path | str) -> Image.Image:
     """Read a picture whole, turned as its camera held it.
 
@@ -78,6 +98,10 @@ def open_image(path: Path | str) -> Image.Image:
             return ImageOps.exif_transpose(image)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: a folder; name a picture's file") from None
+    except UnidentifiedImageError:
+        raise UserError(f"{path}: not a readable picture (of no kind that Pillow knows)") from None
     except _UNREADABLE as error:
         raise UserError(f"{path}: not a readable picture ({error})") from error
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from cascade.command import Parser
 from cascade.config import load_yaml, parse_overrides
 from cascade.errors import run_main
 
@@ -20,7 +21,7 @@ KINDS = ("clip", "stage_a", "compressor", "stage_b", "stage_c", "previewer")
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Split the command line into our options and overrides of the configuration."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m train",
         description="Train one network of the cascade.",
         epilog="Any key of the configuration is an option too: --optim.lr 3e-4 --run.max_steps 10",

@@ -6,7 +6,6 @@ then copies them into the model folder, each file whole or not at all.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import shutil
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 from torch import nn
 
 from cascade.checkpoints.files import atomic_path, load_network
+from cascade.command import Parser
 from cascade.config import load_yaml, parse_overrides
 from cascade.errors import UserError, run_main
 from cascade.pipelines.cascade import CascadePipeline
@@ -95,7 +95,7 @@ def assemble(config: AssembleConfig, out: Path) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, assemble, say what was written."""
-    parser = argparse.ArgumentParser(prog="python -m train.assemble", description=__doc__)
+    parser = Parser(prog="python -m train.assemble", description=__doc__)
     parser.add_argument("--config", required=True, help="YAML file of the model")
     parser.add_argument("--out", type=Path, required=True, help="model folder to write")
     options, rest = parser.parse_known_args(argv)

@@ -15,11 +15,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import NoReturn
 
 from torch import Tensor
 
 from cascade.checkpoints.files import atomic_write_bytes, atomic_write_text
+from cascade.command import Parser, parse_all
 from cascade.config import nearest
 from cascade.errors import UserError, run_main
 from cascade.evaluate.clip_scorer import ClipScorer
@@ -43,14 +43,6 @@ _log = logging.getLogger(__name__)
 CARD_MARKS = ("<!-- figures -->", "<!-- /figures -->")
 PARTS = ("sizes", "reconstruction", "retrieval", "sheet")
 SHEET_PROMPTS = Path(__file__).parents[1] / "configs" / "demo" / "sheet_prompts.txt"
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, raised."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise instead of printing the usage."""
-        raise UserError(f"{message}; see --help")
 
 
 def make_parser() -> Parser:
@@ -108,15 +100,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     Raises:
         UserError: For an unknown option, naming the nearest, and for a number without sense.
     """
-    parser = make_parser()
-    options, unknown = parser.parse_known_args(argv)
-    if unknown:
-        name = unknown[0].split("=", 1)[0]
-        guess = nearest(
-            name, [flag for action in parser._actions for flag in action.option_strings]
-        )
-        hint = f"did you mean {guess}? " if guess else ""
-        raise UserError(f"unknown argument {name!r}: {hint}see --help")
+    options = parse_all(make_parser(), argv)
     if options.batch_size is None:
         options.batch_size = 1 if pick_device(options.device).type == "cpu" else GPU_BATCH_SIZE
     for name, smallest in (("prompts", 2), ("candidates", 2), ("batch_size", 1), ("seed", 0)):

@@ -12,12 +12,11 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from cascade.diffusion.samplers import StepInfo
 from cascade.errors import UserError
-from cascade.images import pixels_to_images
+from cascade.images import ImageLike, as_image, pixels_to_images
 from cascade.pipelines.finite import check_not_black
 from cascade.pipelines.given import Given, read_given
 from cascade.pipelines.loaded import GPU_BATCH_SIZE, LoadedCascade
@@ -112,23 +111,24 @@ class CascadePipeline(LoadedCascade):
         )
 
     def variation(
-        self, image: Image.Image, prompt: str | Sequence[str] = "", settings: Settings | None = None
+        self, image: ImageLike, prompt: str | Sequence[str] = "", settings: Settings | None = None
     ) -> CascadeOutput:
         """Make pictures like this one: Stage C is told its CLIP embedding, and the prompt if any.
 
         Args:
-            image: The picture.
+            image: The picture, here and below, or its file.
             prompt: One prompt or several.
-            settings: Everything else.
+            settings: Everything else, here and below: :class:`cascade.pipelines.plan.Settings`.
 
         Raises:
             UserError: If the model takes no picture, and as a call does.
         """
-        return self._from_picture(PictureInput(image, "variation"), prompt, settings)
+        given = PictureInput(as_image(image), "variation")
+        return self._from_picture(given, prompt, settings)
 
     def image_to_image(
         self,
-        image: Image.Image,
+        image: ImageLike,
         prompt: str | Sequence[str],
         strength: float | None = None,
         settings: Settings | None = None,
@@ -144,12 +144,13 @@ class CascadePipeline(LoadedCascade):
         Raises:
             UserError: If the model has no compressor, and as a call does.
         """
-        return self._from_picture(PictureInput(image, "img2img", None, strength), prompt, settings)
+        given = PictureInput(as_image(image), "img2img", None, strength)
+        return self._from_picture(given, prompt, settings)
 
     def inpaint(
         self,
-        image: Image.Image,
-        mask: Image.Image,
+        image: ImageLike,
+        mask: ImageLike,
         prompt: str | Sequence[str],
         strength: float | None = None,
         settings: Settings | None = None,
@@ -166,10 +167,11 @@ class CascadePipeline(LoadedCascade):
         Raises:
             UserError: If the model has no compressor, and as a call does.
         """
-        return self._from_picture(PictureInput(image, "inpaint", mask, strength), prompt, settings)
+        given = PictureInput(as_image(image), "inpaint", as_image(mask), strength)
+        return self._from_picture(given, prompt, settings)
 
     def outpaint(
-        self, image: Image.Image, prompt: str | Sequence[str], settings: Settings
+        self, image: ImageLike, prompt: str | Sequence[str], settings: Settings
     ) -> CascadeOutput:
         """Draw what is around a picture, which lies in the middle and comes out as it was.
 
@@ -181,7 +183,8 @@ class CascadePipeline(LoadedCascade):
         Raises:
             UserError: If the whole is not larger than the picture, and as a call does.
         """
-        return self._from_picture(PictureInput(image, "outpaint"), prompt, settings)
+        given = PictureInput(as_image(image), "outpaint")
+        return self._from_picture(given, prompt, settings)
 
     def _from_picture(
         self, picture: PictureInput, prompt: str | Sequence[str], settings: Settings | None
@@ -232,6 +235,8 @@ class CascadePipeline(LoadedCascade):
                 f"batch_size {batch_size} and preview_every {preview_every} must be at least 1"
             )
         if on_preview is not None:
+            if plan.picture is not None and plan.picture.mode == "reconstruct":
+                raise UserError("no previews: Stage C does not run in a reconstruction")
             _ = self.previewer  # a model without one: now, not after Stage C's first steps
         memory = self.arrange(plan, batch_size=batch_size)
         if batch_size is None:
@@ -309,8 +314,8 @@ class CascadePipeline(LoadedCascade):
         if given.reconstructed is not None:
             stage_c_latents = given.reconstructed.expand(len(requests), -1, -1, -1)
         else:
-            steps = plan.stage_c.steps
-            with clock("stage_c"), on("stage_c"), watch.stage("Stage C", steps) as count:
+            sampling = plan.stage_c_run
+            with clock("stage_c"), on("stage_c"), watch.stage("Stage C", sampling.steps) as count:
 
                 def on_step(info: StepInfo) -> None:
                     count(info)
@@ -319,7 +324,7 @@ class CascadePipeline(LoadedCascade):
 
                 stage_c_latents = sample_stage_c(
                     self.stage_c,
-                    plan.stage_c,
+                    sampling,
                     prompted,
                     PictureNoise(seeds, "stage_c"),
                     self.spec.stage_c_size((plan.height, plan.width)),

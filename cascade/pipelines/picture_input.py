@@ -7,6 +7,8 @@ References: Stable Cascade's notebooks (reconstruction, variation, image-to-imag
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -17,7 +19,7 @@ from torch.nn import functional as F
 
 from cascade.config import nearest
 from cascade.errors import UserError
-from cascade.images import flatten, image_to_pixels
+from cascade.images import flatten, image_to_pixels, pixels_to_images
 from cascade.pipelines.sizes import fit_size, is_far
 from cascade.pipelines.spec import CascadeSpec
 
@@ -51,7 +53,8 @@ class PictureTask:
 
     mode: Mode
     pixels: Tensor
-    """``(1, 3, H, W)`` float32 in [0, 1]; for a variation at the picture's own size."""
+    """``(1, 3, H, W)`` float32 in [0, 1]; for a variation at the picture's own size. Where all of
+    a hole is drawn anew, it is filled in with what is around it: nothing hidden shines through."""
     mask: Tensor | None
     """``(1, 1, H, W)`` float32: 1 is drawn anew, 0 is kept."""
     strength: float
@@ -94,6 +97,9 @@ def fit_picture(
     else:
         width, height, notices = fit_size(spec, width, height)
     image, mask = given.image, given.mask
+    if mask is not None and strength == 1:  # before scaling, which would spread what is hidden
+        filled = _filled(image_to_pixels(image)[None], 1.0 - _hole(mask))
+        image = pixels_to_images(filled)[0]
     if own != (width, height):
         notices.append(f"the picture is scaled and cut from {own[0]}x{own[1]} to {width}x{height}")
         image = ImageOps.fit(flatten(image), (width, height), Image.Resampling.LANCZOS)
@@ -107,12 +113,8 @@ def fit_picture(
             )
         if bool(hole.all()):
             notices.append("the mask covers the whole picture: nothing of it is kept")
-    return (
-        PictureTask(given.mode, image_to_pixels(image)[None], hole, strength),
-        width,
-        height,
-        notices,
-    )
+    task = PictureTask(given.mode, image_to_pixels(image)[None], hole, strength)
+    return task, width, height, notices
 
 
 def fingerprint(*tensors: Tensor | None) -> str:
@@ -162,14 +164,19 @@ def _near_size(spec: CascadeSpec, width: int, height: int) -> tuple[int, int]:
     )
     if fits and not is_far(spec, width, height):
         return width, height
-    scale = spec.image_size / (width * height) ** 0.5
-    step = spec.size_multiple
+    ratio, area = width / height, spec.image_size**2
+    sizes = range(spec.min_size, spec.max_size + 1, spec.size_multiple)
 
-    def fitted(side: int) -> int:
-        nearest_multiple = max(1, round(side * scale / step)) * step
-        return min(max(nearest_multiple, spec.min_size), spec.max_size)
+    def misfit(size: tuple[int, int]) -> float:
+        # The ratio before the area: a picture is better scaled a little more than cut.
+        own_ratio, own_area = size[0] / size[1], size[0] * size[1]
+        return abs(math.log(own_ratio / ratio)) + abs(math.log(own_area / area)) / 4
 
-    return fitted(width), fitted(height)
+    def near(side: float) -> Iterator[int]:
+        number = int((side - sizes[0]) // spec.size_multiple)
+        return (sizes[min(max(one, 0), len(sizes) - 1)] for one in (number, number + 1))
+
+    return min(((w, h) for w in sizes for h in near(w / ratio)), key=misfit)
 
 
 def _on_canvas(
@@ -199,6 +206,19 @@ def _on_canvas(
 def _hole(mask: Image.Image) -> Tensor:
     """Return ``(1, 1, H, W)``, 1 where the mask is lighter than mid grey and not transparent."""
     return (image_to_pixels(flatten(mask, "black").convert("L"))[None, :1] > 0.5).float()
+
+
+def _filled(pixels: Tensor, known: Tensor) -> Tensor:
+    """Fill ``(1, 3, H, W)`` where ``known`` is 0 with averages of what is near, coarser inside."""
+    if bool(known.all()):
+        return pixels
+    if not bool(known.any()):
+        return torch.full_like(pixels, 0.5)
+    share = F.avg_pool2d(known, 2, ceil_mode=True)
+    means = F.avg_pool2d(pixels * known, 2, ceil_mode=True) / share.clamp(min=1e-6)
+    coarse = _filled(means, (share > 0).float())
+    coarse = F.interpolate(coarse, size=pixels.shape[-2:], mode="bilinear")
+    return torch.where(known > 0, pixels, coarse)
 
 
 def _cut(hole: Tensor, size: tuple[int, int]) -> Tensor:

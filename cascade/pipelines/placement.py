@@ -108,7 +108,7 @@ def pick_dtypes(choice: DtypeChoice, device: torch.device) -> Dtypes:
     """Return the number format of every stage.
 
     Args:
-        choice: One for all stages; or ``stage_c=bfloat16,stage_b=float16``, or the same as a
+        choice: One for all stages; or ``stage_c=bfloat16,stage_b=float32``, or the same as a
             mapping, where stages that are left out are "auto".
         device: Where the stages compute. On a CPU text encoders stay in float32; elsewhere they
             have Stage C's format.
@@ -132,14 +132,16 @@ def pick_dtypes(choice: DtypeChoice, device: torch.device) -> Dtypes:
 
 
 def _parse_by_stage(text: str) -> dict[str, str]:
-    """Parse ``stage_c=bfloat16,stage_b=float16``."""
+    """Parse ``stage_c=bfloat16,stage_b=float32``."""
     by_stage: dict[str, str] = {}
     for part in text.split(","):
         stage, equals, name = (piece.strip() for piece in part.partition("="))
-        if not equals or stage in by_stage:
-            wrong = f"{stage} comes twice" if equals else f"no stage for {stage!r}"
+        if not equals or not name or stage in by_stage:
+            wrong = f"no stage for {stage!r}"
+            if equals:
+                wrong = f"{stage} comes twice" if name else f"no format for {stage!r}"
             raise UserError(
-                f"dtype {text!r}: {wrong}; write one format, or stage_c=bfloat16,stage_b=float16"
+                f"dtype {text!r}: {wrong}; write one format, or stage_c=bfloat16,stage_b=float32"
             )
         by_stage[stage] = name
     return by_stage

@@ -66,7 +66,7 @@ class Plan:
     height: int
     """Height in pixels."""
     stage_c: StageSampling
-    """Sampling of Stage C."""
+    """Sampling of Stage C, from noise; see ``stage_c_run``."""
     stage_b: StageSampling
     """Sampling of Stage B."""
     notices: tuple[str, ...] = ()
@@ -75,6 +75,17 @@ class Plan:
     """The picture that the pictures are made of; None: of prompts alone."""
     control: ControlTask | None = None
     """The picture that a ControlNet leads Stage C by."""
+
+    @property
+    def stage_c_run(self) -> StageSampling:
+        """Sampling of Stage C from where it starts: a shorter way takes as many steps less.
+
+        So does the published notebook.
+        """
+        if self.picture is None or self.picture.strength == 1 or self.stage_c.times:
+            return self.stage_c
+        steps = max(1, int(self.stage_c.steps * self.picture.strength))
+        return replace(self.stage_c, steps=steps)
 
 
 def make_plan(
@@ -116,9 +127,10 @@ def make_plan(
         task, width, height, notices = fit_picture(spec, picture, wanted.width, wanted.height)
     stage_c = _override(spec.stage_c, "c", wanted.steps_c, wanted.guidance_c, wanted.sampler)
     stage_b = _override(spec.stage_b, "b", wanted.steps_b, wanted.guidance_b, wanted.sampler)
-    if task is not None and task.strength < 1 and not stage_c.times:
-        # As in the published notebook: a shorter way takes as many steps less.
-        stage_c = replace(stage_c, steps=max(1, int(stage_c.steps * task.strength)))
+    if task is not None and task.mode == "reconstruct":
+        for name in ("steps_c", "guidance_c"):
+            if getattr(wanted, name) is not None:
+                raise UserError(f"{name}: Stage C does not run in a reconstruction; leave it out")
     if wanted.negative_prompt.strip() and stage_c.guidance == 1 and stage_b.guidance == 1:
         notices.append("the negative prompt has no effect: guidance is off in both stages")
     return Plan(

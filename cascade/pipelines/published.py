@@ -28,7 +28,7 @@ from cascade.checkpoints.readers import (
 from cascade.errors import UserError
 from cascade.pipelines.parts import CascadeParts, Dialect
 from cascade.pipelines.placement import STABLE_CASCADE, Dtypes, refuse_overflow
-from cascade.pipelines.spec import CascadeSpec, StageSampling
+from cascade.pipelines.spec import CONVERTED_SPEC_FILE, CascadeSpec, StageSampling, load_spec
 from cascade.text.encoder import TextConfig, TextEncoder
 from cascade.text.picture_encoder import PictureEncoder
 
@@ -97,7 +97,12 @@ class PublishedFiles:
         self._image_encoder = _image_encoder(files)
         self._text = self._encoder_for(stage_c, "Stage C")
         self._text_b = self._encoder_for(stage_b, "Stage B")
-        self.spec = self._make_spec()
+        self._declared = None
+        if (self.folder / CONVERTED_SPEC_FILE).is_file():
+            self._declared = load_spec(self.folder, CONVERTED_SPEC_FILE)
+        self.spec = self._make_spec(stage_b_own=self._text_b.folder != self._text.folder)
+        if self._declared is not None:
+            self.spec = self._as_declared(self._declared)
 
     def load(self, device: torch.device, dtypes: Dtypes) -> CascadeParts:
         """Load the networks.
@@ -151,7 +156,9 @@ class PublishedFiles:
         if published.kind == "stage_a":
             # The constant belongs to the Stage B that was trained on these latents.
             scale = published.config.scale
-            if self.dialect == "official" or "scale_factor" not in part.opened.declared:
+            if self._declared is not None:
+                pass  # converted by us, and right
+            elif self.dialect == "official" or "scale_factor" not in part.opened.declared:
                 scale = V2_SCALE if self.generation == "v2" else V3_SCALE
             network.config = replace(published.config, scale=scale)  # type: ignore[assignment]
         return network
@@ -176,8 +183,24 @@ class PublishedFiles:
         near = [one for one in fitting if part.path.is_relative_to(one.folder.parent)]
         return (near or fitting)[0]
 
-    def _make_spec(self) -> CascadeSpec:
-        stage_b_own = self._text_b.folder != self._text.folder
+    def _as_declared(self, declared: CascadeSpec) -> CascadeSpec:
+        """Return what a conversion of ours says, less what the dialect of sampling decides."""
+        if self.dialect == "official":
+            return declared
+
+        def sampled(own: StageSampling, there: StageSampling) -> StageSampling:
+            # What predicts no epsilon is sampled with DDIM there.
+            sampler = own.sampler if there.prediction == "epsilon" else "ddim"
+            return replace(own, prediction=there.prediction, shift=there.shift, sampler=sampler)
+
+        return replace(
+            declared,
+            stage_c=sampled(self.spec.stage_c, declared.stage_c),
+            stage_b=sampled(self.spec.stage_b, declared.stage_b),
+        )
+
+    def _make_spec(self, *, stage_b_own: bool) -> CascadeSpec:
+        """Return the settings of the published weights."""
         base = CascadeSpec(
             name="wuerstchen-v2" if self.generation == "v2" else STABLE_CASCADE,
             image_size=1024,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 from PIL import Image
@@ -20,19 +20,19 @@ class Picture:
 
     image: Image.Image
     """RGB, 8 bits."""
-    pixels: Tensor
+    pixels: Tensor = field(repr=False)
     """``(3, H, W)`` float32 in [0, 1], on the CPU."""
     prompt: str
     """Its prompt."""
     seed: int
     """Its seed; alone, with the same settings, it gives the same picture."""
-    stage_c_latents: Tensor
+    stage_c_latents: Tensor = field(repr=False)
     """``(16, h, w)`` float32, what Stage C drew."""
-    stage_b_latents: Tensor
+    stage_b_latents: Tensor = field(repr=False)
     """``(4, H/4, W/4)`` float32, what Stage B drew and Stage A decoded."""
     seconds: dict[str, float]
     """Seconds by stage; a batch's seconds are shared out evenly among its pictures."""
-    metadata: dict[str, str]
+    metadata: dict[str, str] = field(repr=False)
     """Text for the PNG: all that is needed to make the picture again."""
 
 
@@ -42,21 +42,21 @@ class CascadeOutput:
 
     pictures: list[Image.Image]
     """RGB pictures."""
-    pixels: Tensor
+    pixels: Tensor = field(repr=False)
     """``(N, 3, H, W)`` float32 in [0, 1], on the CPU."""
     prompts: list[str]
     """The prompt of each picture."""
     seeds: list[int]
     """The seed of each picture."""
-    stage_c_latents: Tensor
+    stage_c_latents: Tensor = field(repr=False)
     """``(N, 16, h, w)`` float32, what Stage C drew."""
-    stage_b_latents: Tensor
+    stage_b_latents: Tensor = field(repr=False)
     """``(N, 4, H/4, W/4)`` float32, what Stage B drew and Stage A decoded."""
     seconds: dict[str, float]
     """Seconds by stage, all pictures together."""
     notices: list[str]
     """What was changed, and what the user should know."""
-    metadata: list[dict[str, str]]
+    metadata: list[dict[str, str]] = field(repr=False)
     """Text for each picture's PNG."""
 
 
@@ -125,10 +125,11 @@ def describe(plan: Plan, index: int, *, model: str, weights: str, dtype: str) ->
     settings: dict[str, object] = {
         "width": plan.width,
         "height": plan.height,
-        "stage_c": asdict(plan.stage_c),
         "stage_b": asdict(plan.stage_b),
         "dtype": dtype,
     }
+    if plan.picture is None or plan.picture.mode != "reconstruct":
+        settings["stage_c"] = asdict(plan.stage_c)
     if plan.picture is not None:
         settings["picture"] = {
             "mode": plan.picture.mode,

@@ -21,6 +21,8 @@ from cascade.errors import UserError
 from cascade.text.encoder import TextConfig
 
 SPEC_FILE = "model.json"
+CONVERTED_SPEC_FILE = "cascade.json"
+"""The same content beside files in other layouts, which have no place for it."""
 NETWORKS = ("stage_a", "stage_b", "stage_c", "compressor", "previewer")
 """Names of a model folder's network files."""
 ENCODERS = ("text", "text_b", "image_encoder")
@@ -136,19 +138,17 @@ class CascadeSpec:
         return height, width
 
 
-def load_spec(folder: Path) -> CascadeSpec:
-    """Read ``model.json`` of a model folder.
+def load_spec(folder: Path, name: str = SPEC_FILE) -> CascadeSpec:
+    """Read ``model.json`` of a model folder, or ``cascade.json`` of what was converted from one.
 
     Raises:
         UserError: If the folder holds none, or it is not valid.
     """
-    path = folder / SPEC_FILE
+    path = folder / name
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(
-            f"{folder}: not a cascade's model folder: it holds no {SPEC_FILE}"
-        ) from None
+        raise UserError(f"{folder}: not a cascade's model folder: it holds no {name}") from None
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or absurdly deep
         raise UserError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(data, Mapping):
@@ -156,9 +156,9 @@ def load_spec(folder: Path) -> CascadeSpec:
     return from_dict(CascadeSpec, data, str(path))
 
 
-def save_spec(spec: CascadeSpec, folder: Path) -> None:
-    """Write ``model.json`` into a model folder, at once or not at all."""
-    atomic_write_text(folder / SPEC_FILE, json.dumps(to_dict(spec), indent=2) + "\n")
+def save_spec(spec: CascadeSpec, folder: Path, name: str = SPEC_FILE) -> None:
+    """Write ``model.json``, or another name, into a folder, at once or not at all."""
+    atomic_write_text(folder / name, json.dumps(to_dict(spec), indent=2) + "\n")
 
 
 def model_hash(folder: Path) -> str:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from cascade.command import Parser, parse_all
 from cascade.errors import run_main
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """Return the command line's parser."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m cascade.tools",
         description="Look into files of weights.",
         allow_abbrev=False,
@@ -41,7 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand."""
-    options = make_parser().parse_args(sys.argv[1:] if argv is None else argv)
+    options = parse_all(make_parser(), sys.argv[1:] if argv is None else argv)
     # torch takes a second to import: only when there is something to do.
     if options.command == "describe":
         from cascade.tools.describe import describe_path

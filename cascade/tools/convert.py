@@ -26,7 +26,7 @@ from cascade.diffusion.schedules import CosineSchedule
 from cascade.errors import UserError
 from cascade.pipelines.parts import CascadeParts, Source, open_source
 from cascade.pipelines.placement import Dtypes
-from cascade.pipelines.spec import StageSampling, save_spec
+from cascade.pipelines.spec import CONVERTED_SPEC_FILE, StageSampling, save_spec
 from cascade.text.encoder import TextEncoder
 from cascade.text.picture_encoder import PictureEncoder
 from stages.stage_a import StageA, StageAConfig
@@ -133,11 +133,12 @@ def _write_original(source: Source, parts: CascadeParts, out: Path, dtype: torch
         _save(path, state, dtype, network)
         files.append(path)
     encoder = type(parts.text.model).__name__
+    save_spec(source.spec, out, CONVERTED_SPEC_FILE)
     notice = (
         f"the authors' layout has no text encoder ({encoder}) and no sampling settings: whoever "
-        "opens these files brings them"
+        f"opens these files brings them; {CONVERTED_SPEC_FILE} holds the settings for Cascade"
     )
-    return Written(tuple(files), (notice,))
+    return Written((*files, out / CONVERTED_SPEC_FILE), (notice,))
 
 
 def _save(path: Path, state: dict[str, Tensor], dtype: torch.dtype, network: nn.Module) -> None:
@@ -216,7 +217,8 @@ def _write_diffusers(source: Source, parts: CascadeParts, out: Path, dtype: torc
     }
     atomic_write_text(decoder / "model_index.json", json.dumps(index, indent=2) + "\n")
     notices.append("diffusers has no place for the compressor and the previewer")
-    return Written((prior, decoder), tuple(notices))
+    save_spec(spec, out, CONVERTED_SPEC_FILE)
+    return Written((prior, decoder, out / CONVERTED_SPEC_FILE), tuple(notices))
 
 
 def _write_network(

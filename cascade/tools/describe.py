@@ -11,9 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from cascade.checkpoints.detect import Published
 from cascade.checkpoints.load import identify
-from cascade.checkpoints.readers import Opened, is_entry, open_weights
+from cascade.checkpoints.readers import Opened, is_entry, open_weights, read_json
 from cascade.errors import UserError
 from cascade.pipelines.spec import SPEC_FILE, load_spec
 from stages.semantic_compressor import CompressorConfig
@@ -43,12 +42,18 @@ _PUBLISHED = {
 }
 
 
+_TITLES = {"stage_a": "Stage A", "stage_b": "Stage B", "stage_c": "Stage C"}
+
+
 @dataclass(frozen=True)
 class Description:
     """What one network's weights are."""
 
     where: str
-    published: Published
+    network: str
+    layout: str
+    sizes: str
+    compression: str
     parameters: int
     """Learned values; buffers of norms not counted."""
     dtypes: str
@@ -60,17 +65,13 @@ class Description:
 
     def lines(self) -> Iterator[str]:
         """Yield the description, a line a fact."""
-        found = self.published
-        names = {"stage_a": "Stage A", "stage_b": "Stage B", "stage_c": "Stage C"}
-        generation = "" if found.generation is None else f", {found.generation}"
         yield f"{self.where}"
-        yield f"  network     {names.get(found.kind, found.kind)}{generation}"
-        yield f"  layout      {found.layout}"
+        yield f"  network     {self.network}"
+        yield f"  layout      {self.layout}"
         yield f"  parameters  {self.parameters:,} ({self.megabytes:,.1f} MB, {self.dtypes})"
-        yield f"  sizes       {_sizes(found.config)}"
-        compression = _compression(found.config)
-        if compression:
-            yield f"  compression {compression}"
+        yield f"  sizes       {self.sizes}"
+        if self.compression:
+            yield f"  compression {self.compression}"
         yield f"  origin      {self.origin}"
         yield f"  licence     {self.licence}"
 
@@ -102,6 +103,9 @@ def describe_path(path: Path) -> list[Description]:
 
 
 def _describe(opened: Opened) -> Description:
+    config = Path(opened.where).parent / "config.json"
+    if config.is_file() and str(read_json(config).get("model_type", "")).startswith("clip"):
+        return _describe_clip(opened, read_json(config))
     published = identify(opened)
     parameters = count_parameters(opened.tensors)
     origin = "trained with Cascade" if opened.metadata.get("train_steps") else "unknown"
@@ -114,14 +118,44 @@ def _describe(opened: Opened) -> Description:
     if (spec_folder / SPEC_FILE).is_file():
         spec = load_spec(spec_folder)
         origin, licence = f"{spec.name}, {origin}", spec.licence or licence
+    generation = "" if published.generation is None else f", {published.generation}"
     return Description(
         where=opened.where,
-        published=published,
+        network=_TITLES.get(published.kind, published.kind) + generation,
+        layout=published.layout,
+        sizes=_sizes(published.config),
+        compression=_compression(published.config),
         parameters=parameters,
         dtypes=_dtypes(opened.tensors),
         megabytes=sum(one.num_bytes for one in opened.tensors.stored.values()) / 1e6,
         origin=origin,
         licence=licence,
+    )
+
+
+def _describe_clip(opened: Opened, config: Mapping[str, Any]) -> Description:
+    """Describe a folder of transformers: CLIP's text tower, its picture tower, or both."""
+    kinds = {"clip_text_model": "text encoder", "clip_vision_model": "image encoder"}
+    network = kinds.get(str(config["model_type"]), "CLIP: text and image encoder")
+    towers = [config.get(f"{name}_config", config) for name in ("text", "vision")]
+    towers = towers[:1] if towers[0] is towers[1] else towers
+    sizes = [
+        f"{name} {tower[name]}"
+        for tower in towers
+        for name in ("hidden_size", "num_hidden_layers", "max_position_embeddings", "image_size")
+        if name in tower
+    ]
+    return Description(
+        where=opened.where,
+        network=network,
+        layout="transformers",
+        sizes=", ".join(sizes) or "see its config.json",
+        compression="",
+        parameters=count_parameters(opened.tensors),
+        dtypes=_dtypes(opened.tensors),
+        megabytes=sum(one.num_bytes for one in opened.tensors.stored.values()) / 1e6,
+        origin="unknown",
+        licence="unknown; ask whoever gave it to you",
     )
 
 

@@ -89,7 +89,7 @@ def test_an_epsilon_model_gives_the_same_picture_there(
     model: Path, tmp_path: Path, guidance: float, monkeypatch: Any
 ) -> None:
     written = convert(model, "diffusers", tmp_path / "out", torch.float32)
-    assert {path.name for path in written.files} == {"prior", "decoder"}
+    assert {path.name for path in written.files} == {"prior", "decoder", "cascade.json"}
     theirs = in_diffusers(tmp_path / "out", "a red hat", guidance)
 
     monkeypatch.setattr(pipeline_module, "PictureNoise", SharedNoise)

@@ -77,9 +77,11 @@ def test_what_the_mask_leaves_is_kept_in_latents_and_exactly_in_pixels(
     output = pipeline.inpaint(image, mask, "a hat", settings=settings)
     pixels = image_to_pixels(image)[None]
     assert torch.equal(output.pixels[..., :16], pixels[..., :16].expand(2, -1, -1, -1))
-    known_c = pipeline.encode_picture(pixels)
+    task = make_plan(pipeline.spec, "a", picture=PictureInput(image, "inpaint", mask)).picture
+    assert task is not None
+    known_c = pipeline.encode_picture(task.pixels)
     with torch.inference_mode():
-        known_b = pipeline.stage_a.encode(pixels)
+        known_b = pipeline.stage_a.encode(task.pixels)
     for latents, known in ((output.stage_c_latents, known_c), (output.stage_b_latents, known_b)):
         half = known.shape[-1] // 2
         same = known[..., :half].expand(2, -1, -1, -1)
@@ -138,6 +140,34 @@ def test_the_default_strength_is_that_of_the_published_notebook(
     assert torch.equal(output.pixels, pipeline.image_to_image(image, "a hat", 0.8, SEED).pixels)
     told = json.loads(output.metadata[0]["settings"])["picture"]
     assert (told["mode"], told["strength"]) == ("img2img", 0.8)
+
+
+def test_a_picture_s_text_makes_it_again(
+    pipeline: CascadePipeline, image: Image.Image, tmp_path: Path
+) -> None:
+    image.save(tmp_path / "given.png")
+    wanted = replace(SEED, steps_c=5, steps_b=2)
+    output = pipeline.image_to_image(tmp_path / "given.png", "a hat", 0.5, wanted)
+    told = json.loads(output.metadata[0]["settings"])
+    again = Settings(
+        seed=output.seeds[0], steps_c=told["stage_c"]["steps"], steps_b=told["stage_b"]["steps"]
+    )
+    strength = told["picture"]["strength"]
+    remade = pipeline.image_to_image(image, "a hat", strength, again)
+    assert torch.equal(remade.pixels, output.pixels)
+    assert remade.metadata == output.metadata
+
+
+def test_what_is_no_picture_is_refused(pipeline: CascadePipeline) -> None:
+    with pytest.raises(UserError, match=r"type Tensor: give a PIL.Image or a file's path"):
+        pipeline.variation(torch.zeros(3, 8, 8))  # type: ignore[arg-type]
+
+
+def test_an_output_is_shown_without_its_values(
+    pipeline: CascadePipeline, image: Image.Image
+) -> None:
+    shown = repr(pipeline.variation(image, settings=SEED))
+    assert "tensor" not in shown and "seeds=[" in shown
 
 
 def test_a_picture_made_of_a_prompt_alone_says_nothing_of_another(

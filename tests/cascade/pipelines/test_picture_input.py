@@ -31,6 +31,7 @@ def half_mask(width: int, height: int) -> Image.Image:
         ((192, 96), (192, 96)),  # made, and near what was trained
         ((512, 512), (128, 128)),  # made, but far from it: scaled to the trained area
         ((1000, 500), (192, 96)),
+        ((3000, 2000), (192, 128)),  # rather larger than cut
         ((130, 100), (160, 128)),
         ((20, 20), (128, 128)),
         ((4000, 100), (512, 64)),
@@ -53,7 +54,8 @@ def test_a_picture_of_the_right_size_comes_through_to_the_pixel() -> None:
 
 def test_a_wanted_size_cuts_the_middle_out_of_picture_and_mask_alike() -> None:
     image = half_mask(256, 128).convert("RGB")  # white on the right half
-    given = PictureInput(image, "inpaint", half_mask(256, 128))
+    # Below a strength of 1 what is to be drawn anew is the start of it, and stays in the picture.
+    given = PictureInput(image, "inpaint", half_mask(256, 128), 0.9)
     task, width, height, notices = fit_picture(SPEC, given, 128, 128)
     assert (width, height) == (128, 128) and "cut from 256x128 to 128x128" in notices[0]
     assert task.mask is not None
@@ -133,6 +135,37 @@ def test_what_is_transparent_in_a_mask_is_kept() -> None:
     mask.paste((255, 255, 255, 255), (0, 0, 64, 128))
     task, *_ = fit_picture(SPEC, PictureInput(picture(128, 128), "inpaint", mask), None, None)
     assert task.mask is not None and task.mask.mean() == 0.5
+
+
+@pytest.mark.parametrize("size", [(128, 128), (131, 77)])
+def test_what_is_wholly_drawn_anew_is_filled_in_and_does_not_shine_through(
+    size: tuple[int, int],
+) -> None:
+    mask = Image.new("L", size)
+    mask.paste(255, (20, 20, 60, 50))
+    first, second = picture(*size), picture(*size)
+    second.paste((255, 0, 255), (20, 20, 60, 50))
+    tasks = [
+        fit_picture(SPEC, PictureInput(one, "inpaint", mask, strength), None, None)[0]
+        for one in (first, second)
+        for strength in (1.0, 0.9)
+    ]
+    assert torch.equal(tasks[0].pixels, tasks[2].pixels)
+    assert not torch.equal(tasks[1].pixels, tasks[3].pixels)
+    hole = tasks[0].mask
+    assert hole is not None
+    if size == (128, 128):  # scaling mixes pixels along the hole's edge
+        assert torch.equal(tasks[0].pixels * (1 - hole), tasks[1].pixels * (1 - hole))
+
+
+def test_a_hole_in_one_colour_is_filled_with_it() -> None:
+    mask = Image.new("L", (128, 128))
+    mask.paste(255, (3, 20, 127, 128))
+    image = Image.new("RGB", (128, 128), (51, 102, 204))
+    image.paste(0, (3, 20, 127, 128))
+    task, *_ = fit_picture(SPEC, PictureInput(image, "inpaint", mask), None, None)
+    colour = torch.tensor([0.2, 0.4, 0.8]).view(1, 3, 1, 1).expand_as(task.pixels)
+    torch.testing.assert_close(task.pixels, colour)
 
 
 def test_a_mask_of_everything_is_told() -> None:

@@ -82,7 +82,7 @@ def test_each_stage_can_have_its_own_and_the_rest_is_auto() -> None:
         ("stage_c=float33", "dtype 'float33'"),
         ("stage_c=bfloat16,float32", "no stage for 'float32'"),
         ("stage_c=bfloat16,stage_c=float32", "stage_c comes twice"),
-        ("stage_c=", "dtype ''"),
+        ("stage_c=", "no format for 'stage_c'"),
     ],
 )
 def test_a_wrong_number_format_by_stage_is_refused(choice: str, message: str) -> None:

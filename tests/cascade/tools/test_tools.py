@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from cascade.checkpoints.files import load_network
 from cascade.checkpoints.load import load_any
 from cascade.errors import UserError, run_main
 from cascade.pipelines.cascade import CascadePipeline
+from cascade.pipelines.parts import open_source
+from cascade.pipelines.spec import load_spec, save_spec
 from cascade.tools.__main__ import main
 from cascade.tools.convert import TRAIN_TIMES, discrete_betas
 from stages.stage_c import StageC
@@ -42,7 +45,7 @@ def test_our_folder_comes_back_with_the_same_pictures(tiny_model: Path, tmp_path
 
 def test_the_authors_layout_comes_back_tensor_by_tensor(tiny_model: Path, tmp_path: Path) -> None:
     convert(tiny_model, tmp_path / "out", "original")
-    files = {path.stem: path for path in (tmp_path / "out").iterdir()}
+    files = {path.stem: path for path in (tmp_path / "out").glob("*.safetensors")}
     assert files.keys() == NAMES
     for stem, path in files.items():
         [(published, network)] = load_any(path)
@@ -50,6 +53,43 @@ def test_the_authors_layout_comes_back_tensor_by_tensor(tiny_model: Path, tmp_pa
         name = {"effnet_encoder": "compressor"}.get(stem, stem)
         [(_, ours)] = load_any(tiny_model / f"{name}.safetensors")
         assert_same_weights(network, ours)
+
+
+@pytest.mark.parametrize("to", ["diffusers", "original"])
+def test_what_was_converted_is_sampled_as_it_was_trained(
+    tiny_model: Path, tmp_path: Path, to: str
+) -> None:
+    spec = load_spec(tiny_model)
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    stage_c = replace(spec.stage_c, prediction="v", sampler="ddim", steps=3, guidance=2.5)
+    save_spec(replace(spec, stage_c=stage_c), model)
+    convert(model, tmp_path / "out", to)
+    if to == "original":  # whoever opens it brings the text encoder
+        shutil.copytree(model / "text", tmp_path / "out" / "text")
+    before, after = (
+        CascadePipeline(folder, device="cpu", dtype="float32")("a red hat", seed=3)
+        for folder in (model, tmp_path / "out")
+    )
+    assert after.pixels.shape == before.pixels.shape
+    assert (before.pixels - after.pixels).abs().max() < 1e-4
+    published = open_source(tmp_path / "out", dialect="diffusers").spec
+    assert published.stage_c.prediction == "v" and published.image_size == spec.image_size
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["descibe", "x"], "invalid choice: 'descibe'"),
+        (["convert", "x", "--to", "ours", "--outt", "y"], "--out"),
+        (["convert", "x", "--too", "ours", "--out", "y"], "--to"),
+    ],
+)
+def test_a_slip_on_the_command_line_is_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(lambda: main(arguments)) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert message in line
 
 
 def test_the_number_format_is_asked_for_and_named_in_the_file(
@@ -89,6 +129,8 @@ def test_describe_says_what_every_file_of_a_folder_is(
         "network     Stage A",
         "network     compressor",
         "network     previewer",
+        "network     CLIP: text and image encoder",
+        "layout      transformers",
         "layout      ours",
     ):
         assert line in out
