@@ -1,7 +1,8 @@
 """Train one network: ``python -m train stage_c --config configs/demo/stage_c.yaml``.
 
 Every key of the configuration can be set on the command line: ``--optim.lr 3e-4``.
-``--resume`` goes on from the newest checkpoint of the run's folder.
+``--resume`` goes on from the newest whole checkpoint of the run's folder, or starts if there is
+none: the same command begins a run and goes on with it however it ended.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("kind", choices=KINDS, help="which network")
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument(
-        "--resume", action="store_true", help="go on from the run's newest checkpoint"
+        "--resume",
+        action="store_true",
+        help="go on from the run's newest checkpoint; start if there is none",
     )
     options, rest = parser.parse_known_args(argv)
     return options, parse_overrides(rest)

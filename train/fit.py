@@ -6,6 +6,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,9 @@ from cascade.checkpoints.files import atomic_write_text
 from cascade.config import to_dict
 from cascade.errors import UserError
 from train.callbacks.checkpoints import (
-    AtomicCheckpoints,
+    RunCheckpoints,
     checkpoint_global_step,
+    checkpoint_path,
     newest_checkpoint,
 )
 from train.callbacks.ema import WeightAverage
@@ -43,6 +45,8 @@ LoaderFrom = Callable[[int, int, int], "Iterable[object]"]
 
 _FIXED = ("model", "compressor", "previewer", "discriminator")
 _FIXED_OPTIM = ("name", "lr", "muon_lr", "betas", "weight_decay")
+DONE_FILE = "done"
+"""In the folder of a run that came to its end."""
 _NO_NEWS = (
     ".*treespec, LeafSpec.*",
     ".*does not have many workers.*",
@@ -55,22 +59,35 @@ _NO_NEWS = (
 """Warnings of Lightning that tell a user of ours nothing."""
 
 
-def prepare(run: RunConfig, config: object, *, resume: bool) -> Path:
+@dataclass(frozen=True)
+class Prepared:
+    """A run's folder, ready to train in."""
+
+    out: Path
+    newest: Path | None
+    """The checkpoint to go on from; None: from the beginning."""
+
+
+def prepare(run: RunConfig, config: object, *, resume: bool) -> Prepared:
     """Seed, set threads, make the run's folder and keep the resolved configuration in it.
 
+    Args:
+        run: What all runs share.
+        config: The whole configuration.
+        resume: Go on from the newest checkpoint, or start if there is none: the same command
+            serves for the first start and for every later one.
+
     Raises:
-        UserError: ``resume`` without a checkpoint or with other networks; a fresh start over an
-            existing run; a folder that can't be made.
+        UserError: ``resume`` with other networks; a fresh start over an existing run; a folder
+            that can't be made.
     """
     _quiet()
     out = Path(run.out)
     newest = newest_checkpoint(out)
-    if resume and not newest.is_file():
-        raise UserError(f"--resume: {newest} is not there; start without --resume")
-    if not resume and newest.is_file():
+    if not resume and newest is not None:
         raise UserError(f"{out} holds a run already; go on with --resume or choose another run.out")
     values = to_dict(config)
-    if resume and (out / "config.yaml").is_file():
+    if newest is not None and (out / "config.yaml").is_file():
         earlier = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))
         _refuse_other_networks(earlier, values)
     pl.seed_everything(run.seed, verbose=False)
@@ -82,7 +99,8 @@ def prepare(run: RunConfig, config: object, *, resume: bool) -> Path:
     except OSError as error:
         raise UserError(f"run.out {out}: can't be made: {error.strerror}") from error
     atomic_write_text(out / "config.yaml", yaml.safe_dump(values, sort_keys=False))
-    return out
+    (out / DONE_FILE).unlink(missing_ok=True)
+    return Prepared(out, newest)
 
 
 def _quiet() -> None:
@@ -117,32 +135,33 @@ def fit(
     loader_from: LoaderFrom,
     run: RunConfig,
     optim: OptimConfig,
-    *,
-    resume: bool,
+    prepared: Prepared,
 ) -> None:
     """Train ``system`` for ``run.max_steps`` steps or ``run.max_minutes`` minutes.
 
-    Ctrl-C and SIGTERM end the run after the step in hand, with a checkpoint and an export.
+    Ctrl-C and SIGTERM end the run after the step in hand, with a checkpoint and an export. A run
+    that nobody stopped leaves a file ``done``.
 
     Raises:
         UserError: A broken checkpoint, a device that is not there, a loss that is not finite.
-        KeyboardInterrupt: The run was asked to stop, and has.
+        KeyboardInterrupt: Ctrl-C. After SIGTERM, a system's notice that it takes the machine back,
+            ``fit`` returns: all is saved, and the same command goes on.
     """
-    out = Path(run.out)
-    newest = newest_checkpoint(out)
+    out, newest = prepared.out, prepared.newest
     optimizers = getattr(system, "num_optimizers", 1)
-    start_step = checkpoint_global_step(newest) // optimizers if resume else 0
-    if resume:
+    start_step = 0
+    if newest is not None:
+        start_step = checkpoint_global_step(newest) // optimizers
         _log.info("resuming %s at step %d of %d", out, start_step, run.max_steps)
     stop, ledger = Stop(run.max_minutes), Ledger()
     trainer = _trainer(system, run, optim, stop, ledger)
     trainer.fit(
         system,
         train_dataloaders=loader_from(start_step, trainer.global_rank, trainer.world_size),
-        ckpt_path=newest if resume else None,
+        ckpt_path=newest,
         weights_only=True,
     )
-    trainer.save_checkpoint(newest)
+    trainer.save_checkpoint(checkpoint_path(out, trainer.global_step))
     _log.info(
         "%s: %d of %d steps, %d samples, %.0f s",
         out,
@@ -151,8 +170,12 @@ def fit(
         ledger.samples,
         ledger.total_seconds(),
     )
-    if stop.interrupted_by is not None:
+    if stop.interrupted_by == "SIGTERM":
+        _log.info("stopped by SIGTERM: all is saved, the same command with --resume goes on")
+    elif stop.interrupted_by is not None:
         raise KeyboardInterrupt(stop.interrupted_by)
+    elif trainer.is_global_zero:
+        atomic_write_text(out / DONE_FILE, f"{trainer.global_step // optimizers} steps\n")
 
 
 def _trainer(
@@ -172,9 +195,9 @@ def _trainer(
         max_steps=run.max_steps * optimizers,
         max_epochs=-1,
         gradient_clip_val=None if manual or optim.grad_clip == 0 else optim.grad_clip,
-        logger=CSVLogger(out, name="logs"),
+        logger=CSVLogger(out, name="logs", flush_logs_every_n_steps=1),
         log_every_n_steps=run.log_every_steps,
-        plugins=[AtomicCheckpoints()],
+        plugins=[RunCheckpoints(run.keep_checkpoints)],
         callbacks=[
             SeedLayers(run.seed),
             average,
@@ -186,12 +209,8 @@ def _trainer(
                 out / "checkpoints",
                 filename="{step}",
                 every_n_train_steps=every,
-                save_top_k=run.keep_checkpoints,
-                monitor="step",
-                mode="max",
-                save_last=True,
+                save_top_k=-1,  # RunCheckpoints keeps the newest
                 save_on_train_epoch_end=False,
-                # --resume goes on from last.ckpt: never write beside it as last-v1.ckpt.
                 enable_version_counter=False,
             ),
         ],

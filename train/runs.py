@@ -12,7 +12,7 @@ from cascade.errors import UserError
 from cascade.text.tokenizer import train_tokenizer
 from train.data.cached import Cache, CacheConfig, cached_loader, load_cache
 from train.data.precompute import text_hash
-from train.fit import LoaderFrom, fit, prepare
+from train.fit import LoaderFrom, Prepared, fit, prepare
 from train.systems.clip import ClipRun, ClipSystem, load_clip, load_tokenizer
 from train.systems.compressor import CompressorRun, CompressorSystem
 from train.systems.previewer import PreviewerRun, PreviewerSystem
@@ -23,17 +23,17 @@ from train.systems.stage_c import StageCRun, StageCSystem
 
 def train_clip(config: ClipRun, *, resume: bool) -> None:
     """Train the tokenizer on the captions, then the two towers."""
-    out = prepare(config.run, config, resume=resume)
+    prepared = prepare(config.run, config, resume=resume)
     cache = load_cache(config.data, {})
-    system = ClipSystem(config, _tokenizer(config, cache, out, resume=resume))
+    system = ClipSystem(config, _tokenizer(config, cache, prepared))
     if config.init_from is not None:
         _copy(load_clip(config.init_from), system.network, config.init_from)
-    fit(system, _loader(cache, config.data), config.run, config.optim, resume=resume)
+    fit(system, _loader(cache, config.data), config.run, config.optim, prepared)
 
 
 def train_stage_a(config: StageARun, *, resume: bool) -> None:
     """Train the autoencoder."""
-    prepare(config.run, config, resume=resume)
+    prepared = prepare(config.run, config, resume=resume)
     cache = load_cache(config.data, {})
     height, width = cache.pictures.pixels.shape[-2:]
     if config.crop > min(height, width):
@@ -44,21 +44,21 @@ def train_stage_a(config: StageARun, *, resume: bool) -> None:
         )
     system = StageASystem(config)
     _start_from(system.network, config.init_from)
-    fit(system, _loader(cache, config.data), config.run, config.optim, resume=resume)
+    fit(system, _loader(cache, config.data), config.run, config.optim, prepared)
 
 
 def train_compressor(config: CompressorRun, *, resume: bool) -> None:
     """Train the compressor with the previewer as its decoder."""
-    prepare(config.run, config, resume=resume)
+    prepared = prepare(config.run, config, resume=resume)
     cache = load_cache(config.data, {})
     system = CompressorSystem(config)
     _start_from(system.compressor, config.init_from)
-    fit(system, _loader(cache, config.data), config.run, config.optim, resume=resume)
+    fit(system, _loader(cache, config.data), config.run, config.optim, prepared)
 
 
 def train_stage_b(config: StageBRun, *, resume: bool) -> None:
     """Train Stage B on cached Stage A latents and text, with the compressor or on its latents."""
-    prepare(config.run, config, resume=resume)
+    prepared = prepare(config.run, config, resume=resume)
     expect = {
         "text": text_hash(config.text, config.text_states),
         "stage_a": file_hash(Path(config.stage_a)),
@@ -73,12 +73,12 @@ def train_stage_b(config: StageBRun, *, resume: bool) -> None:
         _start_from(system.network, f"{config.init_from}/stage_b.safetensors")
         if system.compressor is not None:
             _start_from(system.compressor, f"{config.init_from}/compressor.safetensors")
-    fit(system, _loader(cache, config.data), config.run, config.optim, resume=resume)
+    fit(system, _loader(cache, config.data), config.run, config.optim, prepared)
 
 
 def train_stage_c(config: StageCRun, *, resume: bool) -> None:
     """Train Stage C on cached compressor latents and text states."""
-    prepare(config.run, config, resume=resume)
+    prepared = prepare(config.run, config, resume=resume)
     expect = {
         "text": text_hash(config.text, config.text_states),
         "stage_c": file_hash(Path(config.compressor)),
@@ -94,16 +94,16 @@ def train_stage_c(config: StageCRun, *, resume: bool) -> None:
     _fits("model.text_pooled_channels", config.model.text_pooled_channels, cache.null_text[1])
     system = StageCSystem(config, cache.null_text)
     _start_from(system.network, config.init_from)
-    fit(system, _loader(cache, config.data), config.run, config.optim, resume=resume)
+    fit(system, _loader(cache, config.data), config.run, config.optim, prepared)
 
 
 def train_previewer(config: PreviewerRun, *, resume: bool) -> None:
     """Train the previewer on cached compressor latents."""
-    prepare(config.run, config, resume=resume)
+    prepared = prepare(config.run, config, resume=resume)
     cache = load_cache(config.data, {"stage_c": file_hash(Path(config.compressor))})
     system = PreviewerSystem(config)
     _start_from(system.network, config.init_from)
-    fit(system, _loader(cache, config.data), config.run, config.optim, resume=resume)
+    fit(system, _loader(cache, config.data), config.run, config.optim, prepared)
 
 
 def _loader(cache: Cache, config: CacheConfig) -> LoaderFrom:
@@ -112,12 +112,10 @@ def _loader(cache: Cache, config: CacheConfig) -> LoaderFrom:
     )
 
 
-def _tokenizer(
-    config: ClipRun, cache: Cache, out: Path, *, resume: bool
-) -> PreTrainedTokenizerFast:
+def _tokenizer(config: ClipRun, cache: Cache, prepared: Prepared) -> PreTrainedTokenizerFast:
     """Return the tokenizer of the run that goes on, of the CLIP it starts from, or a new one."""
-    if resume:
-        return load_tokenizer(out / "text")
+    if prepared.newest is not None:
+        return load_tokenizer(prepared.out / "text")
     if config.init_from is not None:
         return load_tokenizer(config.init_from)
     captions = sorted({c for captions in cache.pictures.captions for c in captions})

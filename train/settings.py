@@ -24,8 +24,8 @@ class RunConfig:
     """Steps between rows of ``metrics.csv``."""
     checkpoint_every_steps: int = 500
     """Steps between resumable checkpoints and exports of the averaged weights."""
-    keep_checkpoints: int = 1
-    """Resumable checkpoints kept beside ``last.ckpt``."""
+    keep_checkpoints: int = 2
+    """Resumable checkpoints kept: should the newest be damaged, the one before goes on."""
     ema_decay: float = 0.999
     """Decay of the averaged weights; warmed up as ``(1 + n) / (10 + n)``."""
     threads: int | None = None

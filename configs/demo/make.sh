@@ -21,12 +21,10 @@ for split in train test test_combo test_concept; do
 done
 
 train() { # name of a configuration: trains it, or goes on with it, or leaves it when it is done
-  local done_file=runs/demo/$1/done
-  [ -f "$done_file" ] && return
-  local resume=()
-  [ -f "runs/demo/$1/checkpoints/last.ckpt" ] && resume=(--resume)
-  python -m train "${1%_joint}" --config "configs/demo/$1.yaml" "${resume[@]}"
-  touch "$done_file"
+  [ -f "runs/demo/$1/done" ] && return
+  local kind=${1%_joint}
+  python -m train "${kind%_last}" --config "configs/demo/$1.yaml" --resume
+  [ -f "runs/demo/$1/done" ] # a run that was told to stop ends the script as well
 }
 
 precompute() { # name of the step, and what encodes
@@ -54,4 +52,5 @@ train compressor
 precompute stage_c --compressor runs/demo/compressor/compressor.safetensors
 train stage_b
 train stage_c
+train stage_c_last
 python -m train.assemble --config configs/demo/model.yaml --out weights/demo

@@ -49,7 +49,6 @@ def refusal(run, capsys, *arguments: object) -> str:
         ("stage_c", ["--init_from", "/none"], "/none: no such weights file"),
         ("stage_b", ["--model.text_pooled_channels", "8"], "but the cached text states have 12"),
         ("stage_b", ["--stage_a", "/none"], "/none: no such file"),
-        ("previewer", ["--resume"], "last.ckpt is not there; start without --resume"),
         ("previewer", ["--run.accelerator", "mps"], "run.accelerator mps"),
         ("stage_a", ["--crop", "64"], "crop is 64 but the pictures are 32x32"),
         ("stage_a", ["--crop", "18"], "crop is 18; Stage A needs a multiple of 4"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from cascade.errors import UserError, run_main
+from train.callbacks.checkpoints import newest_checkpoint
 from train.callbacks.stop import Stop
 
 EXPORTS = {
@@ -29,7 +29,7 @@ SECTIONS = {
 
 
 def steps_of(run):
-    checkpoint = torch.load(run.out / "checkpoints" / "last.ckpt", weights_only=True)
+    checkpoint = torch.load(newest_checkpoint(run.out), weights_only=True)
     return checkpoint["global_step"] // (2 if run.kind == "stage_a" else 1)
 
 
@@ -55,15 +55,15 @@ def test_half_a_run_and_its_resumption_equal_a_whole_run(kind, make_run, monkeyp
         assert expected.keys() == found.keys()
         for key, value in expected.items():
             assert torch.equal(value, found[key]), key
-    ends = [run.out / "checkpoints" / "last.ckpt" for run in (whole, halves)]
+    ends = [newest_checkpoint(run.out) for run in (whole, halves)]
     expected, found = (torch.load(end, weights_only=True) for end in ends)
     assert expected["global_step"] == found["global_step"]
     for key, value in expected["state_dict"].items():
         assert torch.equal(value, found["state_dict"][key]), key
     assert expected["lr_schedulers"] == found["lr_schedulers"]
+    steps = [12, 14] if kind == "stage_a" else [6, 7]
     assert sorted(p.name for p in halves.out.glob("checkpoints/*")) == [
-        "last.ckpt",
-        f"step={12 if kind == 'stage_a' else 6}.ckpt",
+        f"step={step}.ckpt" for step in steps
     ]
 
 
@@ -99,8 +99,8 @@ def test_a_time_limit_counts_from_each_start(make_run):
     assert steps_of(run) == 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_finishes_the_step_and_keeps_the_work(number, make_run, monkeypatch, capsys):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_signal_finishes_the_step_and_keeps_the_work(number, code, make_run, monkeypatch):
     run = make_run("previewer", run={"max_steps": 1000, "checkpoint_every_steps": 500})
     before = signal.getsignal(number)
     monkeypatch.setattr(
@@ -108,8 +108,9 @@ def test_ctrl_c_finishes_the_step_and_keeps_the_work(number, make_run, monkeypat
         lambda *_: os.kill(os.getpid(), number),
         raising=False,
     )
-    assert run_main(lambda: run.start()) == 130
+    assert run_main(lambda: run.start()) == code
     assert signal.getsignal(number) == before
+    assert not (run.out / "done").exists()
     assert (run.out / "previewer.safetensors").is_file()
     assert steps_of(run) == 1
 
@@ -128,11 +129,12 @@ def test_a_fresh_start_over_a_run_is_refused_and_changes_nothing(begun):
     assert (begun.out / "config.yaml").read_text() == before
 
 
-def test_resuming_nothing_is_refused_and_makes_nothing(make_run):
+def test_the_same_command_starts_a_run_and_goes_on_with_it(make_run):
     run = make_run("previewer")
-    with pytest.raises(UserError, match=r"last\.ckpt is not there; start without --resume"):
-        run.start("--resume")
-    assert not run.out.exists()
+    assert run.start("--resume", "--run.max_steps", 2) == 0
+    assert steps_of(run) == 2 and (run.out / "done").read_text() == "2 steps\n"
+    assert run.start("--resume", "--run.max_steps", 3) == 0
+    assert steps_of(run) == 3 and (run.out / "done").read_text() == "3 steps\n"
 
 
 def test_resuming_with_another_network_or_rate_is_refused(begun):
@@ -142,11 +144,40 @@ def test_resuming_with_another_network_or_rate_is_refused(begun):
         begun.start("--resume", "--optim.lr", 0.5)
 
 
-def test_a_broken_checkpoint_names_the_one_to_take_instead(make_run):
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [cut, flip_a_bit])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(damage, make_run, caplog):
+    whole = make_run("previewer", "whole")
+    whole.start("--run.max_steps", 6)
     run = make_run("previewer")
     run.start()
-    newest: Path = run.out / "checkpoints" / "last.ckpt"
-    shutil.copy(newest, newest.with_suffix(".whole"))
-    newest.write_bytes(newest.read_bytes()[:1000])
-    with pytest.raises(UserError, match="not a whole checkpoint; replace it with step=4"):
+    folder = run.out / "checkpoints"
+    damage(folder / "step=4.ckpt")
+    (folder / ".step=6.ckpt.abc.tmp").write_bytes(b"a kill during a save left this")
+    run.start("--resume", "--run.max_steps", 6)
+    assert "step=4.ckpt is damaged" in caplog.text and "the one before" in caplog.text
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "step=4.ckpt",
+        "step=4.damaged",
+        "step=6.ckpt",
+    ]
+    expected, found = (load_file(one.out / "previewer.safetensors") for one in (whole, run))
+    assert all(torch.equal(value, found[key]) for key, value in expected.items())
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew_in_silence(make_run):
+    run = make_run("previewer")
+    run.start()
+    for path in (run.out / "checkpoints").iterdir():
+        cut(path)
+    with pytest.raises(UserError, match=r"no whole checkpoint is left \(step=4"):
         run.start("--resume")

@@ -11,6 +11,7 @@ import yaml
 from cascade.config import load_yaml
 from cascade.errors import UserError
 from stages.semantic_compressor import SemanticCompressor
+from train.callbacks.checkpoints import newest_checkpoint
 from train.data.cached import CachedBatch
 from train.systems.clip import random_crop
 from train.systems.stage_a import FrozenClipFeatures, StageARun, StageASystem, random_crops
@@ -155,7 +156,7 @@ def test_stage_b_teaches_the_compressor(make_run):
 
 
 def parameters_of(run) -> dict[str, torch.Tensor]:
-    return torch.load(run.out / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    return torch.load(newest_checkpoint(run.out), weights_only=True)["state_dict"]
 
 
 def test_the_discriminator_starts_at_its_step(make_run):

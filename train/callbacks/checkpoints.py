@@ -1,20 +1,42 @@
-"""Resumable checkpoints on disk: each is there whole or not at all."""
+"""Resumable checkpoints on disk: each is there whole or not at all, and the newest few are kept."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import pickle
+import re
+import shutil
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from cascade.checkpoints.files import atomic_path
 from cascade.errors import UserError
 
+_log = logging.getLogger(__name__)
 
-class AtomicCheckpoints(TorchCheckpointIO):
-    """Lightning's checkpoint files, written beside their place and then renamed."""
+_NAME = re.compile(r"step=(\d+)\.ckpt")
+_SPARE_BYTES = 64 * 2**20
+"""Left free on the disk beside a checkpoint: logs and exports need some as well."""
+
+
+class RunCheckpoints(TorchCheckpointIO):
+    """Lightning's checkpoint files, written beside their place, read back, then renamed.
+
+    Older ones are removed only when the new one is there and whole.
+    """
+
+    def __init__(self, keep: int) -> None:
+        """Take how many to keep; with one alone, a damaged file is the run's end."""
+        super().__init__()
+        self.keep = keep
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
@@ -22,28 +44,97 @@ class AtomicCheckpoints(TorchCheckpointIO):
         """Write ``checkpoint``.
 
         Raises:
-            UserError: The folder can't be written to, or the disk is full.
+            UserError: The folder can't be written to, or the disk is full or was about to be; what
+                was there stays.
         """
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _check_space(path, checkpoint)
         with atomic_path(path) as temporary:
             torch.save(checkpoint, temporary)
+            damage = find_damage(temporary)
+            if damage is not None:
+                raise UserError(f"{path}: what was written reads back otherwise ({damage})")
+        for old in list(checkpoints_in(path.parent))[self.keep :]:
+            old.unlink(missing_ok=True)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Leave removing to ``save_checkpoint``."""
 
 
-def newest_checkpoint(out: Path) -> Path:
-    """Return where a run keeps its newest resumable checkpoint."""
-    return out / "checkpoints" / "last.ckpt"
+def checkpoint_path(out: Path, global_step: int) -> Path:
+    """Return where a run keeps the checkpoint of a step, as Lightning counts steps."""
+    return out / "checkpoints" / f"step={global_step}.ckpt"
+
+
+def checkpoints_in(folder: Path) -> Iterator[Path]:
+    """Yield a folder's checkpoints, the newest first."""
+    steps = {
+        path: int(match[1])
+        for path in folder.glob("step=*.ckpt")
+        if (match := _NAME.fullmatch(path.name)) is not None
+    }
+    yield from sorted(steps, key=lambda path: -steps[path])
+
+
+def find_damage(path: Path) -> str | None:
+    """Read a checkpoint whole; return what is wrong with it, None if nothing."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            wrong = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
+        return str(error) or type(error).__name__
+    return None if wrong is None else f"{wrong} has another checksum"
+
+
+def newest_checkpoint(out: Path) -> Path | None:
+    """Return the newest whole checkpoint of a run, None if it has none at all.
+
+    A damaged one is renamed and told of; what a killed process left half-written is removed.
+
+    Raises:
+        UserError: All that are there are damaged.
+    """
+    folder = out / "checkpoints"
+    for left in folder.glob(".step=*.tmp"):
+        left.unlink(missing_ok=True)
+    damaged = []
+    for path in checkpoints_in(folder):
+        damage = find_damage(path)
+        if damage is None:
+            return path
+        damaged.append(path.with_suffix(".damaged"))
+        with contextlib.suppress(FileNotFoundError):  # another rank was faster
+            path.rename(damaged[-1])
+        _log.warning("%s is damaged (%s): going on from the one before", path, damage)
+    if damaged:
+        raise UserError(
+            f"{folder}: no whole checkpoint is left ({damaged[0].name} was the newest); restore "
+            "one, or start anew in another run.out (init_from takes exported weights over)"
+        )
+    return None
 
 
 def checkpoint_global_step(path: Path) -> int:
     """Return Lightning's step count of a checkpoint without reading its tensors.
 
     Raises:
-        UserError: The file is broken.
+        UserError: The file holds something else.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return int(content["global_step"])
     except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        others = sorted(other.name for other in path.parent.glob("*.ckpt") if other != path)
-        hint = f"replace it with {others[-1]}" if others else "start anew in another run.out"
-        raise UserError(f"{path}: not a whole checkpoint; {hint}") from error
+        raise UserError(f"{path}: no checkpoint of a run; move it away") from error
+
+
+def _check_space(path: Path, checkpoint: dict[str, Any]) -> None:
+    tensors = [one for one in tree_leaves(checkpoint) if isinstance(one, Tensor)]
+    storages = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
+    needed = sum(storages.values()) + _SPARE_BYTES
+    free = shutil.disk_usage(path.parent).free
+    if free < needed:
+        raise UserError(
+            f"{path}: needs {needed / 1e6:,.0f} MB and the disk has {free / 1e6:,.0f} MB left; "
+            "free some, then go on with --resume: earlier checkpoints are untouched"
+        )
