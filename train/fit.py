@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -28,10 +29,13 @@ from train.callbacks.checkpoints import (
 )
 from train.callbacks.ema import WeightAverage
 from train.callbacks.export import Export
+from train.callbacks.finite import SkipNonFinite
 from train.callbacks.ledger import Ledger
 from train.callbacks.progress import Progress
 from train.callbacks.stop import Stop
+from train.clock import PhaseClock
 from train.draws import SeedLayers
+from train.environment import note_start
 from train.memory import keep_freed_memory
 from train.settings import OptimConfig, RunConfig
 
@@ -66,6 +70,8 @@ class Prepared:
     out: Path
     newest: Path | None
     """The checkpoint to go on from; None: from the beginning."""
+    clock: PhaseClock
+    """Runs from the beginning of the set-up."""
 
 
 def prepare(run: RunConfig, config: object, *, resume: bool) -> Prepared:
@@ -82,6 +88,7 @@ def prepare(run: RunConfig, config: object, *, resume: bool) -> Prepared:
             that can't be made.
     """
     _quiet()
+    clock = PhaseClock()
     out = Path(run.out)
     newest = newest_checkpoint(out)
     if not resume and newest is not None:
@@ -100,7 +107,9 @@ def prepare(run: RunConfig, config: object, *, resume: bool) -> Prepared:
         raise UserError(f"run.out {out}: can't be made: {error.strerror}") from error
     atomic_write_text(out / "config.yaml", yaml.safe_dump(values, sort_keys=False))
     (out / DONE_FILE).unlink(missing_ok=True)
-    return Prepared(out, newest)
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        note_start(out)
+    return Prepared(out, newest, clock)
 
 
 def _quiet() -> None:
@@ -153,7 +162,7 @@ def fit(
     if newest is not None:
         start_step = checkpoint_global_step(newest) // optimizers
         _log.info("resuming %s at step %d of %d", out, start_step, run.max_steps)
-    stop, ledger = Stop(run.max_minutes), Ledger()
+    stop, ledger = Stop(run.max_minutes), Ledger(prepared.clock, out, run.log_every_steps)
     trainer = _trainer(system, run, optim, stop, ledger)
     trainer.fit(
         system,
@@ -162,6 +171,7 @@ def fit(
         weights_only=True,
     )
     trainer.save_checkpoint(checkpoint_path(out, trainer.global_step))
+    ledger.write_row(trainer)
     _log.info(
         "%s: %d of %d steps, %d samples, %.0f s",
         out,
@@ -185,6 +195,7 @@ def _trainer(
     out = Path(run.out)
     optimizers = getattr(system, "num_optimizers", 1)
     average = WeightAverage(run.ema_decay)
+    finite = SkipNonFinite(out, run.max_skipped_steps)
     every = run.checkpoint_every_steps * optimizers  # Lightning counts each optimizer's steps
     manual = not system.automatic_optimization
     terminal = sys.stderr.isatty()
@@ -197,12 +208,13 @@ def _trainer(
         gradient_clip_val=None if manual or optim.grad_clip == 0 else optim.grad_clip,
         logger=CSVLogger(out, name="logs", flush_logs_every_n_steps=1),
         log_every_n_steps=run.log_every_steps,
-        plugins=[RunCheckpoints(run.keep_checkpoints)],
+        plugins=[RunCheckpoints(run.keep_checkpoints, ledger.clock)],
         callbacks=[
             SeedLayers(run.seed),
             average,
             ledger,
-            Progress(run.log_every_steps, run.max_steps, stop, show=not terminal),
+            finite,
+            Progress(run.log_every_steps, run.max_steps, stop, ledger, finite, show=not terminal),
             stop,
             Export(out, every, getattr(torch, run.export_dtype), average, ledger),
             ModelCheckpoint(

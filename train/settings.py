@@ -28,6 +28,9 @@ class RunConfig:
     """Resumable checkpoints kept: should the newest be damaged, the one before goes on."""
     ema_decay: float = 0.999
     """Decay of the averaged weights; warmed up as ``(1 + n) / (10 + n)``."""
+    max_skipped_steps: int = 20
+    """Steps in a row whose gradients may be not finite: such a step is left out and counted; one
+    more ends the run, and its batch is kept for inspection."""
     threads: int | None = None
     """CPU threads of torch; None leaves torch's default."""
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
@@ -40,6 +43,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         """Check the values that would fail late."""
         counts = ("max_steps", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints")
+        if self.max_skipped_steps < 0:
+            raise ValueError(f"max_skipped_steps is {self.max_skipped_steps}; 0 allows none")
         for name in (*counts, "devices", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from cascade.checkpoints.files import atomic_path
 from cascade.errors import UserError
+from train.clock import PhaseClock
 
 _log = logging.getLogger(__name__)
 
@@ -33,10 +34,11 @@ class RunCheckpoints(TorchCheckpointIO):
     Older ones are removed only when the new one is there and whole.
     """
 
-    def __init__(self, keep: int) -> None:
-        """Take how many to keep; with one alone, a damaged file is the run's end."""
+    def __init__(self, keep: int, clock: PhaseClock | None = None) -> None:
+        """Take how many to keep (of one alone, damage is the run's end), and the run's clock."""
         super().__init__()
         self.keep = keep
+        self.clock = PhaseClock() if clock is None else clock
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
@@ -47,7 +49,10 @@ class RunCheckpoints(TorchCheckpointIO):
             UserError: The folder can't be written to, or the disk is full or was about to be; what
                 was there stays.
         """
-        path = Path(path)
+        with self.clock.within("checkpoint"):
+            self._save(checkpoint, Path(path))
+
+    def _save(self, checkpoint: dict[str, Any], path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         _check_space(path, checkpoint)
         with atomic_path(path) as temporary:

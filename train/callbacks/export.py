@@ -58,6 +58,10 @@ class Export(Callback):
         if not trainer.is_global_zero or trainer.global_step == self._written_step:
             return
         self._written_step = trainer.global_step
+        with self.ledger.clock.within("checkpoint"):
+            self._write(trainer, system)
+
+    def _write(self, trainer: Trainer, system: LightningModule) -> None:
         metadata = {
             "weights": "ema",
             "train_steps": str(pl_steps(system, trainer)),

@@ -1,44 +1,145 @@
-"""What a run has cost: steps, samples, seconds; kept over resumes."""
+"""What a run has cost: samples, seconds by phase, FLOPs, energy, memory; kept over resumes."""
 
 from __future__ import annotations
 
-import time
+import dataclasses
+import datetime
+import json
+import sys
+from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from train.clock import PhaseClock
+from train.energy import EnergyMeter
+from train.flops import FlopCounter
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+LEDGER_FILE = "ledger.jsonl"
 
 
 class Ledger(Callback):
-    """Counts optimizer steps, samples seen and wall-clock seconds of training."""
+    """Counts what is seen and spent; writes a row at every interval and at the end.
 
-    def __init__(self) -> None:
-        """Start at zero."""
+    A row of ``ledger.jsonl`` holds ``step`` and ``samples``, which are the run's progress, and what
+    was spent since the row before: ``seconds`` by phase (their sum is the wall time),
+    ``device_seconds``, ``flops`` of all devices (counted by torch at the first step of each kind,
+    which is its shapes and what else the system's ``step_kind`` tells apart; null under
+    torch.compile), ``energy_j`` of this machine's GPUs (null where none tells) and
+    ``peak_memory_mib`` of the first device, or of the process on a CPU. Steps that a killed run
+    makes again are spent again: the sum of all rows is the whole cost.
+    """
+
+    def __init__(
+        self, clock: PhaseClock | None = None, out: Path | None = None, every_steps: int = 50
+    ) -> None:
+        """Take the run's clock, its folder (None: no file is written) and the interval."""
         self.samples = 0
         self.seconds = 0.0
-        self._started_s: float | None = None
-        self._samples_at_start = 0
+        """Of earlier starts of the run."""
+        self.flops = 0.0
+        """Of this start, all devices."""
+        self.clock = PhaseClock() if clock is None else clock
+        self._path = None if out is None else out / LEDGER_FILE
+        self._every_steps = every_steps
+        self._energy = EnergyMeter()
+        self._counter: FlopCounter | None = None
+        self._flops_by_kind: dict[object, float] = {}
+        self._kind: object = None
+        self._step = 0
+        self._world = 1
+        self._device = torch.device("cpu")
+        self._setup_s = 0.0
+        self._written: dict[str, Any] = {"seconds": {}, "flops": 0.0}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
-        self._started_s = time.monotonic()
-        self._samples_at_start = self.samples
+        """Wait for the first batch."""
+        self.clock.switch("data")
+        self._setup_s = self.clock.seconds()["setup"]
+        self._world, self._device = trainer.world_size, pl_module.device
+        self._energy = EnergyMeter(trainer.num_devices if self._device.type == "cuda" else 0)
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Begin a step; the first one of its shape is counted."""
+        self.clock.switch("step")
+        self._kind = (getattr(pl_module, "step_kind", None), _shape_of(batch))
+        if self._kind not in self._flops_by_kind and not _is_compiled(pl_module):
+            self._counter = FlopCounter()
+            self._counter.__enter__()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the batch and log the rate."""
+        """Count the batch."""
+        # What the step was, not what the next one would be: a system may have gone on.
+        self._stop_counting(self._kind)
+        self.flops += self._flops_by_kind.get(self._kind, 0.0) * trainer.world_size
         self.samples += len(batch) * trainer.world_size
-        if (batch_idx + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            assert self._started_s is not None, "on_train_start comes before any batch"
-            elapsed_s = time.monotonic() - self._started_s
+        self.clock.switch("data")
+        self._step = trainer.global_step // max(1, getattr(pl_module, "num_optimizers", 1))
+        if (batch_idx + 1) % self._every_steps == 0:
             pl_module.log("samples", float(self.samples))
-            pl_module.log("samples_per_s", (self.samples - self._samples_at_start) / elapsed_s)
+            self.write_row(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin the end."""
+        self.clock.switch("end")
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Keep what was spent."""
+        self._stop_counting(None)
+        self.write_row(trainer)
+
+    def write_row(self, trainer: Trainer) -> None:
+        """Append what was spent since the last row; only on the first rank."""
+        if self._path is None or not trainer.is_global_zero:
+            return
+        before = self._written
+        self._written = {"seconds": dict(self.clock.seconds()), "flops": self.flops}
+        seconds = {
+            phase: round(total - before["seconds"].get(phase, 0.0), 4)
+            for phase, total in self._written["seconds"].items()
+        }
+        compiled = not self._flops_by_kind
+        row = {
+            "at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "step": self._step,
+            "samples": self.samples,
+            "seconds": seconds,
+            "device_seconds": round(sum(seconds.values()) * self._world, 4),
+            "flops": None if compiled else self.flops - before["flops"],
+            "energy_j": self._energy.spent_j(),
+            "peak_memory_mib": round(self.peak_memory_bytes() / 2**20),
+        }
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
     def total_seconds(self) -> float:
-        """Return the seconds of this and of all earlier starts of the run."""
-        if self._started_s is None:
-            return self.seconds
-        return self.seconds + time.monotonic() - self._started_s
+        """Return the seconds of training, of this and of all earlier starts, set-up not counted."""
+        seconds = sum(self.clock.seconds().values())
+        return self.seconds + (seconds - self._setup_s if self._setup_s else 0.0)
+
+    def peak_memory_bytes(self) -> int:
+        """Return the most memory so far of the device; on a CPU of the process, 0 if unknown."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        if resource is None:
+            return 0
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts for the resumable checkpoint."""
@@ -48,3 +149,21 @@ class Ledger(Callback):
         """Take the counts back."""
         self.samples = state_dict["samples"]
         self.seconds = state_dict["seconds"]
+
+    def _stop_counting(self, kind: object) -> None:
+        if self._counter is not None:
+            self._counter.__exit__(None, None, None)
+            self._flops_by_kind[kind] = self._counter.total
+            self._counter = None
+
+
+def _shape_of(batch: Any) -> object:
+    """Return what decides how much a step computes: the shapes of a batch's tensors."""
+    if not dataclasses.is_dataclass(batch):
+        return None
+    values = (getattr(batch, field.name) for field in dataclasses.fields(batch))
+    return tuple(tuple(one.shape) for one in values if isinstance(one, Tensor))
+
+
+def _is_compiled(system: LightningModule) -> bool:
+    return any(isinstance(one, torch._dynamo.OptimizedModule) for one in system.modules())

@@ -42,8 +42,8 @@ def describe_run(
     return Provenance(
         command=f"python -m {module} {shlex.join([_portable(word) for word in argv])}".rstrip(),
         seed=seed,
-        commit=_commit(),
-        machine=_machine(device),
+        commit=commit(),
+        machine=machine(device),
         weights=model_hash(model),
         dtype=str(dtype).removeprefix("torch."),
     )
@@ -57,7 +57,7 @@ def _portable(word: str) -> str:
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else f"PATH_TO/{path.name}"
 
 
-def _commit() -> str:
+def commit() -> str:
     """Return the commit of this source, marked when tracked files were changed after it."""
     try:
         revision, changes = (_git("rev-parse", "HEAD"), _git("status", "--porcelain", "-uno"))
@@ -74,7 +74,8 @@ def _git(*arguments: str) -> str:
     return result.stdout.strip()
 
 
-def _machine(device: torch.device) -> str:
+def machine(device: torch.device) -> str:
+    """Return the processor, the GPU if ``device`` is one, and the versions that matter."""
     where = f"{_processor()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         where += f", {torch.cuda.get_device_name(device)}"

@@ -99,7 +99,7 @@ class StageASystem(LightningModule):
         pixels = random_crops(batch.pixels, config.crop, generator)
         quantize = float(torch.rand((), generator=generator)) < config.quantize
         output = self.network(pixels, quantize=quantize)
-        adversarial = self.steps_done() >= loss.adversarial_from_step
+        adversarial = self.step_kind == "adversarial"
 
         terms = {"pixels": loss.pixels * pixel_loss(output.pixels, pixels)}
         terms["codebook"] = loss.codebook * output.codebook_loss
@@ -107,7 +107,7 @@ class StageASystem(LightningModule):
         if self.features is not None:
             distance = feature_distance(self.features(output.pixels), self.features(pixels))
             terms["perceptual"] = loss.perceptual * distance
-        if adversarial and loss.adversarial > 0:
+        if adversarial:
             fake = self.discriminator(output.pixels)
             terms["adversarial"] = loss.adversarial * hinge_generator_loss(fake)
         total = torch.stack(list(terms.values())).sum()
@@ -118,7 +118,7 @@ class StageASystem(LightningModule):
         self.clip(first)
         first.step()
         verdict = torch.zeros((), device=self.device)
-        if adversarial and loss.adversarial > 0:
+        if adversarial:
             second.zero_grad()
             verdict = hinge_discriminator_loss(
                 self.discriminator(pixels), self.discriminator(output.pixels.detach())
@@ -132,6 +132,13 @@ class StageASystem(LightningModule):
         self.log("discriminator", verdict)
         for name, value in terms.items():
             self.log(name, value)
+
+    @property
+    def step_kind(self) -> str:
+        """What the present step computes: "plain", or "adversarial" with the discriminator."""
+        loss = self.config.loss
+        begun = self.steps_done() >= loss.adversarial_from_step
+        return "adversarial" if begun and loss.adversarial > 0 else "plain"
 
     def clip(self, optimizer: Any) -> None:
         """Clip the gradients that ``optimizer`` is about to apply."""

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
-import itertools
 import logging
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from cascade.errors import UserError
 from stages.previewer import Previewer, PreviewerConfig
 from train.callbacks.ema import WeightAverage, exported_networks
 from train.callbacks.export import Export
+from train.callbacks.finite import SkipNonFinite
 from train.callbacks.ledger import Ledger
 from train.callbacks.progress import Progress
 from train.callbacks.stop import Stop
@@ -25,12 +26,13 @@ class System:
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
+        self.device = torch.device("cpu")
         self.logged: dict[str, float] = {}
 
     def exported_networks(self) -> dict[str, nn.Module]:
         return {"previewer": self.network}
 
-    def log(self, name: str, value: float) -> None:
+    def log(self, name: str, value: float, prog_bar: bool = False) -> None:
         self.logged[name] = value
 
 
@@ -42,7 +44,7 @@ class Trainer:
         self.world_size = 1
         self.is_global_zero = True
         self.should_stop = False
-        self.log_every_n_steps = 2
+        self.precision = "32-true"
         self.strategy = types.SimpleNamespace(broadcast=lambda value: value)
         self.callback_metrics = {"loss": torch.tensor(1.0)}
 
@@ -100,26 +102,6 @@ def test_a_system_without_an_exported_network_is_our_mistake():
         exported_networks(system)
 
 
-def test_the_ledger_counts_samples_and_time_over_resumes(monkeypatch):
-    clock = itertools.count(0.0, 10.0)
-    monkeypatch.setattr("time.monotonic", lambda: next(clock))
-    system, trainer, ledger = System(scalar()), Trainer(), Ledger()
-    trainer.world_size = 3
-    ledger.on_train_start(trainer, system)
-    for step in range(4):
-        ledger.on_train_batch_end(trainer, system, None, [0] * 5, step)
-    assert ledger.samples == 60
-    assert system.logged == {"samples": 60.0, "samples_per_s": 60 / 20}
-    state = ledger.state_dict()
-    assert state == {"samples": 60, "seconds": 30.0}
-    again = Ledger()
-    again.load_state_dict(state)
-    again.on_train_start(trainer, system)
-    again.on_train_batch_end(trainer, system, None, [0], 0)
-    assert again.samples == 63
-    assert again.total_seconds() == 40.0
-
-
 @pytest.fixture
 def exporting(tmp_path):
     system, trainer = System(Previewer(PreviewerConfig(channels=(4, 4)))), Trainer()
@@ -174,23 +156,51 @@ def test_weights_that_are_not_finite_leave_the_last_export(exporting):
     assert path.read_bytes() == before
 
 
-def test_progress_says_step_mean_loss_rate_and_time_left(monkeypatch, caplog):
-    clock = itertools.count(0.0, 30.0)
-    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+def progress_of(every_steps: int, *, show: bool = False) -> Progress:
+    finite = SkipNonFinite(Path("nowhere"), 1)
+    return Progress(every_steps, 10, Stop(None), Ledger(), finite, show=show)
+
+
+def test_progress_says_step_mean_loss_rates_and_time_left(monkeypatch, caplog):
     system, trainer = System(scalar()), Trainer()
-    progress = Progress(2, 10, Stop(None), show=True)
+    progress = progress_of(2, show=True)
+    now_s = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now_s)
     progress.on_train_start(trainer, system)
+    ledger = progress.ledger
+    monkeypatch.setattr(ledger, "peak_memory_bytes", lambda: 3 * 2**29)
     with caplog.at_level(logging.INFO):
         for step, loss in enumerate([1.0, 2.0, 9.0], start=1):
+            ledger.clock.switch("data")
+            now_s += 6.0
+            ledger.clock.switch("step")
+            now_s += 24.0
+            ledger.flops += 0.5 * progress._peak * 30.0
             trainer.global_step = step
             trainer.callback_metrics = {"loss": torch.tensor(loss)}
             progress.on_train_batch_end(trainer, system, None, [0] * 6, step - 1)
-    assert caplog.messages == ["step 2/10: loss 1.5000, 0.4 samples/s, 2.0 min left"]
+    assert caplog.messages == [
+        "step 2/10: loss 1.5000, 0.2 samples/s, data wait 20%, 1.5 GiB, MFU 50%, 4.0 min left"
+    ]
+    assert system.logged["mfu"] == pytest.approx(0.5)
+
+
+def test_progress_leaves_out_the_loss_of_a_step_that_was_left_out(caplog):
+    system, trainer = System(scalar()), Trainer()
+    progress = progress_of(2, show=True)
+    progress.on_train_start(trainer, system)
+    with caplog.at_level(logging.INFO):
+        for step, loss in enumerate([float("nan"), 2.0], start=1):
+            progress.finite.just_skipped = step == 1
+            trainer.global_step = step
+            trainer.callback_metrics = {"loss": torch.tensor(loss)}
+            progress.on_train_batch_end(trainer, system, None, [0] * 6, step - 1)
+    assert "loss 2.0000" in caplog.text
 
 
 def test_progress_ends_a_run_whose_loss_is_lost():
     system, trainer = System(scalar()), Trainer()
-    progress = Progress(1, 10, Stop(None), show=False)
+    progress = progress_of(1)
     trainer.global_step = 1
     trainer.callback_metrics = {"loss": torch.tensor(float("nan"))}
     with pytest.raises(UserError, match=r"the loss is nan at step 1; lower optim\.lr"):

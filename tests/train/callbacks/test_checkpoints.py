@@ -90,7 +90,7 @@ def test_a_hundred_kills_during_saves_leave_a_whole_checkpoint_each_time(tmp_pat
     draws = random.Random(0)
     step, interrupted = 1, 0
     save(tmp_path, step, weights=weights)
-    for _ in range(KILLS):
+    for kill in range(KILLS):
         child = os.fork()
         if child == 0:  # saves without end, and is killed in the middle of it
             torch.set_num_threads(1)  # the parent's other threads are not here
@@ -98,6 +98,8 @@ def test_a_hundred_kills_during_saves_leave_a_whole_checkpoint_each_time(tmp_pat
                 step += 1
                 save(tmp_path, step, weights=weights + step)
         time.sleep(draws.uniform(0.002, 0.03))
+        while kill % 2 and not any((tmp_path / "checkpoints").glob(".step=*.tmp")):
+            time.sleep(0.0005)  # every other one surely hits a save
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         left = list((tmp_path / "checkpoints").glob(".step=*.tmp"))

@@ -1,0 +1,111 @@
+"""A step whose gradients are not finite is left out, counted, and ends the run if it recurs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from safetensors.torch import save
+from torch import Tensor
+
+from cascade.checkpoints.files import atomic_write_bytes
+from cascade.errors import UserError
+
+_log = logging.getLogger(__name__)
+
+
+class SkipNonFinite(Callback):
+    """Drops gradients that are not finite, so that weights and optimizer stay as they are.
+
+    Gradients are looked at after they were averaged over ranks: all ranks leave out the same step.
+    """
+
+    def __init__(self, out: Path, max_in_a_row: int) -> None:
+        """Take the run's folder and how many such steps in a row it may have."""
+        self.out = out
+        self.max_in_a_row = max_in_a_row
+        self.skipped = 0
+        """Steps left out since the run began."""
+        self.just_skipped = False
+        """Whether the last step was left out."""
+        self._in_a_row = 0
+        self._batch: Any = None
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Remember the batch."""
+        self._batch = batch
+        self.just_skipped = False
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
+    ) -> None:
+        """Drop the gradients if one of them is not finite."""
+        parameters = [one for group in optimizer.param_groups for one in group["params"]]
+        gradients = [one.grad for one in parameters if one.grad is not None]
+        if not gradients:
+            return
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if bool(torch.isfinite(norm)):
+            return
+        for one in parameters:
+            one.grad = None
+        self.just_skipped = True
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count; end the run when it does not recover.
+
+        Raises:
+            UserError: Too many in a row; the batch is saved.
+        """
+        self._batch = None
+        if not self.just_skipped:
+            self._in_a_row = 0
+            return
+        self.skipped += 1
+        self._in_a_row += 1
+        pl_module.log("skipped_steps", float(self.skipped))
+        _log.warning(
+            "step %d is left out: its gradients are not finite (%d in a row, %d in all)",
+            trainer.global_step,
+            self._in_a_row,
+            self.skipped,
+        )
+        if self._in_a_row > self.max_in_a_row:
+            path = self.out / f"bad_batch_rank{trainer.global_rank}.safetensors"
+            _save_batch(batch, path)
+            raise UserError(
+                f"{self._in_a_row} steps in a row had gradients that are not finite; the last "
+                f"batch is in {path}; lower optim.lr, or go on from the checkpoint with --resume "
+                "and another run.seed"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the count for the resumable checkpoint."""
+        return {"skipped": self.skipped, "in_a_row": self._in_a_row}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the count back."""
+        self.skipped, self._in_a_row = state_dict["skipped"], state_dict["in_a_row"]
+
+
+def _save_batch(batch: Any, path: Path) -> None:
+    """Write a batch's tensors, with its captions and keys as metadata."""
+    fields = {one.name: getattr(batch, one.name) for one in dataclasses.fields(batch)}
+    tensors = {
+        name: value.detach().cpu().contiguous()
+        for name, value in fields.items()
+        if isinstance(value, Tensor)
+    }
+    texts = {
+        name: json.dumps(list(value)) for name, value in fields.items() if isinstance(value, list)
+    }
+    atomic_write_bytes(path, save(tensors, metadata=texts))
