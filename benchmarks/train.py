@@ -35,6 +35,7 @@ from cascade.config import load_yaml  # noqa: E402
 from cascade.errors import UserError, run_main  # noqa: E402
 from cascade.tools.convert import diffusers_config, family_for  # noqa: E402
 from stages.stage_c import StageC, StageCCondition, StageCConfig  # noqa: E402
+from train.draws import StepDraws  # noqa: E402
 from train.flops import FlopCounter, peak_flops  # noqa: E402
 from train.losses.denoising import DiffusionConfig, denoising_loss, noise_batch  # noqa: E402
 from train.optim import make_optimizer  # noqa: E402
@@ -178,7 +179,7 @@ def our_step(network: StageC, work: Work, seed: int) -> Step:
     device = work.latents.device.type
 
     def step(number: int) -> float:
-        noised = noise_batch(work.latents, _DIFFUSION, generator_of(seed, number))
+        noised = noise_batch(work.latents, _DIFFUSION, StepDraws(seed, number))
         with torch.autocast(device, torch.bfloat16):
             predicted = network(noised.x_t, noised.network_time, cond)
         loss, _ = denoising_loss(predicted, noised)
@@ -205,7 +206,7 @@ def their_step(ours: StageC, work: Work, seed: int, device: torch.device) -> Ste
         no_image = torch.zeros(len(work.latents), 1, ours.config.image_channels, device=device)
 
     def step(number: int) -> float:
-        noised = noise_batch(work.latents, _DIFFUSION, generator_of(seed, number))
+        noised = noise_batch(work.latents, _DIFFUSION, StepDraws(seed, number))
         with torch.autocast(device.type, torch.bfloat16):
             predicted = network(
                 sample=noised.x_t,
@@ -219,11 +220,6 @@ def their_step(ours: StageC, work: Work, seed: int, device: torch.device) -> Ste
         return finish(loss, network, optimizer)
 
     return step
-
-
-def generator_of(seed: int, number: int) -> torch.Generator:
-    """Return the source of a step's times and noise, the same for both sides."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + number)
 
 
 def finish(loss: Tensor, network: nn.Module, optimizer: torch.optim.Optimizer) -> float:

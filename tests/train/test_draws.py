@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
-from train.draws import SeedLayers, derived_seed, step_generator
+from cascade.diffusion.weighting import draw_t
+from train.draws import SeedLayers, StepDraws, derived_seed
 from train.memory import keep_freed_memory
 
 
@@ -16,31 +18,53 @@ class Place:
 def test_seeds_of_purposes_seeds_steps_and_ranks_all_differ():
     seeds = {
         derived_seed(purpose, seed, step, rank)
-        for purpose in ("order", "captions", "noise", "layers")
+        for purpose in ("order", "captions", "layers")
         for seed in range(5)
         for step in range(50)
         for rank in range(4)
     }
-    assert len(seeds) == 4 * 5 * 50 * 4
+    assert len(seeds) == 3 * 5 * 50 * 4
     assert all(0 <= seed < 2**63 for seed in seeds)
-    assert derived_seed("noise", 2**32 - 1, 10**9, 10**4) < 2**63
+    assert derived_seed("layers", 2**32 - 1, 10**9, 10**4) < 2**63
 
 
-def test_a_step_s_noise_depends_on_seed_step_and_rank_alone():
-    draw = {
-        key: torch.rand(3, generator=step_generator(Place(*key[1:]), key[0])).tolist()
-        for key in [(0, 5, 0), (1, 5, 0), (0, 6, 0), (0, 5, 1)]
-    }
-    assert len({tuple(values) for values in draw.values()}) == 4
-    assert torch.rand(3, generator=step_generator(Place(5), 0)).tolist() == draw[0, 5, 0]
+def all_draws(draws: StepDraws, count: int) -> list[torch.Tensor]:
+    return [
+        draws.uniform("drop", count),
+        draws.normal("noise", (count, 3, 2)).flatten(1).T,
+        draws.share("t", count, lambda n, g: draw_t(n, g, stratified=True)),
+    ]
 
 
-def test_the_times_of_a_step_do_not_follow_the_captions_that_were_drawn():
-    noise = torch.rand(64, generator=step_generator(Place(7), 0))
-    captions = torch.rand(
-        64, generator=torch.Generator().manual_seed(derived_seed("captions", 0, 7))
-    )
-    assert torch.corrcoef(torch.stack([noise, captions]))[0, 1].abs() < 0.5
+@pytest.mark.parametrize(("world", "micros"), [(2, 1), (1, 2), (4, 1), (2, 2)])
+def test_the_parts_of_ranks_and_micro_batches_make_the_whole(world: int, micros: int) -> None:
+    count = 8 // (world * micros)
+    parts = [
+        all_draws(StepDraws(5, 7, rank, world, micro, micros), count)
+        for micro in range(micros)
+        for rank in range(world)
+    ]
+    for whole, *pieces in zip(all_draws(StepDraws(5, 7), 8), *parts, strict=True):
+        assert torch.equal(whole, torch.cat(pieces, dim=-1))
+    assert len({StepDraws(5, 7, rank, 2).scalar("quantize") for rank in (0, 1)}) == 1
+
+
+def test_every_seed_step_name_and_sample_draws_its_own() -> None:
+    noise = [
+        StepDraws(seed, step).normal(name, (2, 4))[row]
+        for seed in (0, 1)
+        for step in (0, 1, 10)
+        for name in ("a", "b")
+        for row in (0, 1)
+    ]
+    assert len({tuple(values.tolist()) for values in noise}) == len(noise)
+    assert torch.equal(StepDraws(0, 1).normal("a", (2, 4))[0], noise[4])
+
+
+def test_noise_is_standard_normal_and_its_samples_are_unrelated() -> None:
+    noise = StepDraws(0, 3).normal("noise", (500, 40))
+    assert abs(float(noise.mean())) < 0.03 and abs(float(noise.std()) - 1) < 0.02
+    assert torch.corrcoef(noise)[0, 1:].abs().max() < 0.65
 
 
 def test_layers_draw_by_the_step_s_number():

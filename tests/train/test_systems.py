@@ -13,6 +13,7 @@ from cascade.errors import UserError
 from stages.semantic_compressor import SemanticCompressor
 from train.callbacks.checkpoints import newest_checkpoint
 from train.data.cached import CachedBatch
+from train.draws import StepDraws
 from train.systems.clip import random_crop
 from train.systems.stage_a import FrozenClipFeatures, StageARun, StageASystem, random_crops
 from train.systems.stage_b import StageBRun, StageBSystem, corrupt_latents
@@ -47,7 +48,7 @@ def test_stage_c_drops_captions_sample_by_sample_at_its_rate(make_run):
     run = load_yaml(StageCRun, make_run("stage_c", caption_dropout=0.1).config)
     system = StageCSystem(run, null_text())
     ones = {"text_hidden": torch.ones(SAMPLES, 3, 16), "text_pooled": torch.ones(SAMPLES, 12)}
-    cond = system.condition(batch_of(SAMPLES, **ones), generator())
+    cond = system.condition(batch_of(SAMPLES, **ones), StepDraws(0, 0))
     dropped = cond.text_pooled[:, 0] < 0
     assert shares(dropped, 0.1)
     signs = torch.where(dropped, -1.0, 1.0)
@@ -61,7 +62,7 @@ def test_stage_c_is_told_of_its_own_picture_at_its_rate_half_of_them_without_a_c
     system = StageCSystem(load_yaml(StageCRun, made.config), null_text())
     ones = {"text_hidden": torch.ones(SAMPLES, 3, 16), "text_pooled": torch.ones(SAMPLES, 12)}
     embeds = torch.randn(SAMPLES, 5, generator=generator(1))
-    cond = system.condition(batch_of(SAMPLES, image_embeds=embeds, **ones), generator())
+    cond = system.condition(batch_of(SAMPLES, image_embeds=embeds, **ones), StepDraws(0, 0))
     assert cond.image.shape == (SAMPLES, 1, 5)
     given = cond.image[:, 0].any(dim=1)
     assert shares(given, 0.3)
@@ -87,7 +88,7 @@ def test_stage_b_learns_on_a_finished_compressors_latents(make_run, tiny_model):
     system = StageBSystem(load_yaml(StageBRun, made.config), null_text())
     latents = torch.randn(8, 16, 2, 2, generator=generator(1))
     batch = batch_of(8, stage_c_latents=latents, text_pooled=torch.ones(8, 12))
-    cond = system.condition(batch, generator())
+    cond = system.condition(batch, StepDraws(0, 0))
     kept = (cond.stage_c_latents == latents).flatten(1).all(dim=1)
     assert kept.any() and not kept.all()
 
@@ -113,7 +114,7 @@ def test_stage_b_drops_captions_and_conditions_each_on_its_own_draw(make_run, mo
         SemanticCompressor, "encode", lambda self, pixels: torch.ones(len(pixels), 16, 2, 2)
     )
     pooled = torch.ones(SAMPLES, 12)
-    cond = system.condition(batch_of(SAMPLES, text_pooled=pooled), generator())
+    cond = system.condition(batch_of(SAMPLES, text_pooled=pooled), StepDraws(0, 0))
     no_text, no_latents = cond.text_pooled[:, 0] < 0, cond.stage_c_latents[:, 0, 0, 0] == 0
     assert shares(no_text, 0.2)
     assert shares(no_latents, 0.1)
@@ -122,7 +123,7 @@ def test_stage_b_drops_captions_and_conditions_each_on_its_own_draw(make_run, mo
 
 def test_conditions_are_zeroed_noised_or_left_alone_sample_by_sample():
     latents = torch.ones(SAMPLES, 16, 2, 2)
-    result = corrupt_latents(latents, drop=0.1, noise=0.3, noise_t=0.5, generator=generator())
+    result = corrupt_latents(latents, drop=0.1, noise=0.3, noise_t=0.5, draws=StepDraws(0, 0))
     flat = result.flatten(1)
     zero, same = (flat == 0).all(1), (flat == 1).all(1)
     assert shares(zero, 0.1)
@@ -131,7 +132,7 @@ def test_conditions_are_zeroed_noised_or_left_alone_sample_by_sample():
     spread = noised.std(dim=1)
     assert spread.min() < 0.1 and 0.6 < spread.max() < 1.2  # each at its own time
     assert noised.mean().item() == pytest.approx(0.9, abs=0.05)
-    whole = corrupt_latents(latents, drop=0.0, noise=0.0, noise_t=0.5, generator=generator())
+    whole = corrupt_latents(latents, drop=0.0, noise=0.0, noise_t=0.5, draws=StepDraws(0, 0))
     assert torch.equal(whole, latents)
 
 
@@ -139,7 +140,9 @@ def test_stage_b_teaches_the_compressor(make_run):
     run = load_yaml(StageBRun, make_run("stage_b").config)
     system = StageBSystem(run, null_text())
     system.log = lambda *_, **__: None
-    system._trainer = types.SimpleNamespace(global_step=0, global_rank=0)
+    system._trainer = types.SimpleNamespace(
+        global_step=0, global_rank=0, world_size=1, accumulate_grad_batches=1
+    )
     for parameter in system.network.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
@@ -225,15 +228,15 @@ def test_stage_a_crops_each_picture_elsewhere():
     pixels = torch.stack(
         [index.view(-1, 1).expand(32, 32), index.expand(32, 32), 0 * index.expand(32, 32)]
     )
-    crops = random_crops(pixels.expand(50, -1, -1, -1), 8, generator())
+    crops = random_crops(pixels.expand(50, -1, -1, -1), 8, StepDraws(0, 0))
     assert crops.shape == (50, 3, 8, 8)
     tops, lefts = crops[:, 0, 0, 0], crops[:, 1, 0, 0]
     assert len(tops.unique()) > 10 and len(lefts.unique()) > 10
     assert 0 <= tops.min() and tops.max() <= 24
     assert torch.equal(crops[:, 0, 7, 0] - tops, torch.full((50,), 7.0))
-    assert random_crops(pixels[None], 32, generator()).shape == (1, 3, 32, 32)
+    assert random_crops(pixels[None], 32, StepDraws(0, 0)).shape == (1, 3, 32, 32)
     with pytest.raises(ValueError, match="crop is 33 but the pictures are 32x32"):
-        random_crops(pixels[None], 33, generator())
+        random_crops(pixels[None], 33, StepDraws(0, 0))
 
 
 def test_clip_crops_one_square_of_the_asked_share():

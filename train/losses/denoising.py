@@ -11,6 +11,7 @@ from torch import Tensor
 from cascade.diffusion import weighting
 from cascade.diffusion.prediction import Prediction, target
 from cascade.diffusion.schedules import CosineSchedule
+from train.draws import StepDraws
 
 
 @dataclass(frozen=True)
@@ -44,18 +45,21 @@ class Noised:
     t: Tensor  # (B,)
 
 
-def noise_batch(x0: Tensor, config: DiffusionConfig, generator: torch.Generator) -> Noised:
+def noise_batch(x0: Tensor, config: DiffusionConfig, draws: StepDraws) -> Noised:
     """Draw times and noise for a batch of clean latents.
 
     Args:
         x0: Clean latents, shape ``(B, C, H, W)``.
         config: Schedule, prediction and weight.
-        generator: CPU generator, so that every device sees the same draws.
+        draws: Of this micro-batch; on the CPU, so that every device sees the same.
     """
     schedule, prediction = config.schedule(), Prediction(config.prediction)
-    t = weighting.draw_t(len(x0), generator, config.draw, stratified=config.stratified)
-    t = t.to(x0.device)
-    noise = torch.randn(x0.shape, generator=generator).to(x0.device)
+
+    def draw(count: int, generator: torch.Generator) -> Tensor:
+        return weighting.draw_t(count, generator, config.draw, stratified=config.stratified)
+
+    t = draws.share("t", len(x0), draw).to(x0.device)  # (B,)
+    noise = draws.normal("noise", x0.shape).to(x0.device)
     alpha, sigma = (value.view(-1, 1, 1, 1) for value in schedule(t))  # (B, 1, 1, 1)
     log_snr = schedule.log_snr(t)
     if config.weight == "p2":

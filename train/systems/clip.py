@@ -17,7 +17,7 @@ from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 from cascade.checkpoints.files import atomic_path, atomic_write_text
 from cascade.errors import UserError
 from train.data.cached import CacheConfig, CachedBatch
-from train.draws import step_generator
+from train.draws import step_draws
 from train.losses.contrastive import contrastive_loss
 from train.optim import make_optimizer
 from train.settings import OptimConfig, RunConfig
@@ -108,8 +108,9 @@ class ClipSystem(LightningModule):
 
     def training_step(self, batch: CachedBatch, batch_idx: int) -> Tensor:
         """Crop, tokenize, compare every picture with every caption."""
-        generator = step_generator(self, self.config.run.seed)
-        pixels = random_crop(batch.pixels, self.config.smallest_crop, generator)
+        draws = step_draws(self, self.config.run.seed, batch_idx)
+        crop = draws.generator("crop")
+        pixels = random_crop(batch.pixels, self.config.smallest_crop, crop)
         pixels = F.interpolate(
             pixels, size=self.config.model.image_size, mode="bilinear", antialias=True
         )

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,7 +17,7 @@ from torch.nn import functional as F
 from stages.previewer import Previewer, PreviewerConfig
 from stages.semantic_compressor import CompressorConfig, SemanticCompressor
 from train.data.cached import CacheConfig, CachedBatch
-from train.draws import step_generator
+from train.draws import step_draws
 from train.losses.reconstruction import pixel_loss
 from train.optim import make_optimizer
 from train.settings import OptimConfig, RunConfig
@@ -66,9 +65,9 @@ class CompressorSystem(LightningModule):
 
     def training_step(self, batch: CachedBatch, batch_idx: int) -> Tensor:
         """Compress, disturb, decode; compare with the picture at the previewer's size."""
-        generator = step_generator(self, self.config.run.seed)
+        draws = step_draws(self, self.config.run.seed, batch_idx)
         latents = self.compressor.encode(batch.pixels).float()  # (B, 16, h, w)
-        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        noise = draws.normal("latent noise", latents.shape).to(latents)
         std = self.config.latent_noise / self.config.model.scale
         predicted = self.previewer(latents + std * noise)  # (B, 3, u h, u w)
         small = F.interpolate(

@@ -15,7 +15,7 @@ from cascade.text.picture_encoder import find_preprocessing
 from stages.discriminator import Discriminator, DiscriminatorConfig
 from stages.stage_a import StageA, StageAConfig
 from train.data.cached import CacheConfig, CachedBatch
-from train.draws import step_generator
+from train.draws import StepDraws, step_draws
 from train.losses.reconstruction import (
     feature_distance,
     hinge_discriminator_loss,
@@ -95,9 +95,9 @@ class StageASystem(LightningModule):
     def training_step(self, batch: CachedBatch, batch_idx: int) -> None:
         """Step the autoencoder, then the discriminator once its time has come."""
         config, loss = self.config, self.config.loss
-        generator = step_generator(self, config.run.seed)
-        pixels = random_crops(batch.pixels, config.crop, generator)
-        quantize = float(torch.rand((), generator=generator)) < config.quantize
+        draws = step_draws(self, config.run.seed, batch_idx)
+        pixels = random_crops(batch.pixels, config.crop, draws)
+        quantize = draws.scalar("quantize") < config.quantize
         output = self.network(pixels, quantize=quantize)
         adversarial = self.step_kind == "adversarial"
 
@@ -205,13 +205,13 @@ class FrozenClipFeatures(nn.Module):
         return [output.hidden_states[layer][:, 1:] for layer in self.layers]
 
 
-def random_crops(pixels: Tensor, size: int, generator: torch.Generator) -> Tensor:
+def random_crops(pixels: Tensor, size: int, draws: StepDraws) -> Tensor:
     """Cut a random square out of each picture.
 
     Args:
         pixels: Shape ``(B, 3, H, W)``.
         size: Side of the squares; at most ``min(H, W)``.
-        generator: CPU generator.
+        draws: Of this micro-batch.
 
     Returns:
         Shape ``(B, 3, size, size)``.
@@ -221,10 +221,12 @@ def random_crops(pixels: Tensor, size: int, generator: torch.Generator) -> Tenso
         raise ValueError(f"crop is {size} but the pictures are {width}x{height}; make it smaller")
     if size == height == width:
         return pixels
-    tops = torch.randint(height - size + 1, (len(pixels),), generator=generator).tolist()
-    lefts = torch.randint(width - size + 1, (len(pixels),), generator=generator).tolist()
+    places = [
+        (draws.uniform(name, len(pixels)) * (side - size + 1)).long().tolist()
+        for name, side in (("crop top", height), ("crop left", width))
+    ]
     crops = [
         picture[:, top : top + size, left : left + size]
-        for picture, top, left in zip(pixels, tops, lefts, strict=True)
+        for picture, top, left in zip(pixels, *places, strict=True)
     ]
     return torch.stack(crops)

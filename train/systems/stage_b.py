@@ -14,7 +14,7 @@ from cascade.text.encoder import TextConfig
 from stages.semantic_compressor import CompressorConfig, SemanticCompressor
 from stages.stage_b import StageB, StageBCondition, StageBConfig
 from train.data.cached import CacheConfig, CachedBatch
-from train.draws import step_generator
+from train.draws import StepDraws, step_draws
 from train.losses.denoising import DiffusionConfig, denoising_loss, noise_batch
 from train.optim import make_optimizer
 from train.settings import OptimConfig, RunConfig
@@ -85,7 +85,7 @@ class StageBSystem(LightningModule):
             return {"stage_b": self.network}
         return {"stage_b": self.network, "compressor": self.compressor}
 
-    def condition(self, batch: CachedBatch, generator: torch.Generator) -> StageBCondition:
+    def condition(self, batch: CachedBatch, draws: StepDraws) -> StageBCondition:
         """Compress the pictures, then noise and drop the result sample by sample."""
         if self.compressor is None:
             latents = batch.require("stage_c_latents")  # (B, 16, h, w)
@@ -96,18 +96,18 @@ class StageBSystem(LightningModule):
             drop=self.config.condition_dropout,
             noise=self.config.condition_noise,
             noise_t=self.config.condition_noise_t,
-            generator=generator,
+            draws=draws,
         )
-        drop = torch.rand(len(batch), generator=generator) < self.config.caption_dropout
+        drop = draws.uniform("caption dropout", len(batch)) < self.config.caption_dropout
         drop = drop.to(latents.device)
         pooled = torch.where(drop[:, None], self.null_pooled, batch.require("text_pooled"))
         return StageBCondition(stage_c_latents=latents, text_pooled=pooled)
 
     def training_step(self, batch: CachedBatch, batch_idx: int) -> Tensor:
         """Noise the Stage A latents, predict, compare."""
-        generator = step_generator(self, self.config.run.seed)
-        noised = noise_batch(batch.require("stage_a_latents"), self.config.diffusion, generator)
-        predicted = self.network(noised.x_t, noised.network_time, self.condition(batch, generator))
+        draws = step_draws(self, self.config.run.seed, batch_idx)
+        noised = noise_batch(batch.require("stage_a_latents"), self.config.diffusion, draws)
+        predicted = self.network(noised.x_t, noised.network_time, self.condition(batch, draws))
         loss, mse = denoising_loss(predicted, noised)
         self.log("loss", loss, prog_bar=True)
         self.log("mse", mse)
@@ -126,7 +126,7 @@ class StageBSystem(LightningModule):
 
 
 def corrupt_latents(
-    latents: Tensor, *, drop: float, noise: float, noise_t: float, generator: torch.Generator
+    latents: Tensor, *, drop: float, noise: float, noise_t: float, draws: StepDraws
 ) -> Tensor:
     """Zero a share of the samples, diffuse a share of the others, each on its own draw.
 
@@ -135,13 +135,13 @@ def corrupt_latents(
         drop: Share that becomes zero.
         noise: Share of the others that is diffused to a time drawn from ``U(0, noise_t)``.
         noise_t: Largest diffusion time.
-        generator: CPU generator of the draws.
+        draws: Of this micro-batch.
     """
-    draws = torch.rand((3, len(latents)), generator=generator)
-    white = torch.randn(latents.shape, generator=generator).to(latents)
-    alpha, sigma = CosineSchedule()(draws[0] * noise_t)
-    noised = (draws[1] < noise).float()
+    count = len(latents)
+    white = draws.normal("condition noise", latents.shape).to(latents)
+    alpha, sigma = CosineSchedule()(draws.uniform("condition t", count) * noise_t)
+    noised = (draws.uniform("condition noised", count) < noise).float()
     alpha = (alpha * noised + (1.0 - noised)).to(latents).view(-1, 1, 1, 1)
     sigma = (sigma * noised).to(latents).view(-1, 1, 1, 1)
-    keep = (draws[2] >= drop).to(latents).view(-1, 1, 1, 1)
+    keep = (draws.uniform("condition dropped", count) >= drop).to(latents).view(-1, 1, 1, 1)
     return keep * (alpha * latents + sigma * white)

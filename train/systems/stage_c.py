@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cascade.text.encoder import TextConfig
 from stages.stage_c import StageC, StageCCondition, StageCConfig
 from train.data.cached import CacheConfig, CachedBatch
-from train.draws import step_generator
+from train.draws import StepDraws, step_draws
 from train.losses.denoising import DiffusionConfig, denoising_loss, noise_batch
 from train.optim import make_optimizer
 from train.settings import OptimConfig, RunConfig
@@ -71,16 +71,16 @@ class StageCSystem(LightningModule):
         """Return what is averaged and exported."""
         return {"stage_c": self.network}
 
-    def condition(self, batch: CachedBatch, generator: torch.Generator) -> StageCCondition:
+    def condition(self, batch: CachedBatch, draws: StepDraws) -> StageCCondition:
         """Build the condition; each sample loses its caption, or its picture, on its own draw."""
         config = self.config
         hidden, pooled = batch.require("text_hidden"), batch.require("text_pooled")
-        drop = torch.rand(len(batch), generator=generator) < config.caption_dropout
+        drop = draws.uniform("caption dropout", len(batch)) < config.caption_dropout
         image = None
         if config.image_share > 0:
-            draws = torch.rand((2, len(batch)), generator=generator)
-            given = draws[0] < config.image_share
-            drop = torch.where(given, draws[1] < config.image_caption_dropout, drop)
+            given = draws.uniform("image", len(batch)) < config.image_share
+            beside = draws.uniform("caption beside an image", len(batch))
+            drop = torch.where(given, beside < config.image_caption_dropout, drop)
             embeds = batch.require("image_embeds")
             image = (given.to(embeds)[:, None] * embeds)[:, None]  # (B, 1, E)
         drop = drop.to(hidden.device)
@@ -92,9 +92,9 @@ class StageCSystem(LightningModule):
 
     def training_step(self, batch: CachedBatch, batch_idx: int) -> Tensor:
         """Noise the latents, predict, compare."""
-        generator = step_generator(self, self.config.run.seed)
-        noised = noise_batch(batch.require("stage_c_latents"), self.config.diffusion, generator)
-        cond = self.condition(batch, generator)
+        draws = step_draws(self, self.config.run.seed, batch_idx)
+        noised = noise_batch(batch.require("stage_c_latents"), self.config.diffusion, draws)
+        cond = self.condition(batch, draws)
         predicted = self.network(noised.x_t, noised.network_time, cond)
         loss, mse = denoising_loss(predicted, noised)
         self.log("loss", loss, prog_bar=True)

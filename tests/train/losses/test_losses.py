@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from cascade.diffusion.prediction import Prediction, to_x0
+from train.draws import StepDraws
 from train.losses.contrastive import contrastive_loss
 from train.losses.denoising import DiffusionConfig, denoising_loss, noise_batch
 from train.losses.reconstruction import (
@@ -23,7 +24,7 @@ def generator(seed: int = 0) -> torch.Generator:
 def test_a_network_that_says_the_target_has_no_loss_and_knows_x0(prediction):
     x0 = torch.randn(6, 4, 3, 3, generator=generator())
     config = DiffusionConfig(prediction=prediction.value)
-    noised = noise_batch(x0, config, generator(1))
+    noised = noise_batch(x0, config, StepDraws(1, 0))
     loss, mse = denoising_loss(noised.target, noised)
     assert loss == mse == 0
     alpha, sigma = (v.view(-1, 1, 1, 1) for v in config.schedule()(noised.t))
@@ -42,7 +43,7 @@ def test_a_network_that_says_the_target_has_no_loss_and_knows_x0(prediction):
 def test_each_sample_weighs_by_its_signal_to_noise_ratio(weight, expected):
     x0 = torch.randn(5, 4, 2, 2, generator=generator())
     config = DiffusionConfig(weight=weight)
-    noised = noise_batch(x0, config, generator(1))
+    noised = noise_batch(x0, config, StepDraws(1, 0))
     alpha, sigma = config.schedule()(noised.t)
     torch.testing.assert_close(noised.weight, expected((alpha / sigma) ** 2), rtol=1e-4, atol=0)
     errors = torch.arange(1.0, 6.0).view(-1, 1, 1, 1)
@@ -51,10 +52,10 @@ def test_each_sample_weighs_by_its_signal_to_noise_ratio(weight, expected):
     torch.testing.assert_close(mse, torch.tensor(11.0))
 
 
-def test_noise_depends_on_its_generator_alone():
+def test_noise_depends_on_its_draws_alone():
     x0 = torch.zeros(3, 4, 2, 2)
     first, again, other = (
-        noise_batch(x0, DiffusionConfig(), generator(seed)) for seed in (0, 0, 1)
+        noise_batch(x0, DiffusionConfig(), StepDraws(seed, 0)) for seed in (0, 0, 1)
     )
     assert torch.equal(first.x_t, again.x_t)
     assert not torch.equal(first.x_t, other.x_t)
