@@ -16,6 +16,7 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from cascade.checkpoints.files import atomic_write_text
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 LoaderFrom = Callable[[int, int, int], "Iterable[object]"]
-"""Maps (step, rank, number of ranks) to the loader whose first batch is that step's."""
+"""Maps (micro-batches that a rank has seen, rank, number of ranks) to a loader of what follows."""
 
 _FIXED = ("model", "compressor", "previewer", "discriminator")
 _FIXED_OPTIM = ("name", "lr", "muon_lr", "betas", "weight_decay")
@@ -166,7 +167,9 @@ def fit(
     trainer = _trainer(system, run, optim, stop, ledger)
     trainer.fit(
         system,
-        train_dataloaders=loader_from(start_step, trainer.global_rank, trainer.world_size),
+        train_dataloaders=loader_from(
+            start_step * run.accumulate, trainer.global_rank, trainer.world_size
+        ),
         ckpt_path=newest,
         weights_only=True,
     )
@@ -188,6 +191,15 @@ def fit(
         atomic_write_text(out / DONE_FILE, f"{trainer.global_step // optimizers} steps\n")
 
 
+def _strategy(system: pl.LightningModule, run: RunConfig) -> DDPStrategy | str:
+    """Return how gradients meet: nothing to do on one device, else averaged over all."""
+    if run.devices * run.num_nodes == 1:
+        return "auto"
+    # A system that steps two optimizers by hand leaves out one's parameters in turn.
+    partly = not system.automatic_optimization
+    return DDPStrategy(find_unused_parameters=partly, gradient_as_bucket_view=True)
+
+
 def _trainer(
     system: pl.LightningModule, run: RunConfig, optim: OptimConfig, stop: Stop, ledger: Ledger
 ) -> pl.Trainer:
@@ -198,10 +210,20 @@ def _trainer(
     finite = SkipNonFinite(out, run.max_skipped_steps)
     every = run.checkpoint_every_steps * optimizers  # Lightning counts each optimizer's steps
     manual = not system.automatic_optimization
+    if manual and run.accumulate > 1:
+        raise UserError(
+            f"run.accumulate is {run.accumulate}: this network's two optimizers step at every "
+            "batch; raise data.batch_size instead"
+        )
     terminal = sys.stderr.isatty()
     arguments: dict[str, Any] = dict(
         accelerator=run.accelerator,
         devices=run.devices,
+        num_nodes=run.num_nodes,
+        strategy=_strategy(system, run),
+        accumulate_grad_batches=run.accumulate,
+        # Only there for GPUs.
+        sync_batchnorm=run.devices * run.num_nodes > 1 and torch.cuda.is_available(),
         precision=run.precision,
         max_steps=run.max_steps * optimizers,
         max_epochs=-1,

@@ -36,7 +36,15 @@ class RunConfig:
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
     """Where to train; "auto" takes a GPU when there is one."""
     devices: int = 1
-    """Devices on this machine."""
+    """Devices on each machine. Started plainly, a run starts the other processes itself; under
+    torchrun or SLURM it takes the place that it is given."""
+    num_nodes: int = 1
+    """Machines."""
+    accumulate: int = 1
+    """Micro-batches of ``data.batch_size`` whose gradients make one step. The same global batch,
+    by any split into devices and micro-batches, gives the same steps up to rounding."""
+    compile: bool = False
+    """Compile the trained network with torch.compile."""
     export_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Number format of the exported weights."""
 
@@ -45,7 +53,7 @@ class RunConfig:
         counts = ("max_steps", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints")
         if self.max_skipped_steps < 0:
             raise ValueError(f"max_skipped_steps is {self.max_skipped_steps}; 0 allows none")
-        for name in (*counts, "devices", "threads"):
+        for name in (*counts, "devices", "num_nodes", "accumulate", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; at least 1 is needed")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -132,9 +132,8 @@ class Cache:
     caption_rows: dict[str, int] = field(default_factory=dict)
     null_text: tuple[Tensor, Tensor] | None = None  # hidden (L, D), pooled (P,) of ""
 
-    def batch(self, indices: Tensor, generator: torch.Generator) -> CachedBatch:
-        """Gather the pictures at ``indices``; one caption of each is drawn."""
-        draws = torch.rand(len(indices), generator=generator).tolist()
+    def batch(self, indices: Tensor, draws: Sequence[float]) -> CachedBatch:
+        """Gather the pictures at ``indices``; numbers in [0, 1) choose a caption of each."""
         captions = []
         for index, draw in zip(indices.tolist(), draws, strict=True):
             choices = self.pictures.captions[index]
@@ -231,8 +230,13 @@ class _EndlessBatches(IterableDataset[CachedBatch]):
                 generator = torch.Generator().manual_seed(seed)
                 order = torch.randperm(len(self.cache.pictures), generator=generator)
             first = (step % per_epoch) * size * self.world + self.rank * size
-            seed = derived_seed("captions", self.config.seed, step, self.rank)
-            yield self.cache.batch(order[first : first + size], torch.Generator().manual_seed(seed))
+            # By place in the endless series, so that any split into ranks draws the same.
+            place = step * size * self.world + self.rank * size
+            draws = [
+                derived_seed("captions", self.config.seed, place + index) / 2**63
+                for index in range(size)
+            ]
+            yield self.cache.batch(order[first : first + size], draws)
             step += 1
 
 

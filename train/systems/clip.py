@@ -128,8 +128,10 @@ class ClipSystem(LightningModule):
         )
         loss = contrastive_loss(output.logits_per_image, batch.groups)
         best = output.logits_per_image.argmax(dim=1)
-        self.log("loss", loss, prog_bar=True)
-        self.log("top1_in_batch", (batch.groups[best] == batch.groups).float().mean())
+        self.log("loss", loss, prog_bar=True, sync_dist=True)
+        self.log(
+            "top1_in_batch", (batch.groups[best] == batch.groups).float().mean(), sync_dist=True
+        )
         return loss
 
     def on_before_zero_grad(self, optimizer: torch.optim.Optimizer) -> None:

@@ -50,7 +50,7 @@ class PreviewerSystem(LightningModule):
             batch.pixels, size=predicted.shape[-2:], mode="bilinear", antialias=True
         )
         loss = pixel_loss(predicted, small)
-        self.log("loss", loss, prog_bar=True)
+        self.log("loss", loss, prog_bar=True, sync_dist=True)
         return loss
 
     def configure_optimizers(self) -> Any:

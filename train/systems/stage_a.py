@@ -128,10 +128,10 @@ class StageASystem(LightningModule):
         second.step()
         for schedule in self.lr_schedulers():  # type: ignore[union-attr]
             schedule.step()
-        self.log("loss", total, prog_bar=True)
-        self.log("discriminator", verdict)
+        self.log("loss", total, prog_bar=True, sync_dist=True)
+        self.log("discriminator", verdict, sync_dist=True)
         for name, value in terms.items():
-            self.log(name, value)
+            self.log(name, value, sync_dist=True)
 
     @property
     def step_kind(self) -> str:

@@ -109,8 +109,8 @@ class StageBSystem(LightningModule):
         noised = noise_batch(batch.require("stage_a_latents"), self.config.diffusion, draws)
         predicted = self.network(noised.x_t, noised.network_time, self.condition(batch, draws))
         loss, mse = denoising_loss(predicted, noised)
-        self.log("loss", loss, prog_bar=True)
-        self.log("mse", mse)
+        self.log("loss", loss, prog_bar=True, sync_dist=True)
+        self.log("mse", mse, sync_dist=True)
         return loss
 
     def configure_optimizers(self) -> Any:

@@ -97,8 +97,8 @@ class StageCSystem(LightningModule):
         cond = self.condition(batch, draws)
         predicted = self.network(noised.x_t, noised.network_time, cond)
         loss, mse = denoising_loss(predicted, noised)
-        self.log("loss", loss, prog_bar=True)
-        self.log("mse", mse)
+        self.log("loss", loss, prog_bar=True, sync_dist=True)
+        self.log("mse", mse, sync_dist=True)
         return loss
 
     def configure_optimizers(self) -> Any:

@@ -1,0 +1,93 @@
+"""One process, two, or micro-batches: the same global batch gives the same steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cascade.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+STEPS = 4
+LEARNING_RATE = 1e-5
+OPTIM = {
+    "optim": {"lr": LEARNING_RATE, "warmup_steps": 0, "schedule": "constant"},
+    "run": {"ema_decay": 0.0},
+    "model": {"dropout": 0.0},  # drawn by each process for itself
+}
+
+pytestmark = pytest.mark.slow
+
+
+def start(run, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the command as a user does, so that it can start its other processes."""
+    command = [sys.executable, "-m", "train", run.kind, "--config", str(run.config)]
+    return subprocess.run(
+        [*command, "--run.max_steps", str(STEPS), *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def weights_of(run) -> dict[str, torch.Tensor]:
+    return load_file(run.out / f"{run.kind}.safetensors")
+
+
+def assert_same_steps(one, other) -> None:
+    """The updates agree. AdamW's are as large for gradients of rounding errors, so not bit by bit.
+
+    Of unrelated gradients, or of half of the batch alone, the share below is near or above 1.
+    """
+    first, second = weights_of(one), weights_of(other)
+    gaps = torch.cat([(value - second[key]).flatten() for key, value in first.items()])
+    moved = torch.full_like(gaps, LEARNING_RATE * STEPS)
+    assert float(gaps.norm() / moved.norm()) < 0.1
+
+
+def test_two_processes_train_as_one(make_run, tiny_model: Path) -> None:
+    start_from = str(tiny_model / "stage_c.safetensors")  # of zeros, gradients are rounding errors
+    whole = make_run("stage_c", "whole", data={"batch_size": 4}, init_from=start_from, **OPTIM)
+    assert whole.start("--run.max_steps", STEPS) == 0
+    halves = make_run("stage_c", "halves", data={"batch_size": 2}, init_from=start_from, **OPTIM)
+    done = start(halves, "--run.devices", 2)
+    assert done.returncode == 0, done.stderr
+    assert halves.losses() == pytest.approx(whole.losses(), rel=1e-4)
+    assert_same_steps(whole, halves)
+
+
+def test_two_processes_step_two_optimizers_and_go_on_together(make_run) -> None:
+    # Not as one: Stage A's batch norms see each process's half (on GPUs they see all).
+    run = make_run("stage_a", data={"batch_size": 2})
+    for steps in (STEPS, STEPS + 2):
+        done = start(run, "--run.devices", 2, "--resume", "--run.max_steps", steps)
+        assert done.returncode == 0, done.stderr
+        assert (run.out / "done").read_text() == f"{steps} steps\n"
+    rows = [json.loads(line) for line in (run.out / "ledger.jsonl").read_text().splitlines()]
+    assert rows[-1]["samples"] == (STEPS + 2) * 4
+    assert rows[-1]["device_seconds"] == pytest.approx(2 * sum(rows[-1]["seconds"].values()))
+
+
+def test_two_micro_batches_train_as_one_batch(make_run, tiny_model: Path) -> None:
+    start_from = str(tiny_model / "stage_c.safetensors")
+    whole = make_run("stage_c", "whole", data={"batch_size": 4}, init_from=start_from, **OPTIM)
+    both = {**OPTIM, "run": {**OPTIM["run"], "accumulate": 2}}
+    halves = make_run("stage_c", "halves", data={"batch_size": 2}, init_from=start_from, **both)
+    assert whole.start("--run.max_steps", STEPS) == 0
+    assert halves.start("--run.max_steps", STEPS) == 0
+    assert_same_steps(whole, halves)
+
+
+def test_what_steps_two_optimizers_takes_no_micro_batches(make_run) -> None:
+    run = make_run("stage_a", run={"accumulate": 2})
+    with pytest.raises(UserError, match=r"raise data\.batch_size instead"):
+        run.start()
