@@ -124,7 +124,8 @@ class AttentionBlock(nn.Module):
         tokens = self.group_norm(x).permute(0, 2, 3, 1).flatten(1, 2)[:, None]  # (B, 1, H * W, C)
         attended = attend(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
         attended = self.to_out[0](attended[:, 0]).unflatten(1, x.shape[-2:])  # (B, H, W, C)
-        return x + attended.permute(0, 3, 1, 2)
+        # The first summand's memory layout is the sum's: channels last, for the layers after it.
+        return attended.permute(0, 3, 1, 2) + x
 
 
 class MidBlock(nn.Module):
