@@ -8,6 +8,7 @@ arXiv:2002.05202 (the feed-forward).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import cast
 
 import torch.nn.functional as F
@@ -16,6 +17,13 @@ from torch import Tensor, nn
 from stages.layers import attend, run
 from stages.unet.config import UNetConfig
 from stages.unet.features import Features, Taps
+
+KeysValues = tuple[Tensor, Tensor]
+"""Keys and values, each (B, N, M, C / N): what is asked of a context, which it alone decides."""
+
+Text = Tensor | Mapping[str, KeysValues]
+"""The text's hidden states, (B, M, text_channels), or what each transformer block, by its path,
+asks of them: the text does not change from step to step."""
 
 
 class Attention(nn.Module):
@@ -34,14 +42,24 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_channels, channels, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
-    def forward(self, tokens: Tensor, context: Tensor | None = None) -> Tensor:
-        """(B, L, C) and (B, M, D) -> (B, L, C); without a context, tokens ask each other."""
+    def keys_values(self, context: Tensor) -> KeysValues:
+        """Return what is asked of a context, ``(B, M, D)``."""
+        return self._heads(self.to_k(context)), self._heads(self.to_v(context))
+
+    def forward(self, tokens: Tensor, context: Tensor | KeysValues | None = None) -> Tensor:
+        """Return ``(B, L, C)``.
+
+        Args:
+            tokens: ``(B, L, C)``; they ask.
+            context: Who is asked: ``(B, M, D)``, or its keys and values; None: the tokens.
+        """
         context = tokens if context is None else context
-        projected = (self.to_q(tokens), self.to_k(context), self.to_v(context))
-        query, key, value = (
-            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in projected
-        )  # (B, N, L, C / N)
+        query = self._heads(self.to_q(tokens))  # (B, N, L, C / N)
+        key, value = self.keys_values(context) if isinstance(context, Tensor) else context
         return self.to_out[0](attend(query, key, value).transpose(1, 2).flatten(2))
+
+    def _heads(self, tokens: Tensor) -> Tensor:
+        return tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
 class GatedGELU(nn.Module):
@@ -88,17 +106,18 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, text: Tensor, wanted: frozenset[str]) -> tuple[Tensor, Features]:
+    def forward(self, x: Tensor, text: Text, wanted: frozenset[str]) -> tuple[Tensor, Features]:
         """Return ``(B, L, C)`` as it came, and what was asked for.
 
         Args:
             x: Tokens of the picture, ``(B, L, C)``.
-            text: ``(B, M, text_channels)``.
+            text: The text.
             wanted: Names of the sites asked for, in all of the network.
         """
         taps = Taps(self.name, wanted)
+        context = text if isinstance(text, Tensor) else text[self.name]
         x = x + taps.see("attn1", self.attn1(self.norm1(x)))
-        x = x + taps.see("attn2", self.attn2(self.norm2(x), text))
+        x = x + taps.see("attn2", self.attn2(self.norm2(x), context))
         x = x + taps.see("ff", self.ff(self.norm3(x)))
         taps.see("", x)
         return x, taps.found
@@ -128,13 +147,13 @@ class SpatialTransformer(nn.Module):
         return nn.Linear(width, width) if self.linear_projection else nn.Conv2d(width, width, 1)
 
     def forward(
-        self, x: Tensor, text: Tensor, wanted: frozenset[str], recompute: bool
+        self, x: Tensor, text: Text, wanted: frozenset[str], recompute: bool
     ) -> tuple[Tensor, Features]:
         """Return ``(B, C, H, W)`` as it came, and what was asked for.
 
         Args:
             x: ``(B, C, H, W)``.
-            text: ``(B, M, text_channels)``.
+            text: The text.
             wanted: Names of the sites asked for, in all of the network.
             recompute: Whether each transformer block is run again in the backward pass.
         """

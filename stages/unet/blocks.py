@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.layers import run
-from stages.unet.attention import SpatialTransformer
+from stages.unet.attention import SpatialTransformer, Text
 from stages.unet.config import UNetConfig
 from stages.unet.features import Features, Taps
 from stages.unet.resnet import Downsample, ResnetBlock, Upsample
@@ -58,7 +58,7 @@ class UNetBlock(nn.Module):
             }
         )
 
-    def _layer(self, layer: int, x: Tensor, time: Tensor, text: Tensor, taps: Taps) -> Tensor:
+    def _layer(self, layer: int, x: Tensor, time: Tensor, text: Text, taps: Taps) -> Tensor:
         """Run a resnet and the attention after it, if there is one."""
         x = run(self.resnets[layer], x, time, recompute=self.recompute)
         taps.see(f"resnets.{layer}", x)
@@ -85,7 +85,7 @@ class DownBlock(UNetBlock):
             self.downsamplers = nn.ModuleList([Downsample(width)])
 
     def forward(
-        self, x: Tensor, time: Tensor, text: Tensor, wanted: frozenset[str]
+        self, x: Tensor, time: Tensor, text: Text, wanted: frozenset[str]
     ) -> tuple[Tensor, list[Tensor], Features]:
         """Return ``(B, C, H/2, W/2)``, the skips and what was asked for.
 
@@ -114,7 +114,7 @@ class MidBlock(UNetBlock):
         super().__init__(config, level, in_channels, depths, "mid_block")
 
     def forward(
-        self, x: Tensor, time: Tensor, text: Tensor, wanted: frozenset[str]
+        self, x: Tensor, time: Tensor, text: Text, wanted: frozenset[str]
     ) -> tuple[Tensor, Features]:
         """Return ``(B, C, H, W)`` as it came, and what was asked for."""
         taps = Taps(self.name, wanted)
@@ -141,7 +141,7 @@ class UpBlock(UNetBlock):
             self.upsamplers = nn.ModuleList([Upsample(width)])
 
     def forward(
-        self, x: Tensor, skips: list[Tensor], time: Tensor, text: Tensor, wanted: frozenset[str]
+        self, x: Tensor, skips: list[Tensor], time: Tensor, text: Text, wanted: frozenset[str]
     ) -> tuple[Tensor, Features]:
         """Return ``(B, C, 2H, 2W)`` and what was asked for; the finest level keeps its size.
 
@@ -150,7 +150,7 @@ class UpBlock(UNetBlock):
             skips: All that is left of the way down. Each resnet takes the last, so that it can be
                 freed; the next one's size is the size of the result.
             time: ``(B, time_channels)``, activated.
-            text: ``(B, M, text_channels)``.
+            text: The text.
             wanted: Names of the sites asked for, in all of the network.
         """
         taps = Taps(self.name, wanted)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stages.embeddings import timestep_embedding
-from stages.unet.attention import SpatialTransformer
+from stages.unet.attention import SpatialTransformer, Text, TransformerBlock
 from stages.unet.blocks import DownBlock, MidBlock, UNetBlock, UpBlock
 from stages.unet.config import NUM_SIZES, UNetConfig
 from stages.unet.features import Features, UNetOutput, sites
@@ -44,8 +44,8 @@ class UNetCondition:
 class UNetPrepared:
     """A condition after everything that does not change from step to step."""
 
-    text: Tensor
-    """(B, L, D), in the network's number format."""
+    text: Text
+    """What each transformer block asks of the text, in the network's number format."""
     added: Tensor | None
     """(B, time_channels): the pooled text and the sizes, embedded; None in SD 1.x and 2.x."""
 
@@ -132,11 +132,17 @@ class UNet(nn.Module):
             block.recompute = name in chosen
 
     def prepare(self, cond: UNetCondition) -> UNetPrepared:
-        """Embed what does not change from step to step, once per picture.
+        """Compute what does not change from step to step, once per picture.
 
         Raises:
             ValueError: The condition is not what this network is told.
         """
+        text = self._text(cond)
+        blocks = (block for block in self.modules() if isinstance(block, TransformerBlock))
+        asked = {block.name: block.attn2.keys_values(text) for block in blocks}
+        return UNetPrepared(asked, self._added(cond))
+
+    def _text(self, cond: UNetCondition) -> Tensor:
         config = self.config
         text = cond.text_hidden
         if text.shape[-1] != config.text_channels:
@@ -144,7 +150,7 @@ class UNet(nn.Module):
                 f"text_hidden is {text.shape[-1]} wide, but this U-Net's text is "
                 f"{config.text_channels} wide"
             )
-        return UNetPrepared(text.to(self.conv_in.weight.dtype), self._added(cond))
+        return text.to(self.conv_in.weight.dtype)
 
     def _added(self, cond: UNetCondition) -> Tensor | None:
         config = self.config
@@ -206,15 +212,17 @@ class UNet(nn.Module):
         """
         wanted = frozenset(() if features is None else features)
         self._check_sites(wanted)
-        prepared = self.prepare(cond) if isinstance(cond, UNetCondition) else cond
+        if isinstance(cond, UNetCondition):
+            # Each block asks the text itself: it is called once, and may be recomputed.
+            cond = UNetPrepared(self._text(cond), self._added(cond))
         time = self.time_embedding(timestep_embedding(timesteps, self.config.channels[0]))
-        if prepared.added is not None:
-            time = time + prepared.added
-        prediction, found = self._denoise(x, F.silu(time), prepared.text, wanted)
+        if cond.added is not None:
+            time = time + cond.added
+        prediction, found = self._denoise(x, F.silu(time), cond.text, wanted)
         return prediction if features is None else UNetOutput(prediction, found)
 
     def _denoise(
-        self, x: Tensor, time: Tensor, text: Tensor, wanted: frozenset[str]
+        self, x: Tensor, time: Tensor, text: Text, wanted: frozenset[str]
     ) -> tuple[Tensor, Features]:
         """Go down, through the middle and up again."""
         found: Features = {}
