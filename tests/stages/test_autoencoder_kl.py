@@ -111,6 +111,9 @@ def test_keys_and_shapes_at_full_size_are_those_of_diffusers():
     assert {key: value.shape for key, value in ours.state_dict().items()} == {
         key: value.shape for key, value in theirs.state_dict().items()
     }
+    for name, module in ours.named_modules():
+        if isinstance(module, nn.GroupNorm):
+            assert module.eps == theirs.get_submodule(name).eps, name
 
 
 # What it does

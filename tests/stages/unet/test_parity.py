@@ -97,3 +97,10 @@ def test_keys_and_shapes_at_full_size_are_those_of_diffusers(
     assert {key: value.shape for key, value in ours.state_dict().items()} == {
         key: value.shape for key, value in theirs.state_dict().items()
     }
+    # Too small to be seen in random numbers, and not too small for trained ones.
+    assert epsilons(ours) == epsilons(theirs)
+
+
+def epsilons(network: nn.Module) -> dict[str, float]:
+    norms = (nn.GroupNorm, nn.LayerNorm)
+    return {name: part.eps for name, part in network.named_modules() if isinstance(part, norms)}
