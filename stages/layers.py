@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 NORM_EPS = 1e-6
 
@@ -146,18 +147,32 @@ class Attention(nn.Module):
         asked = tokens if context is None else torch.cat([tokens, context.to(tokens.dtype)], dim=1)
         key, value = (self._heads(part) for part in self.key_value(asked).chunk(2, dim=-1))
         dropout = self.dropout if self.training else 0.0
-        if short_on_cpu(query, key):
-            # Autocast would cast back to bfloat16.
-            with torch.autocast("cpu", enabled=False):
-                attended = F.scaled_dot_product_attention(
-                    query.float(), key.float(), value.float(), dropout_p=dropout
-                ).to(query.dtype)
-        else:
-            attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+        attended = attend(query, key, value, dropout)
         return self.out(attended.transpose(1, 2).flatten(2))
 
     def _heads(self, tokens: Tensor) -> Tensor:
         return tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> Tensor:
+    """Attend with the fastest kernel; logits and softmax are float32 in all of them.
+
+    Args:
+        query: ``(B, N, L, C / N)``.
+        key: ``(B, N, M, C / N)``.
+        value: ``(B, N, M, C / N)``.
+        dropout: Share of the attention weights to drop.
+
+    Returns:
+        ``(B, N, L, C / N)``.
+    """
+    if not short_on_cpu(query, key):
+        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+    # Autocast would cast back to bfloat16.
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(
+            query.float(), key.float(), value.float(), dropout_p=dropout
+        ).to(query.dtype)
 
 
 def short_on_cpu(query: Tensor, key: Tensor) -> bool:
@@ -221,6 +236,18 @@ class TimestepBlock(nn.Module):
             total = total + mapper(embeddings[:, index].to(self.mapper.weight.dtype))
         scale, shift = total[:, :, None, None].to(x.dtype).chunk(2, dim=1)  # (B, C, 1, 1)
         return x * (1 + scale) + shift
+
+
+def run(module: nn.Module, *inputs: Any, recompute: bool) -> Any:
+    """Call a module; with ``recompute``, keep only its inputs until the gradient is asked for.
+
+    The module is then run again in the backward pass. Whatever it returns has its gradient, also
+    what is no part of the network's own output.
+    """
+    if recompute and torch.is_grad_enabled():
+        # The reentrant kind gives no gradient where the inputs need none.
+        return checkpoint(module, *inputs, use_reentrant=False)
+    return module(*inputs)
 
 
 def init_weights(module: nn.Module) -> None:

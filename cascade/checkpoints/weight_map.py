@@ -33,10 +33,13 @@ class Link:
     """Relative heights of theirs."""
     their_leading_ones: int = 0
     """Axes of size 1 that theirs have before the axes of ours, of one tensor each."""
+    their_trailing_ones: int = 0
+    """The same after the axes of ours: 2 where a linear layer of ours is a convolution there."""
 
     def __post_init__(self) -> None:
-        """Refuse what is not followed: ones before tensors that are joined."""
-        assert not self.their_leading_ones or len(self.ours) == len(self.theirs) == 1
+        """Refuse what is not followed: ones around tensors that are joined."""
+        ones = self.their_leading_ones or self.their_trailing_ones
+        assert not ones or len(self.ours) == len(self.theirs) == 1
 
 
 Table = Iterable[Link]
@@ -61,6 +64,23 @@ def batch_norm(ours: str, theirs: str, affine: bool = True) -> Iterator[Link]:
     statistics = ("running_mean", "running_var", "num_batches_tracked")
     for name in (("weight", "bias") if affine else ()) + statistics:
         yield same(f"{ours}.{name}", f"{theirs}.{name}")
+
+
+def by_module(ours: Iterable[str], modules: Mapping[str, str]) -> Iterator[Link]:
+    """Link tensors to those of the same shape in a module of another name.
+
+    Args:
+        ours: Names of ours.
+        modules: Paths of ours to paths of theirs; of several that lead to a tensor, the longest
+            one tells. What is below them has the same name on both sides.
+    """
+    for name in ours:
+        module, rest = name, ""
+        while module not in modules:
+            module, _, last = module.rpartition(".")
+            assert module, f"{name} is in none of the modules"
+            rest = f".{last}{rest}"
+        yield same(name, modules[module] + rest)
 
 
 # Following them
@@ -151,21 +171,27 @@ def _follow(state: State, step: _Step) -> dict[str, Tensor]:
 
 
 def _without_ones(link: Link) -> Callable[[Tensor], Tensor]:
+    leading, trailing = link.their_leading_ones, link.their_trailing_ones
+
     def reshape(tensor: Tensor) -> Tensor:
-        ones = link.their_leading_ones
-        if tensor.shape[:ones] != (1,) * ones:
-            raise ValueError(f"{sides(tensor.shape)} has no {ones} leading axes of size 1")
-        return tensor.reshape(tensor.shape[ones:]) if ones else tensor
+        kept = tensor.shape[leading : tensor.ndim - trailing]
+        if tensor.shape != (*(1,) * leading, *kept, *(1,) * trailing):
+            raise ValueError(f"{sides(tensor.shape)} has no {leading} and {trailing} axes of 1")
+        return tensor.reshape(kept) if leading or trailing else tensor
 
     return reshape
 
 
 def _with_ones(link: Link) -> Callable[[Tensor], Tensor]:
     def reshape(tensor: Tensor) -> Tensor:
-        ones = link.their_leading_ones
-        return tensor.reshape(*(1,) * ones, *tensor.shape) if ones else tensor
+        shape = _shape_with_ones(link, tensor.shape)
+        return tensor if shape == tensor.shape else tensor.reshape(shape)
 
     return reshape
+
+
+def _shape_with_ones(link: Link, ours: torch.Size) -> torch.Size:
+    return torch.Size((*(1,) * link.their_leading_ones, *ours, *(1,) * link.their_trailing_ones))
 
 
 def _refuse(**complaints: Sequence[str]) -> None:
@@ -189,7 +215,7 @@ def _their_shapes(ours: Mapping[str, torch.Size], links: Sequence[Link]) -> dict
     for link in links:
         first = ours[link.ours[0]]
         if len(link.ours) == len(link.theirs) == 1:
-            theirs[link.theirs[0]] = torch.Size((*(1,) * link.their_leading_ones, *first))
+            theirs[link.theirs[0]] = _shape_with_ones(link, first)
             continue
         rows = sum(ours[name][0] for name in link.ours)
         for name, part in zip(link.theirs, link.their_parts, strict=True):

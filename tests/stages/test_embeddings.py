@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from stages.embeddings import time_embedding
+from stages.embeddings import time_embedding, timestep_embedding
 
 
 def test_it_is_sines_then_cosines_of_ten_thousand_t():
@@ -47,3 +47,29 @@ def test_close_times_differ():
     embedded = time_embedding(torch.linspace(0, 1, 101), 64)
     distances = torch.cdist(embedded, embedded) + 10 * torch.eye(101)
     assert distances.min() > 0.1
+
+
+# Timesteps and sizes
+
+
+def test_a_timestep_is_cosines_then_sines():
+    values = torch.tensor([0.0, 17.5, 999.0])
+    embedded = timestep_embedding(values, 8)
+    assert embedded.shape == (3, 8) and embedded.dtype == torch.float32
+    for row, value in zip(embedded, values.tolist(), strict=True):
+        angles = [value * 10_000 ** (-k / 4) for k in range(4)]
+        expected = torch.tensor([math.cos(a) for a in angles] + [math.sin(a) for a in angles])
+        torch.testing.assert_close(row, expected, atol=1e-4, rtol=0)
+
+
+def test_whole_numbers_of_thousands_are_told_apart():
+    sizes = torch.arange(4000, 4100)
+    embedded = timestep_embedding(sizes, 256)
+    assert torch.equal(embedded, timestep_embedding(sizes.double(), 256))
+    assert (torch.cdist(embedded, embedded) + 10 * torch.eye(100)).min() > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounded_timesteps_are_refused(dtype):
+    with pytest.raises(ValueError, match="float32"):
+        timestep_embedding(torch.zeros(1, dtype=dtype), 64)

@@ -5,12 +5,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from cascade.checkpoints.weight_map import Link, batch_norm, layer, same, to_ours, to_theirs
+from cascade.checkpoints.weight_map import (
+    Link,
+    batch_norm,
+    by_module,
+    layer,
+    same,
+    to_ours,
+    to_theirs,
+)
 from cascade.errors import UserError
 
 FUSED = Link(("query", "key_value"), ("in_proj",), our_parts=(1, 2))
 SPLIT = Link(("key_value",), ("key", "value"), their_parts=(1, 1))
 ONES = Link(("gamma",), ("scale",), their_leading_ones=3)
+CONV = Link(("linear",), ("conv",), their_trailing_ones=2)
 
 
 def test_a_layer_is_weight_and_bias():
@@ -49,6 +58,26 @@ def test_leading_axes_of_one_are_dropped_and_restored():
     assert torch.equal(to_theirs(ours, [ONES])["scale"], theirs["scale"])
 
 
+def test_trailing_axes_of_one_are_dropped_and_restored():
+    theirs = {"conv": torch.randn(5, 3, 1, 1)}
+    ours = to_ours(theirs, [CONV])
+    assert torch.equal(ours["linear"], theirs["conv"][..., 0, 0])
+    assert torch.equal(to_theirs(ours, [CONV])["conv"], theirs["conv"])
+
+
+def test_tensors_follow_the_longest_path_that_leads_to_them():
+    modules = {"a": "x.0", "a.b": "y", "a.b.c": "z.1"}
+    links = by_module(["a.weight", "a.b.bias", "a.b.c.d.weight", "a.bb.weight"], modules)
+    assert [link.theirs[0] for link in links] == [
+        "x.0.weight",
+        "y.bias",
+        "z.1.d.weight",
+        "x.0.bb.weight",
+    ]
+    with pytest.raises(AssertionError, match=r"q\.weight is in none"):
+        list(by_module(["q.weight"], modules))
+
+
 def test_parts_can_be_written_to_a_file(tmp_path):
     """safetensors refuses tensors that share their numbers; parts of one tensor don't."""
     ours = to_ours({"in_proj": torch.randn(9, 4)}, [FUSED])
@@ -75,6 +104,8 @@ def test_the_first_five_missing_and_unexpected_tensors_are_named():
         (SPLIT, {"key": torch.zeros(3, 4), "value": torch.zeros(3, 5)}),
         (ONES, {"scale": torch.zeros(5)}),
         (ONES, {"scale": torch.zeros(1, 2, 1, 5)}),
+        (CONV, {"conv": torch.zeros(5, 3, 3, 3)}),
+        (CONV, {"conv": torch.zeros(5)}),
     ],
 )
 def test_shapes_that_no_network_could_have_are_refused(link, state):
