@@ -242,6 +242,6 @@ def _connected(candidates: Tensor, seeds: Tensor) -> Tensor:
     while True:
         grown = F.max_pool2d(seeds.float(), kernel_size=3, stride=1, padding=1) > 0
         grown &= candidates
-        if torch.equal(grown, seeds):
+        if seeds.is_meta or torch.equal(grown, seeds):  # without values one round tells the sizes
             return seeds
         seeds = grown

@@ -81,6 +81,20 @@ class StageAConfig:
             reach += blocks
         return reach
 
+    @property
+    def encoder_reach(self) -> int:
+        """Latent cells to each side of its own whose pixels a latent depends on: 2 as published.
+
+        Every block looks one cell of its level further, and every strided convolution (4 wide,
+        stride 2) doubles the distance and adds one cell of the finer level.
+        """
+        reach = 0  # in cells of the level, from the coarsest, where latents are, to the finest
+        for level in range(len(self.channels) - 1, -1, -1):
+            reach += self.encoder_blocks[level]
+            if level > 0:
+                reach = 2 * reach + 1
+        return -(-reach // 2 ** (len(self.channels) - 1))
+
     @classmethod
     def v3(cls) -> StageAConfig:
         """Published Stage A with Stable Cascade's scale, 0.43."""

@@ -7,10 +7,13 @@ back as soon as the last reference to it goes, so that a conversion never holds 
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import mmap
+import platform
 import struct
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +27,8 @@ from torch import Tensor
 from cascade.errors import UserError
 
 MAX_HEADER_BYTES = 64 << 20
+_LINUX_NORESERVE = {"x86_64": 0x4000, "aarch64": 0x4000}
+"""Linux's MAP_NORESERVE by machine, which Python names only from 3.13 on."""
 _DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -123,6 +128,10 @@ class StoredTensors(Mapping[str, Tensor]):
 class MappedFile:
     """A file mapped as a whole, privately: what is written to its tensors never reaches it.
 
+    The system is asked to set no memory aside for pages that may never be written to, where it can:
+    a file may then be larger than all memory and swap. Where even so no writable map is granted
+    (strict overcommit, a limit on data), the file is mapped to be read, and tensors are copies.
+
     Tensors on the same bytes share them: of a network that is changed in place and another one
     from the same ``MappedFile``, the second has the changes. Open the file again for another one.
     """
@@ -130,7 +139,14 @@ class MappedFile:
     def __init__(self, path: Path) -> None:
         """Map the file; no page of it is read yet."""
         with open(path, "rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            try:
+                self._map = _map_privately(file.fileno())
+                self._writable = True
+            except OSError as error:
+                if error.errno != errno.ENOMEM:
+                    raise
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                self._writable = False
         self._holders: dict[object, tuple[int, int]] = {}
 
     def __getitem__(self, part: slice) -> bytes:
@@ -145,8 +161,12 @@ class MappedFile:
         if shape.numel() == 0:
             return torch.empty(shape, dtype=dtype)
         stop = start + shape.numel() * dtype.itemsize
-        if start % dtype.itemsize:  # torch computes on aligned numbers alone
-            return torch.frombuffer(bytearray(self._map[start:stop]), dtype=dtype).view(shape)
+        # torch computes on aligned numbers alone, and writing to a map to be read is a crash.
+        if start % dtype.itemsize or not self._writable:
+            with memoryview(self._map) as whole, whole[start:stop] as part:
+                copy = bytearray(part)
+            self._let_go(None, start, stop)
+            return torch.frombuffer(copy, dtype=dtype).view(shape)
         view = memoryview(self._map)[start:stop]
         # torch keeps the view as long as any tensor on these values lives.
         holder = object()
@@ -165,6 +185,17 @@ class MappedFile:
         if not shared and first < last and hasattr(mmap, "MADV_DONTNEED"):
             length = (last - first) * mmap.PAGESIZE
             self._map.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE, length)
+
+
+def _map_privately(descriptor: int) -> mmap.mmap:
+    """Map a file so that what is written stays here; without a reserve of memory if possible."""
+    noreserve = getattr(mmap, "MAP_NORESERVE", None)
+    if noreserve is None and sys.platform == "linux":
+        noreserve = _LINUX_NORESERVE.get(platform.machine())
+    if noreserve is None:
+        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
+    flags = mmap.MAP_PRIVATE | noreserve
+    return mmap.mmap(descriptor, 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
 
 
 @dataclass(frozen=True)
@@ -188,7 +219,8 @@ def open_safetensors(path: Path) -> SafetensorsFile:
     length = _header_length(path)
     try:
         # Checks what the header says: places in the file, without holes, as large as the shapes.
-        with safe_open(path, framework="pt"):
+        # For numpy, since for torch it would map the whole file writable, with memory set aside.
+        with safe_open(path, framework="np"):
             pass
         file = MappedFile(path)
     except SafetensorError as error:

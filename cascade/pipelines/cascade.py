@@ -8,6 +8,7 @@ Reference: Pernias et al., 2023, Wuerstchen, arXiv:2306.00637.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -20,8 +21,9 @@ from cascade.images import ImageLike, as_image, pixels_to_images
 from cascade.pipelines.finite import check_not_black
 from cascade.pipelines.given import Given, read_given
 from cascade.pipelines.loaded import GPU_BATCH_SIZE, LoadedCascade
+from cascade.pipelines.memory import PictureWork
 from cascade.pipelines.picture_input import PictureInput
-from cascade.pipelines.plan import Plan, Settings, make_plan
+from cascade.pipelines.plan import Plan, Request, Settings, make_plan
 from cascade.pipelines.prompts import PromptStates, batches_of
 from cascade.pipelines.results import (
     CascadeOutput,
@@ -30,6 +32,7 @@ from cascade.pipelines.results import (
     Reconstruction,
     collect,
     describe,
+    join,
 )
 from cascade.pipelines.sampling import sample_stage_b, sample_stage_c
 from cascade.pipelines.watch import Clock, OnPreview, Watch
@@ -212,6 +215,9 @@ class CascadePipeline(LoadedCascade):
             ):
                 finished.append(picture)
         except KeyboardInterrupt as error:
+            # Whoever keeps the error, as an interactive Python does, would keep what was on the
+            # device in that moment.
+            traceback.clear_frames(error.__traceback__)
             raise Interrupted(finished, len(plan.requests)) from error
         return collect(finished, plan.notices)
 
@@ -256,7 +262,7 @@ class CascadePipeline(LoadedCascade):
         seeds: Sequence[int] | None = None,
         prompts: Sequence[str] | None = None,
     ) -> Reconstruction:
-        """Send pictures down the cascade and up again; all of them run together.
+        """Send pictures down the cascade and up again; all run together, or as many as fit.
 
         Args:
             pixels: ``(B, 3, H, W)`` in [0, 1], both sides multiples of the model's.
@@ -265,7 +271,7 @@ class CascadePipeline(LoadedCascade):
             prompts: What Stage B is told beside the latents; None is the null prompt.
 
         Raises:
-            UserError: If shapes, seeds or prompts do not fit.
+            UserError: If shapes, seeds or prompts do not fit, or the memory does not do.
         """
         if through not in ("a", "ab"):
             raise UserError(f"through {through!r}: 'a' or 'ab'")
@@ -280,22 +286,54 @@ class CascadePipeline(LoadedCascade):
         prompts = [""] * count if prompts is None else list(prompts)
         if len(seeds) != count or len(prompts) != count:
             raise UserError(f"{count} pictures, {len(seeds)} seeds and {len(prompts)} prompts")
-        with torch.inference_mode():
+        together = self._arrange_reading(prompts, (height, width), through) or max(count, 1)
+        states = self.prompt_states([*prompts, ""])[1]
+        made = []
+        for start in range(0, max(count, 1), together):
+            part = slice(start, start + together)
             if through == "a":
-                latents = self.encode_stage_a(pixels)
-                return Reconstruction(self.decode(latents).cpu(), None, latents.cpu())
-            stage_c_latents = self.encode_picture(pixels)
-            prompted_b = self.prompt_states([*prompts, ""])[1].pair(prompts, "")
-            with self.memory.on("stage_b"):
-                latents = sample_stage_b(
-                    self.stage_b,
-                    self.spec.stage_b,
-                    self.told(stage_c_latents),
-                    prompted_b,
-                    PictureNoise(seeds, "stage_b"),
-                    self.latent_shape(height, width, stage_c_latents),
-                )
-            return Reconstruction(self.decode(latents).cpu(), stage_c_latents.cpu(), latents.cpu())
+                made.append(self._through_stage_a(pixels[part]))
+            else:
+                made.append(self._through_stage_b(pixels[part], states, prompts[part], seeds[part]))
+        return join(made)
+
+    def _arrange_reading(
+        self, prompts: Sequence[str], size: tuple[int, int], through: str
+    ) -> int | None:
+        """Place the networks for a reconstruction; return how many run together, None: all."""
+        if not self.memory.has_budget or not prompts:
+            return None
+        work = PictureWork(compressed=size, idle=frozenset({"stage_c"}))
+        if through == "a":
+            idle = frozenset({"text", "text_b", "stage_c", "stage_b"})
+            work = PictureWork(encoded=size, idle=idle)
+        requests = tuple(Request(prompt, 0) for prompt in prompts)
+        spec = self.spec
+        plan = Plan(requests, "", size[1], size[0], spec.stage_c, spec.stage_b)
+        return self._arrange(plan, None, len(prompts), work).batch_size
+
+    @torch.inference_mode()
+    def _through_stage_a(self, pixels: Tensor) -> Reconstruction:
+        latents = self.encode_stage_a(pixels)
+        return Reconstruction(self.decode(latents).cpu(), None, latents.cpu())
+
+    @torch.inference_mode()
+    def _through_stage_b(
+        self, pixels: Tensor, states: PromptStates, prompts: Sequence[str], seeds: Sequence[int]
+    ) -> Reconstruction:
+        stage_c_latents = self.encode_picture(pixels)
+        prompted_b = states.pair(prompts, "")
+        height, width = pixels.shape[-2:]
+        with self.memory.on("stage_b"):
+            latents = sample_stage_b(
+                self.stage_b,
+                self.spec.stage_b,
+                self.told(stage_c_latents),
+                prompted_b,
+                PictureNoise(seeds, "stage_b"),
+                self.latent_shape(height, width, stage_c_latents),
+            )
+        return Reconstruction(self.decode(latents).cpu(), stage_c_latents.cpu(), latents.cpu())
 
     @torch.inference_mode()
     def _make_batch(

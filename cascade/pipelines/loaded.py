@@ -6,24 +6,28 @@ What makes whole pictures of these steps is :class:`cascade.pipelines.cascade.Ca
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from cascade.checkpoints.hub import resolve
+from cascade.control import control_kind
 from cascade.errors import UserError
+from cascade.pipelines.control_network import control_config, small_size
 from cascade.pipelines.finite import check_finite
 from cascade.pipelines.fit import check_fit
+from cascade.pipelines.memory import NO_PICTURE, PictureWork
 from cascade.pipelines.memory_plan import MemoryPlan
 from cascade.pipelines.offload import Memory, check_request
-from cascade.pipelines.parts import Dialect, Source, open_source
+from cascade.pipelines.parts import Dialect, Extra, Source, open_source
 from cascade.pipelines.placement import DtypeChoice, pick_device, pick_dtypes
 from cascade.pipelines.plan import Plan
 from cascade.pipelines.prompts import PromptStates
-from cascade.pipelines.tiles import decode_pixels
+from cascade.pipelines.tiles import decode_pixels, encode_latents
 from cascade.text.picture_encoder import PictureEncoder, centre_square
 from stages.previewer import Previewer
 from stages.semantic_compressor import SemanticCompressor
@@ -154,14 +158,45 @@ class LoadedCascade:
         Raises:
             UserError: If nothing fits into ``vram``, saying what would.
         """
+        picture = self._picture_work(plan) if self.memory.has_budget else NO_PICTURE
+        return self._arrange(plan, batch_size, GPU_BATCH_SIZE, picture)
+
+    def _arrange(
+        self, plan: Plan, batch_size: int | None, most: int, picture: PictureWork
+    ) -> MemoryPlan:
         size = self.spec.stage_c_size((plan.height, plan.width))
         shape = self.latent_shape(plan.height, plan.width, torch.empty(0, *size))
-        return self.memory.arrange(plan, size, shape, batch_size, GPU_BATCH_SIZE)
+        if picture.compressed is not None:
+            _ = self.compressor  # what it takes is computed of the network itself
+        if picture.embedded is not None:
+            self._fitting_image_encoder()
+        return self.memory.arrange(plan, size, shape, batch_size, most, picture)
+
+    def _picture_work(self, plan: Plan) -> PictureWork:
+        """Return what is read of a plan's picture and control, for the plan of memory."""
+        task, whole = plan.picture, (plan.height, plan.width)
+        work = NO_PICTURE
+        if task is not None and task.mode == "variation":
+            side = min(task.pixels.shape[-2:])
+            work = PictureWork(embedded=(side, side))
+        elif task is not None and task.mode == "reconstruct":
+            work = PictureWork(compressed=whole, idle=frozenset({"stage_c"}))
+        elif task is not None and task.mask is None:
+            work = PictureWork(compressed=whole, starts=frozenset({"stage_c"}))
+        elif task is not None:
+            starts = frozenset({"stage_c", "stage_b"})
+            work = PictureWork(compressed=whole, encoded=whole, starts=starts)
+        if plan.control is None:
+            return work
+        config = control_config(plan.control, self.stage_c)
+        if control_kind(config) == "super_resolution" and work.compressed is None:
+            work = replace(work, compressed=small_size(*whole))
+        return replace(work, control=config, controlled=whole)
 
     @cached_property
     def compressor(self) -> SemanticCompressor:
         """The semantic compressor, loaded when a picture is first encoded."""
-        network: SemanticCompressor = self._parts.extra("compressor", str(self.folder))
+        network: SemanticCompressor = self._extra("compressor")
         size = (self.spec.image_size, self.spec.image_size)
         made, declared = network.config.latent_size(size), self.spec.stage_c_size(size)
         if made != declared:
@@ -175,16 +210,19 @@ class LoadedCascade:
     @cached_property
     def previewer(self) -> Previewer:
         """The previewer, loaded when a preview is first asked for."""
-        network: Previewer = self._parts.extra("previewer", str(self.folder))
+        network: Previewer = self._extra("previewer")
         self.memory.add("previewer", network)
         return network
 
     @cached_property
     def image_encoder(self) -> PictureEncoder:
         """CLIP's picture tower, loaded when a picture is first varied."""
-        network: PictureEncoder = self._parts.extra("image_encoder", str(self.folder))
+        network: PictureEncoder = self._extra("image_encoder")
         self.memory.add("image_encoder", network)
         return network
+
+    def _extra(self, name: Extra) -> Any:
+        return self._parts.extra(name, str(self.folder), self.memory.home(name))
 
     @cached_property
     def weights_hash(self) -> str:
@@ -203,7 +241,9 @@ class LoadedCascade:
         self.check_pixels(pixels)
         compressor = self.compressor
         with torch.inference_mode(), self.memory.on("compressor"):
-            latents = compressor.encode(pixels.to(self.device)).float()
+            latents = torch.cat(
+                [compressor.encode(one.to(self.device)).float() for one in self._read(pixels)]
+            )
         check_finite(latents, "the semantic compressor", self.dtypes.of("compressor"))
         return latents
 
@@ -211,12 +251,29 @@ class LoadedCascade:
         """Return Stage A's latents of pictures, float32."""
         dtype = self.dtypes.stage_a
         with self.memory.on("stage_a"):
-            latents = self.stage_a.encode(pixels.to(self.device, dtype)).float()
-        check_finite(latents, "Stage A's encoder", dtype)
-        return latents
+            tile = self.memory.plan.encoder_tile
+            return torch.cat(
+                [
+                    encode_latents(self.stage_a, one, self.device, dtype, tile)
+                    for one in self._read(pixels)
+                ]
+            )
+
+    def _read(self, pixels: Tensor) -> Sequence[Tensor]:
+        """Return pictures as they are read: together, or one at a time as a budget counts them."""
+        one_by_one = self.memory.plan.one_by_one and len(pixels)
+        return pixels.split(1) if one_by_one else (pixels,)
 
     def embed_picture(self, pixels: Tensor) -> Tensor:
         """Return the CLIP embedding ``(1, 1, E)`` of a picture."""
+        encoder = self._fitting_image_encoder()
+        with self.memory.on("image_encoder"):
+            embeds = encoder(centre_square(pixels))[:, None]
+        check_finite(embeds, "the image encoder", embeds.dtype)
+        return embeds
+
+    def _fitting_image_encoder(self) -> PictureEncoder:
+        """Return the picture tower, if Stage C takes its embeddings."""
         channels = getattr(self.stage_c.config, "image_channels", None)
         if channels is None:
             raise UserError(f"{self.folder}: this model's Stage C is told nothing of pictures")
@@ -226,10 +283,7 @@ class LoadedCascade:
                 f"{self.folder}: its Stage C takes embeddings of pictures with {channels} values, "
                 f"but its image encoder makes {encoder.channels}"
             )
-        with self.memory.on("image_encoder"):
-            embeds = encoder(centre_square(pixels))[:, None]
-        check_finite(embeds, "the image encoder", embeds.dtype)
-        return embeds
+        return encoder
 
     def check_pixels(self, pixels: Tensor) -> None:
         """Refuse what is no batch of RGB pictures in [0, 1]."""

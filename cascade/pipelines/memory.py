@@ -8,24 +8,25 @@ keep a reserve for them.
 
 from __future__ import annotations
 
+import copy
 import math
-import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
+from cascade.control import control_maps, control_signal
+from cascade.pipelines.memory_peak import peak_bytes
 from cascade.pipelines.placement import Dtypes
-from cascade.pipelines.sampling import Prompted, sample_stage_b, sample_stage_c
+from cascade.pipelines.sampling import Prompted, Start, sample_stage_b, sample_stage_c
 from cascade.pipelines.spec import StageSampling
 from cascade.pipelines.tiles import TILE_CELLS, decode_pixels
 from cascade.rng import PictureNoise
 from cascade.text.encoder import TextEncoder, TextFeatures
+from cascade.text.picture_encoder import PictureEncoder
+from stages.controlnet import ControlNet, ControlNetConfig
 from stages.stage_a import StageA
 from stages.stage_b import StageB
 from stages.stage_b_v2 import StageBV2
@@ -35,6 +36,31 @@ from stages.stage_c_v2 import StageCV2
 WHOLE_BLOCKS = ("StageABlock",)
 """Modules whose forward reads their children's weights: brought to the device as a whole."""
 _DEPTHS = ("down_blocks", "up_blocks", "up_repeats", "num_blocks", "decoder_blocks")
+
+
+@dataclass(frozen=True)
+class PictureWork:
+    """What is read of a picture before the stages run, and what of it they keep."""
+
+    compressed: tuple[int, int] | None = None
+    """Height and width of the pixels that the semantic compressor sees; None, here and below:
+    it sees none."""
+    embedded: tuple[int, int] | None = None
+    """Height and width of the square that CLIP's picture tower sees, before it is resized."""
+    encoded: tuple[int, int] | None = None
+    """Height and width of the pixels that Stage A's encoder sees."""
+    controlled: tuple[int, int] | None = None
+    """Height and width of the pixels that a ControlNet's signal is made of."""
+    control: ControlNetConfig | None = None
+    """That ControlNet."""
+    starts: frozenset[str] = frozenset()
+    """Stages that start from the picture's latents: "stage_c", "stage_b"."""
+    idle: frozenset[str] = frozenset()
+    """Parts that do not run in this call, although they may be on the device."""
+
+
+NO_PICTURE = PictureWork()
+"""Of a prompt alone."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +77,8 @@ class Workload:
     """Channels, height and width of Stage B's latents."""
     text_length: int = 77
     """Tokens of a prompt's states, over all its windows."""
+    picture: PictureWork = NO_PICTURE
+    """What is read of a picture."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +93,10 @@ class Footprint:
     """What one picture needs besides."""
     tiled: Mapping[int, int] | None = None
     """The same by side of a tile in latent cells, largest first; Stage A alone has it."""
+    of: str | None = None
+    """The part whose weights these are: Stage A's encoder runs with Stage A's. None: its own."""
+    idle: bool = False
+    """It does not run: only its weights count, and only where it stays."""
 
 
 def footprints(
@@ -74,6 +106,7 @@ def footprints(
     encoders: Mapping[str, TextEncoder],
     dtypes: Dtypes,
     workload: Workload,
+    readers: Mapping[str, nn.Module] | None = None,
 ) -> dict[str, Footprint]:
     """Compute what each part takes, in bytes; takes seconds, and no memory to speak of.
 
@@ -84,6 +117,7 @@ def footprints(
         encoders: Text encoders, each under the name of its part.
         dtypes: Number formats.
         workload: The picture.
+        readers: The "compressor" and the "image_encoder", where the workload has use for them.
     """
     _, height, width = workload.latent_shape
     tiles = [side for side in TILE_CELLS if side < max(height, width)]
@@ -107,19 +141,19 @@ def footprints(
     sizes["stage_a"] = Footprint(
         *_weights(stage_a), decode(None), {tile: decode(tile) for tile in tiles}
     )
-    return sizes
-
-
-def peak_bytes(run: Callable[[], object]) -> int:
-    """Return the most bytes of meta tensors that are alive at once while ``run`` runs."""
-    live = _LiveBytes()
-    with torch.inference_mode(), _FlashAttention(), live:
-        run()
-    return live.peak
+    if workload.picture == NO_PICTURE:
+        return sizes
+    kept = _control_bytes(workload, dtypes.stage_c)
+    for name, copies in (("stage_c", 3), ("stage_b", 1), ("stage_a", 1)):
+        sizes[name] = _more(sizes[name], copies * kept)  # Stage C joins those of both halves
+    for name in workload.picture.idle & sizes.keys():
+        sizes[name] = replace(sizes[name], idle=True)
+    return sizes | _reading(readers or {}, stage_a, dtypes, workload)
 
 
 def _drawing_c(twin: Any, text: TextEncoder, workload: Workload) -> int:
     """Bytes of Stage C's sampling."""
+    channels = twin.config.latent_channels
     in_a_step = peak_bytes(
         lambda: sample_stage_c(
             twin,
@@ -127,9 +161,10 @@ def _drawing_c(twin: Any, text: TextEncoder, workload: Workload) -> int:
             _prompted(text, workload),
             PictureNoise([0]),
             workload.stage_c_size,
+            start=_start(workload, "stage_c", (channels, *workload.stage_c_size)),
         )
     )
-    return in_a_step + _between_steps((twin.config.latent_channels, *workload.stage_c_size))
+    return in_a_step + _between_steps((channels, *workload.stage_c_size))
 
 
 def _drawing_b(twin: Any, text: TextEncoder, workload: Workload) -> int:
@@ -143,9 +178,17 @@ def _drawing_b(twin: Any, text: TextEncoder, workload: Workload) -> int:
             _prompted(text, workload),
             PictureNoise([0]),
             workload.latent_shape,
+            start=_start(workload, "stage_b", workload.latent_shape),
         )
     )
     return in_a_step + _between_steps(workload.latent_shape)
+
+
+def _start(workload: Workload, stage: str, shape: tuple[int, ...]) -> Start | None:
+    if stage not in workload.picture.starts:
+        return None
+    latents = torch.empty(1, *shape, device="meta")
+    return Start(latents, 0.5, kept=torch.empty(1, 1, *shape[1:], device="meta"))
 
 
 def _one_step(sampling: StageSampling) -> StageSampling:
@@ -187,6 +230,105 @@ def _encoding(encoder: TextEncoder, workload: Workload) -> int:
     scores = 2 * config.num_attention_heads * length * min(length, encoder.window)
     weight = next(encoder.model.parameters())
     return int(states + middle + scores) * max(weight.element_size(), 4)
+
+
+# Pictures as input
+
+
+def _reading(
+    readers: Mapping[str, nn.Module], stage_a: StageA, dtypes: Dtypes, workload: Workload
+) -> dict[str, Footprint]:
+    """Footprints of what reads a picture, one at a time, before the stages run."""
+    work = workload.picture
+    sizes: dict[str, Footprint] = {}
+    if work.embedded is not None:
+        encoder: Any = readers["image_encoder"]
+        sizes["image_encoder"] = Footprint(*_weights(encoder), _embedding(encoder, work.embedded))
+    if work.compressed is not None:
+        network, seen = readers["compressor"], work.compressed
+        twin: Any = _twin(network, dtypes.of("compressor"))
+        working = peak_bytes(lambda: twin.encode(_pixels(seen)).float())
+        sizes["compressor"] = Footprint(*_weights(network), working)
+    if work.control is not None and work.controlled is not None:
+        with torch.device("meta"):
+            control = ControlNet(work.control).to(dtypes.stage_c).eval()
+        sizes["controlnet"] = Footprint(
+            *_weights(control), _controlling(control, work.controlled, workload.stage_c_size)
+        )
+    if work.encoded is not None:
+        twin_a, dtype, whole = _twin(stage_a, dtypes.stage_a), dtypes.stage_a, work.encoded
+        cells = max(whole) // stage_a.downscale
+        sizes["stage_a_encoder"] = Footprint(
+            *_weights(stage_a),
+            _encoding_pixels(twin_a, dtype, whole, None),
+            {
+                tile: _encoding_pixels(twin_a, dtype, whole, tile)
+                for tile in TILE_CELLS
+                if tile < cells
+            },
+            of="stage_a",
+        )
+    return sizes
+
+
+def _pixels(size: tuple[int, int], channels: int = 3, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(1, channels, *size, device="meta", dtype=dtype)
+
+
+def _embedding(encoder: PictureEncoder, size: tuple[int, int]) -> int:
+    """Bytes of CLIP's picture tower; its layers work on the same sizes, and two of them tell."""
+    model: Any = encoder.model
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = min(config.num_hidden_layers, 2)
+    with torch.device("meta"):
+        tower = type(model)(config).to(next(model.parameters()).dtype).eval()
+    twin = PictureEncoder(tower, encoder.preprocessing)
+    return peak_bytes(lambda: twin(_pixels(size)))
+
+
+def _controlling(network: ControlNet, size: tuple[int, int], latent_size: tuple[int, int]) -> int:
+    """Bytes of a ControlNet and of its signal."""
+    config, dtype = network.config, next(network.parameters()).dtype
+
+    def encode(pixels: Tensor) -> Tensor:  # a step of its own, the compressor's
+        cells = tuple(-(-side // 2) for side in latent_size)
+        return torch.empty(1, config.in_channels, *cells, device="meta")
+
+    def run() -> None:
+        pixels, mask = _pixels(size), _pixels(size, 1)
+        signal = control_signal(config, pixels, latent_size, mask=mask, encode=encode)
+        control_maps(network, signal.to(dtype))
+
+    return peak_bytes(run)
+
+
+def _encoding_pixels(twin: Any, dtype: torch.dtype, size: tuple[int, int], tile: int | None) -> int:
+    """Bytes of Stage A's encoder; with tiles, the pixels of the whole are not on the device."""
+    if tile is None:
+        return peak_bytes(lambda: twin.encode(_pixels(size, dtype=dtype)).float())
+    scale = twin.downscale
+    side = (tile + 2 * twin.config.encoder_reach) * scale
+    window = (min(side, size[0]), min(side, size[1]))
+    of_tile = peak_bytes(lambda: twin.encode(_pixels(window, dtype=dtype)).float())
+    cells = math.prod(one // scale for one in size)
+    return 4 * twin.config.latent_channels * cells + of_tile
+
+
+def _control_bytes(workload: Workload, dtype: torch.dtype) -> int:
+    """Bytes of a ControlNet's maps, which are there until the pictures are made."""
+    control = workload.picture.control
+    if control is None:
+        return 0
+    return sum(control.out_channels) * math.prod(workload.stage_c_size) * dtype.itemsize
+
+
+def _more(size: Footprint, extra: int) -> Footprint:
+    """Return a footprint that works on so many bytes more."""
+    tiled = None if size.tiled is None else {key: one + extra for key, one in size.tiled.items()}
+    return replace(size, working=size.working + extra, tiled=tiled)
+
+
+# Twins, and weights
 
 
 def _prompted(encoder: TextEncoder, workload: Workload) -> Prompted:
@@ -233,54 +375,3 @@ def _most_at_once(module: nn.Module) -> int:
         return sum(_own_bytes(one) for one in module.modules())
     deepest = max((_most_at_once(child) for child in module.children()), default=0)
     return _own_bytes(module) + deepest
-
-
-class _LiveBytes(TorchDispatchMode):
-    """Follows the storages of meta tensors from the operation that made them to their end."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = 0
-        self.peak = 0
-        self._seen: set[int] = set()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        for value in tree_iter((args, kwargs)):  # not made here: weights, counted elsewhere
-            if isinstance(value, Tensor) and value.is_meta:
-                self._seen.add(value.untyped_storage()._cdata)
-        result = func(*args, **(kwargs or {}))
-        for value in tree_iter(result):
-            if isinstance(value, Tensor) and value.is_meta:
-                self._follow(value.untyped_storage())
-        return result
-
-    def _follow(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key in self._seen:
-            return
-        self._seen.add(key)
-        size = storage.nbytes()
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._end, key, size)
-
-    def _end(self, key: int, size: int) -> None:
-        self._seen.discard(key)
-        self.live -= size
-
-
-class _FlashAttention(TorchFunctionMode):
-    """Attention as GPUs compute it: the scores of all pairs are never in memory at once.
-
-    Reference: Dao et al., 2022, FlashAttention, arXiv:2205.14135.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            query, _, value = args[:3]
-            return query.new_empty(*query.shape[:-1], value.shape[-1])
-        return func(*args, **(kwargs or {}))

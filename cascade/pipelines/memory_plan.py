@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from cascade.config import nearest
@@ -28,7 +28,15 @@ _TITLES = {
     "stage_c": "Stage C",
     "stage_b": "Stage B",
     "stage_a": "Stage A",
+    "image_encoder": "the CLIP image encoder",
+    "compressor": "the semantic compressor",
+    "controlnet": "the ControlNet",
+    "stage_a_encoder": "Stage A's encoder",
 }
+_READING = ("image_encoder", "compressor", "controlnet", "stage_a_encoder")
+"""What runs before the stages, on one picture, and only if there is one."""
+_PARTS = tuple(part for part in _TITLES if part != "stage_a_encoder")
+"""What has weights of its own."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,8 @@ class MemoryPlan:
     """The way of "text", "stage_c", and so on."""
     tile: int | None = None
     """Side of Stage A's tiles in latent cells; None: the picture as a whole."""
+    encoder_tile: int | None = None
+    """The same of Stage A's encoder."""
     batch_size: int | None = None
     """Pictures that may run together; None: as many as the pipeline likes."""
     peaks: Mapping[str, int] = field(default_factory=dict)
@@ -54,6 +64,11 @@ class MemoryPlan:
         if part in self.ways:
             return self.ways[part]
         return "stay" if self.offload == "none" and not self.peaks else "stage"
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether pictures are read one at a time, as was computed; else as they are given."""
+        return bool(self.peaks)
 
     @property
     def peak(self) -> int:
@@ -110,7 +125,7 @@ def preset(offload: Offload, device: str) -> MemoryPlan:
         text = (
             f"offload {offload}: nothing is saved on a CPU, whose memory holds the weights anyway"
         )
-    ways = dict.fromkeys(_TITLES, _WAY_OF[offload])
+    ways = dict.fromkeys(_PARTS, _WAY_OF[offload])
     return MemoryPlan(offload, ways, text=text)
 
 
@@ -131,7 +146,8 @@ def pick_plan(
 
     While a part runs the device holds the weights of all parts that stay, its own weights (or, of
     those that come layer by layer, its largest layer), and what it works on, which is proportional
-    to the pictures that run together; tiles are decoded one at a time.
+    to the pictures that run together; tiles are decoded one at a time. What reads a picture comes
+    for that alone and never stays; its pictures, too, come one at a time.
 
     Args:
         sizes: What each part takes, by name.
@@ -145,79 +161,131 @@ def pick_plan(
         UserError: If nothing fits; it says what would.
     """
     room = budget - RESERVE
+    blamed: tuple[str, ...] = ()
     for mode, ways in _candidates(sizes, room, offload):
         for batch in batches:
-            fitted = _fit(sizes, ways, batch, room)
-            if fitted is not None:
-                tile, peaks = fitted
-                text = _describe(sizes, mode, ways, batch, tile, peaks, budget, what, cell)
-                return MemoryPlan(mode, ways, tile, batch, peaks, text)
+            fit = _fit(sizes, ways, batch, room)
+            if not fit.tight:
+                plan = MemoryPlan(
+                    offload=mode,
+                    ways=ways,
+                    tile=fit.tiles.get("stage_a"),
+                    encoder_tile=fit.tiles.get("stage_a_encoder"),
+                    batch_size=batch,
+                    peaks=fit.peaks,
+                )
+                return replace(plan, text=_describe(sizes, plan, blamed, budget, what, cell))
+            if not blamed and all(step in _READING for step in fit.tight):
+                blamed = fit.tight  # a prompt alone would have been made this way
     raise UserError(_nothing_fits(sizes, budget, batches, offload, what))
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """How far everything fits."""
+
+    tight: tuple[str, ...]
+    """What does not."""
+    tiles: Mapping[str, int]
+    """Sides of the tiles that are needed, in latent cells."""
+    peaks: Mapping[str, int]
+    """Bytes while each part runs."""
 
 
 def _candidates(
     sizes: Mapping[str, Footprint], room: int, offload: Offload | None
 ) -> Iterator[tuple[Offload, dict[str, Way]]]:
+    parts = [part for part, size in sizes.items() if size.of is None]
     modes = OFFLOADS if offload is None else (offload,)
     for mode in modes:
         if mode == "sequential" and offload is None:
             break
         if mode == "model" and offload is None:
-            text_goes = {part: _stay_unless_text(part) for part in sizes}
-            yield "model", text_goes
-        yield mode, dict.fromkeys(sizes, _WAY_OF[mode])
+            yield "model", {part: _stay_unless_text(part) for part in parts}
+        yield mode, _same_way(parts, mode)
     if offload is None:
+        least = {
+            part: max(
+                (
+                    _least_working(size)
+                    for step, size in _running(sizes)
+                    if part == _part(step, size)
+                ),
+                default=0,
+            )
+            for part in parts
+        }
         yield (
             "sequential",
             {
-                part: "stage" if size.weights + _least_working(size) <= room else "layer"
-                for part, size in sizes.items()
+                part: "stage" if sizes[part].weights + least[part] <= room else "layer"
+                for part in parts
             },
         )
 
 
+def _same_way(parts: Iterable[str], mode: Offload) -> dict[str, Way]:
+    way = _WAY_OF[mode]
+    return {part: "stage" if way == "stay" and part in _READING else way for part in parts}
+
+
 def _stay_unless_text(part: str) -> Way:
-    return "stage" if part.startswith("text") else "stay"
+    return "stage" if part.startswith("text") or part in _READING else "stay"
 
 
-def _fit(
-    sizes: Mapping[str, Footprint], ways: Mapping[str, Way], batch: int, room: int
-) -> tuple[int | None, dict[str, int]] | None:
-    """Return the side of a tile and the peaks with which everything fits, or None."""
-    there = {part: _present(sizes, ways, part) for part in sizes}
-    peaks = {part: there[part] + _working(size, part, batch) for part, size in sizes.items()}
-    if all(peak <= room for part, peak in peaks.items() if part != "stage_a"):
-        if peaks["stage_a"] <= room:
-            return None, peaks
-        for tile, working in (sizes["stage_a"].tiled or {}).items():
-            if there["stage_a"] + working <= room:
-                return tile, {**peaks, "stage_a": there["stage_a"] + working}
-    return None
+def _running(sizes: Mapping[str, Footprint]) -> list[tuple[str, Footprint]]:
+    return [(step, size) for step, size in sizes.items() if not size.idle]
 
 
-def _present(sizes: Mapping[str, Footprint], ways: Mapping[str, Way], part: str) -> int:
-    """Bytes of weights that are on the device while ``part`` runs."""
-    staying = sum(size.weights for one, size in sizes.items() if ways[one] == "stay")
-    own = {"stay": 0, "stage": sizes[part].weights, "layer": sizes[part].layer}
-    return staying + own[ways[part]]
+def _part(step: str, size: Footprint) -> str:
+    """Return the part whose weights a step runs with."""
+    return size.of or step
 
 
-def _working(size: Footprint, part: str, batch: int) -> int:
-    return size.working * (1 if part.startswith("text") else batch)  # prompts come one at a time
+def _fit(sizes: Mapping[str, Footprint], ways: Mapping[str, Way], batch: int, room: int) -> _Fit:
+    """Find out whether everything fits; what can be tiled is, in tiles as large as possible."""
+    tight, tiles, peaks = [], {}, {}
+    for step, size in _running(sizes):
+        there = _present(sizes, ways, step)
+        peaks[step] = there + _working(size, step, batch)
+        if peaks[step] <= room:
+            continue
+        for tile, working in (size.tiled or {}).items():
+            if there + working <= room:
+                tiles[step], peaks[step] = tile, there + working
+                break
+        else:
+            tight.append(step)
+    return _Fit(tuple(tight), tiles, peaks)
+
+
+def _present(sizes: Mapping[str, Footprint], ways: Mapping[str, Way], step: str) -> int:
+    """Bytes of weights that are on the device while ``step`` runs."""
+    staying = sum(sizes[part].weights for part, way in ways.items() if way == "stay")
+    size = sizes[step]
+    own = {"stay": 0, "stage": size.weights, "layer": size.layer}
+    return staying + own[ways[_part(step, size)]]
+
+
+def _working(size: Footprint, step: str, batch: int) -> int:
+    alone = step.startswith("text") or step in _READING  # prompts and pictures come one at a time
+    return size.working * (1 if alone else batch)
 
 
 def _least_working(size: Footprint) -> int:
     return min((size.working, *(size.tiled or {}).values()))
 
 
-def _needed(sizes: Mapping[str, Footprint], mode: Offload, batch: int) -> int:
-    """Bytes that a mode needs at least, the reserve included."""
-    ways = dict.fromkeys(sizes, _WAY_OF[mode])
-    return RESERVE + max(
-        _present(sizes, ways, part)
-        + (_least_working(size) if part == "stage_a" else _working(size, part, batch))
-        for part, size in sizes.items()
-    )
+def _needed(sizes: Mapping[str, Footprint], mode: Offload, batch: int) -> tuple[int, str]:
+    """Bytes that a mode needs at least, the reserve included, and what needs them."""
+    ways = _same_way((part for part, size in sizes.items() if size.of is None), mode)
+    least = {
+        step: _present(sizes, ways, step)
+        + (_least_working(size) if size.tiled else _working(size, step, batch))
+        for step, size in _running(sizes)
+    }
+    worst = max(least, key=lambda step: least[step])
+    return RESERVE + least[worst], worst
 
 
 def _nothing_fits(
@@ -230,49 +298,55 @@ def _nothing_fits(
     batch = min(batches)
     together = f", {batch} together" if batch > 1 else ""
     mode: Offload = offload or "sequential"
-    least = math.ceil(_needed(sizes, mode, batch) / GIB * 10) / 10
+    needed, worst = _needed(sizes, mode, batch)
+    least = math.ceil(needed / GIB * 10) / 10
+    where = f" in {_TITLES[worst]}" if worst in _READING else ""
     cures = ["make a smaller picture"]
     if batch > 1:
         cures.insert(0, "run fewer together")
     if mode != "sequential":  # layer by layer, smaller weights would change nothing
-        lowest = math.ceil(_needed(sizes, "sequential", batch) / GIB * 10) / 10
+        lowest = math.ceil(_needed(sizes, "sequential", batch)[0] / GIB * 10) / 10
         cures.insert(0, f"leave --offload to --vram ({lowest:g} GiB would do)")
         cures.append("or take the model's smaller weights (:lite) where it has them")
     return (
         f"vram {budget / GIB:.4g}: {what}{together} with offload {mode} needs at least {least:g} "
-        f"GiB, {RESERVE / GIB:g} of them for CUDA itself; {', '.join(cures)}"
+        f"GiB{where}, {RESERVE / GIB:g} of them for CUDA itself; {', '.join(cures)}"
     )
 
 
 def _describe(
     sizes: Mapping[str, Footprint],
-    mode: Offload,
-    ways: Mapping[str, Way],
-    batch: int,
-    tile: int | None,
-    peaks: Mapping[str, int],
+    plan: MemoryPlan,
+    blamed: Sequence[str],
     budget: int,
     what: str,
     cell: int,
 ) -> str:
+    ways, peaks = plan.ways, plan.peaks
     layered = [_TITLES[part] for part, way in ways.items() if way == "layer"]
     if layered:
         chosen = f"{', '.join(layered)} layer by layer"
-        chosen += "" if len(layered) == len(sizes) else ", the rest stage by stage"
-    elif mode == "none":
+        chosen += "" if len(layered) == len(ways) else ", the rest stage by stage"
+    elif plan.offload == "none":
         chosen = "everything stays on the device"
     elif ways["stage_c"] == "stay":
         chosen = "the text encoder first and then away, the stages stay"
     else:
         chosen = "stage by stage on the device, the text encoder first and then away"
-    if tile is not None:
-        chosen += f", Stage A in tiles of {tile * cell} px"
-    if batch > 1:
-        chosen += f", up to {batch} pictures together"
+    visiting = [_TITLES[part] for part in _READING if part in ways]
+    if visiting and "stay" in ways.values():
+        chosen += f", {' and '.join(visiting)} only to read the picture"
+    if blamed:
+        chosen += f", for what {' and '.join(_TITLES[step] for step in blamed)} needs"
+    for tile, title in ((plan.tile, "Stage A"), (plan.encoder_tile, "Stage A's encoder")):
+        if tile is not None:
+            chosen += f", {title} in tiles of {tile * cell} px"
+    if plan.batch_size is not None and plan.batch_size > 1:
+        chosen += f", up to {plan.batch_size} pictures together"
     worst = max(peaks, key=lambda part: peaks[part])
-    weights = ", ".join(f"{_TITLES[part]} {size.weights / GIB:.2f}" for part, size in sizes.items())
+    weights = ", ".join(f"{_TITLES[part]} {sizes[part].weights / GIB:.2f}" for part in ways)
     peak = f"{(peaks[worst] + RESERVE) / GIB:.2f} GiB in {_TITLES[worst]}"
     return (
-        f"memory plan for {what} in {budget / GIB:.4g} GiB: {chosen} (offload {mode}); computed "
-        f"peak {peak}, {RESERVE / GIB:g} of it for CUDA itself; weights in GiB: {weights}"
+        f"memory plan for {what} in {budget / GIB:.4g} GiB: {chosen} (offload {plan.offload}); "
+        f"computed peak {peak}, {RESERVE / GIB:g} of it for CUDA itself; weights in GiB: {weights}"
     )

@@ -16,7 +16,13 @@ import torch
 from torch import nn
 
 from cascade.errors import UserError
-from cascade.pipelines.memory import WHOLE_BLOCKS, Workload, footprints
+from cascade.pipelines.memory import (
+    NO_PICTURE,
+    WHOLE_BLOCKS,
+    PictureWork,
+    Workload,
+    footprints,
+)
 from cascade.pipelines.memory_plan import (
     MemoryPlan,
     Offload,
@@ -54,32 +60,60 @@ def check_request(
 
 
 class Placement:
-    """Keeps the parts of one cascade where a plan wants them."""
+    """Keeps the parts of one cascade where a plan wants them.
+
+    Where a part's weights are at home is remembered here, so that a part comes back whole even if
+    it was on its way when the user pressed Ctrl-C or the device was full.
+    """
 
     def __init__(self, device: torch.device, parts: Mapping[str, nn.Module]) -> None:
         """Take the device and the parts by name, wherever they are; they stay there at first."""
         self.device = device
         self.plan = preset("none", str(device))
         self._parts = dict(parts)
+        self._homes: dict[str, _Home] = {}
         self._visitors: dict[str, Any] = {}
+        self._is_settled = True
 
-    @torch.inference_mode(False)
     def apply(self, plan: MemoryPlan) -> None:
-        """Undo the present plan and follow another; nothing of the old one is left."""
-        for name in self._parts:
-            self._settle(name, None)
+        """Undo the present plan and follow another; nothing of the old one is left.
+
+        If it is interrupted, what uses a part next does it anew.
+        """
         self.plan = plan
+        self._is_settled = False
+        for name in self._parts:
+            self._free(name)
         # Those that go make room for those that come.
         for name in sorted(self._parts, key=lambda name: plan.way(name) == "stay"):
-            self._settle(name, plan)
+            self._settle(name)
+        self._is_settled = True
         _clear_cache(self.device)
 
-    @torch.inference_mode(False)
+    @property
+    def parts(self) -> Mapping[str, nn.Module]:
+        """All parts by name."""
+        return self._parts
+
+    def settle(self) -> None:
+        """Follow the present plan if it was not followed to the end."""
+        if not self._is_settled:
+            self.apply(self.plan)
+
     def add(self, name: str, network: nn.Module) -> None:
         """Take a part that was loaded later and place it as the plan says."""
         assert name not in self._parts, f"{name} is a part already"
         self._parts[name] = network
-        self._settle(name, self.plan)
+        try:
+            self._settle(name)
+        except BaseException:
+            self.remove(name)
+            raise
+
+    def remove(self, name: str) -> None:
+        """Forget a part; it has no hook any more, and its weights are at home."""
+        self._free(name)
+        del self._parts[name]
 
     def moves(self, name: str) -> bool:
         """Return whether a part leaves the device after its stage."""
@@ -91,32 +125,40 @@ class Placement:
 
         What comes layer by layer comes by itself, whenever it runs.
         """
-        visitor = self._visitors.get(name)
-        if visitor is None:
+        self.settle()
+        if name not in self._homes:
             yield
             return
         network = self._parts[name]
+        visitor = self._visitors.get(name)
         try:
-            visitor.pre_forward(network)
+            if visitor is not None:
+                visitor.pre_forward(network)
             yield
         finally:
-            visitor.post_forward(network, None)
+            # Of a layer, too, that an error kept from going by itself.
+            _send_away(network)
             _clear_cache(self.device)
 
-    def _settle(self, name: str, plan: MemoryPlan | None) -> None:
-        """Bring a part to its place in a plan; None: free of hooks, wherever it is."""
+    @torch.inference_mode(False)
+    def _free(self, name: str) -> None:
+        """Free a part of hooks, from whatever state, and bring its weights home."""
         network = self._parts[name]
-        if plan is None:
-            visitor = self._visitors.pop(name, None)
-            if visitor is not None:
-                visitor.detach_hook(network)
-            _remove_hooks(network)
-            return
-        way = plan.way(name)
+        self._visitors.pop(name, None)
+        _remove_hooks(network)
+        home = self._homes.pop(name, None)
+        if home is not None:
+            home.restore()
+
+    @torch.inference_mode(False)
+    def _settle(self, name: str) -> None:
+        """Bring a part that is free to its place in the plan."""
+        network, way = self._parts[name], self.plan.way(name)
         if way == "stay":
             network.to(self.device)
             return
         network.to("cpu")
+        self._homes[name] = _Home(network)
         # It takes seconds to import, and only what is offloaded needs it.
         from accelerate import cpu_offload
         from accelerate.hooks import AlignDevicesHook
@@ -131,18 +173,47 @@ class Placement:
         self._visitors[name] = visitor
 
 
-def _remove_hooks(network: nn.Module) -> None:
-    """Take accelerate's hooks off a network, with the ``forward`` that they leave behind."""
-    if not any(hasattr(module, "_hf_hook") for module in network.modules()):
-        return
-    from accelerate.hooks import remove_hook_from_module
+class _Home:
+    """The weights and buffers of a network, as they are before it is offloaded."""
 
-    remove_hook_from_module(network, recurse=True)
+    def __init__(self, network: nn.Module) -> None:
+        self._parameters = [(one, dict(one._parameters)) for one in network.modules()]
+        self._buffers = [(one, dict(one._buffers)) for one in network.modules()]
+
+    def restore(self) -> None:
+        """Put them back: the same tensors, so that nothing is copied and ties hold."""
+        for module, parameters in self._parameters:
+            module._parameters.update(parameters)
+        for module, buffers in self._buffers:
+            module._buffers.update(buffers)
+
+
+def _send_away(network: nn.Module) -> None:
+    """Drop the copies of weights that are on the device."""
+    from accelerate.utils import set_module_tensor_to_device
+
     for module in network.modules():
-        # What is left is the class's own, bound: a cycle that would keep the network alive.
-        left = module.__dict__.get("forward")
-        if getattr(left, "__func__", None) is type(module).forward:
-            del module.__dict__["forward"]
+        for name, weight in module._parameters.items():
+            if weight is not None and not weight.is_meta:
+                set_module_tensor_to_device(module, name, "meta")
+
+
+def _remove_hooks(network: nn.Module) -> None:
+    """Take accelerate's hooks off a network, with the ``forward`` that they leave behind.
+
+    accelerate's own removal copies weights, and expects hooks that were attached to the end.
+    """
+    for module in network.modules():
+        attributes = module.__dict__
+        attributes.pop("_hf_hook", None)
+        if "_old_forward" not in attributes:
+            continue
+        forward = attributes.pop("_old_forward")
+        # The class's own, bound, would be a cycle that keeps the network alive.
+        if getattr(forward, "__func__", None) is type(module).forward:
+            attributes.pop("forward", None)
+        else:
+            module.forward = forward
 
 
 def _clear_cache(device: torch.device) -> None:
@@ -174,9 +245,23 @@ class Memory:
         self._arranged: tuple[object, ...] | None = None
 
     @property
+    def device(self) -> torch.device:
+        """Where the parts run."""
+        return self._device
+
+    @property
     def plan(self) -> MemoryPlan:
         """The plan that is followed."""
         return self._placement.plan
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether every call gets a plan of its own."""
+        return self._budget is not None
+
+    def home(self, name: str) -> torch.device:
+        """Return where to load a part, so that it is not on the device before its time."""
+        return torch.device("cpu") if self._placement.moves(name) else self._device
 
     def on(self, name: str) -> AbstractContextManager[None]:
         """Have a part on the device inside."""
@@ -185,6 +270,15 @@ class Memory:
     def add(self, name: str, network: nn.Module) -> None:
         """Take a part that was loaded later."""
         self._placement.add(name, network)
+
+    @contextmanager
+    def guest(self, name: str, network: nn.Module) -> Iterator[None]:
+        """Have a part for one call alone."""
+        self._placement.add(name, network)
+        try:
+            yield
+        finally:
+            self._placement.remove(name)
 
     def place(self, offload: str | None, vram: float | None) -> None:
         """Follow a mode, or keep to a budget; see ``CascadePipeline.place``.
@@ -205,6 +299,7 @@ class Memory:
         latent_shape: tuple[int, int, int],
         batch_size: int | None,
         most: int,
+        picture: PictureWork = NO_PICTURE,
     ) -> MemoryPlan:
         """Pick and apply the memory plan for a run; without a budget the mode's is kept.
 
@@ -214,10 +309,12 @@ class Memory:
             latent_shape: Channels, height and width of Stage B's latents.
             batch_size: Pictures that must run together; None: up to ``most``.
             most: The most that run together by themselves.
+            picture: What is read of a picture; its networks have been added.
 
         Raises:
             UserError: If nothing fits.
         """
+        self._placement.settle()
         if self._budget is None:
             return self.plan
         prompts = (*{request.prompt for request in plan.requests}, plan.negative_prompt)
@@ -226,23 +323,34 @@ class Memory:
             for encoder in self._encoders.values()
             for prompt in prompts
         )
-        workload = Workload(plan.stage_c, plan.stage_b, stage_c_size, latent_shape, text_length)
+        workload = Workload(
+            plan.stage_c, plan.stage_b, stage_c_size, latent_shape, text_length, picture
+        )
         together = min(most, len(plan.requests))
         batches = [batch_size] if batch_size else list(range(together, 0, -1))
         wanted = (workload, *batches)
         if wanted != self._arranged:
             parts = self._parts
             sizes = footprints(
-                parts.stage_c, parts.stage_b, parts.stage_a, self._encoders, self._dtypes, workload
+                parts.stage_c,
+                parts.stage_b,
+                parts.stage_a,
+                self._encoders,
+                self._dtypes,
+                workload,
+                self._placement.parts,
             )
+            mode = "" if plan.picture is None else f" {plan.picture.mode}"
+            control = "" if plan.control is None else " with a ControlNet"
             picked = pick_plan(
                 sizes,
                 self._budget,
                 batches,
                 offload=self._offload,
-                what=f"{plan.width}x{plan.height}",
+                what=f"{plan.width}x{plan.height}{mode}{control}",
                 cell=parts.stage_a.downscale,
             )
+            self._arranged = None  # an interrupted plan is none
             self._placement.apply(picked)
             self._arranged = wanted
         return self.plan

@@ -42,11 +42,12 @@ class CascadeParts:
     """Stage C's text encoder, and Stage B's unless it has one of its own."""
     text_b: TextEncoder | None = None
     """Stage B's own text encoder (v2)."""
-    extras: dict[str, Callable[[], Any]] = field(default_factory=dict)
-    """Loaders of what only some calls need: "compressor", "previewer", "image_encoder"."""
+    extras: dict[str, Callable[[torch.device], Any]] = field(default_factory=dict)
+    """Loaders, to a device, of what only some calls need: "compressor", "previewer",
+    "image_encoder"."""
 
-    def extra(self, name: Extra, where: str) -> Any:
-        """Load a part that only some calls need.
+    def extra(self, name: Extra, where: str, device: torch.device) -> Any:
+        """Load a part that only some calls need to a device.
 
         Raises:
             UserError: If the model has none.
@@ -54,7 +55,7 @@ class CascadeParts:
         if name not in self.extras:
             what = name.replace("_", " ")
             raise UserError(f"{where}: this model has no {what}; its files came without one")
-        return self.extras[name]()
+        return self.extras[name](device)
 
 
 class Source(Protocol):
@@ -92,9 +93,9 @@ class OwnFolder:
         """
         refuse_overflow(self.spec, dtypes, self.folder)
 
-        def load(name: str, network: type[N]) -> N:
+        def load(name: str, network: type[N], to: torch.device = device) -> N:
             path = self.folder / f"{name}.safetensors"
-            return load_network(path, expect=network, device=device, dtype=dtypes.of(name))
+            return load_network(path, expect=network, device=to, dtype=dtypes.of(name))
 
         text = TextEncoder.from_folder(self.folder / "text", self.spec.text, device=device)
         text_b = None
@@ -102,14 +103,14 @@ class OwnFolder:
             folder = self.folder / "text_b"
             text_b = TextEncoder.from_folder(folder, self.spec.text_b, device=device)
         v2 = self.spec.generation == "v2"
-        extras: dict[str, Callable[[], Any]] = {
+        extras: dict[str, Callable[[torch.device], Any]] = {
             name: partial(load, name, network)
             for name, network in (("compressor", SemanticCompressor), ("previewer", Previewer))
             if (self.folder / f"{name}.safetensors").exists()
         }
         tower = own_picture_encoder(self.folder)
         if tower is not None:
-            extras["image_encoder"] = partial(PictureEncoder.from_folder, tower, device)
+            extras["image_encoder"] = partial(PictureEncoder.from_folder, tower)
         return CascadeParts(
             stage_c=load("stage_c", StageCV2) if v2 else load("stage_c", StageC),
             stage_b=load("stage_b", StageBV2) if v2 else load("stage_b", StageB),

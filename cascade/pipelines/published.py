@@ -112,21 +112,21 @@ class PublishedFiles:
         """
         refuse_overflow(self.spec, dtypes, self.folder)
 
-        def load(kind: str) -> Any:
-            return self._build(self._part(kind), device, dtypes.of(kind))
+        def load(kind: str, to: torch.device = device) -> Any:
+            return self._build(self._part(kind), to, dtypes.of(kind))
 
         text = _load_text(self._text, self.spec.text, device, dtypes.text)
         text_b = None
         if self.spec.text_b is not None:
             text_b = _load_text(self._text_b, self.spec.text_b, device, dtypes.text)
-        extras: dict[str, Callable[[], Any]] = {
+        extras: dict[str, Callable[[torch.device], Any]] = {
             kind: partial(load, kind)
             for kind in ("compressor", "previewer")
             if self._parts[kind] is not None
         }
         if self._image_encoder is not None:
             extras["image_encoder"] = partial(
-                PictureEncoder.from_folder, self._image_encoder, device, dtypes.text
+                PictureEncoder.from_folder, self._image_encoder, dtype=dtypes.text
             )
         return CascadeParts(
             stage_c=load("stage_c"),

@@ -111,6 +111,16 @@ class Reconstruction:
     """``(B, 4, H/4, W/4)`` float32, what Stage A decoded."""
 
 
+def join(made: Sequence[Reconstruction]) -> Reconstruction:
+    """Put reconstructions of one size together; at least one is needed."""
+    kept = [one.stage_c_latents for one in made if one.stage_c_latents is not None]
+    return Reconstruction(
+        pixels=torch.cat([one.pixels for one in made]),
+        stage_c_latents=torch.cat(kept) if kept else None,
+        stage_b_latents=torch.cat([one.stage_b_latents for one in made]),
+    )
+
+
 def describe(plan: Plan, index: int, *, model: str, weights: str, dtype: str) -> dict[str, str]:
     """Return the PNG text of a plan's picture; the same picture always has the same text.
 

@@ -1,14 +1,17 @@
-"""Stage A's decoder over a whole picture, or over tiles of it where memory is short.
+"""Stage A's decoder and encoder over a whole picture, or over tiles where memory is short.
 
 A pixel of the decoder depends on the latent cells within ``StageAConfig.decoder_reach`` and on
 nothing else: its convolutions are local and its norms are over channels. A tile that is decoded
 with that many cells around it, and then cut, is therefore the whole picture's part, with no seam
-to blend; what differs is how matrix products of another size round (float32: below 1e-5).
+to blend; what differs is how matrix products of another size round (float32: below 1e-5). So it is
+with the encoder, a latent, and the pixels of the cells within ``encoder_reach``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from types import EllipsisType
 
 import torch
 from torch import Tensor
@@ -56,26 +59,117 @@ def decode_tiles(stage_a: StageA, latents: Tensor, tile: int) -> Tensor:
     Returns:
         ``(B, 3, H, W)`` float32, not clamped, on the CPU (a meta tensor for meta latents).
     """
-    scale, reach = stage_a.downscale, stage_a.config.decoder_reach
-    count, _, height, width = latents.shape
+    scale, (count, _, height, width) = stage_a.downscale, latents.shape
     device = latents.device if latents.is_meta else torch.device("cpu")
     pixels = torch.empty(count, 3, height * scale, width * scale, device=device)
     for row in range(count):
-        for top, bottom in _spans(height, tile):
-            for left, right in _spans(width, tile):
-                above, before = max(0, top - reach), max(0, left - reach)
-                window = latents[row : row + 1, :, above : bottom + reach, before : right + reach]
-                decoded = stage_a.decode(window)
-                inside = decoded[
-                    0,
-                    :,
-                    (top - above) * scale : (bottom - above) * scale,
-                    (left - before) * scale : (right - before) * scale,
-                ]
-                pixels[row, :, top * scale : bottom * scale, left * scale : right * scale] = (
-                    inside.to(device, torch.float32)
-                )
+        for tiled in _tiles((height, width), tile, stage_a.config.decoder_reach):
+            decoded = stage_a.decode(latents[row : row + 1][tiled.window()])
+            inside = decoded[0][tiled.inside(scale)]
+            pixels[row][tiled.own(scale)] = inside.to(device, torch.float32)
     return pixels
+
+
+def encode_latents(
+    stage_a: StageA,
+    pixels: Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
+    tile: int | None = None,
+) -> Tensor:
+    """Turn pixels into Stage A's latents.
+
+    Args:
+        stage_a: Stage A; its weights are on ``device``.
+        pixels: ``(B, 3, H, W)`` in [0, 1], wherever they are.
+        device: Where to compute.
+        dtype: Number format of its weights.
+        tile: Side of a tile in latent cells, without its margin; None encodes all at once.
+
+    Returns:
+        ``(B, 4, h, w)`` float32 on ``device``.
+
+    Raises:
+        NonFiniteError: If a value is infinite or not a number.
+    """
+    if tile is None:
+        latents = stage_a.encode(pixels.to(device, dtype)).float()
+    else:
+        latents = encode_tiles(stage_a, pixels, device, dtype, tile)
+    check_finite(latents, "Stage A's encoder", dtype)
+    return latents
+
+
+def encode_tiles(
+    stage_a: StageA, pixels: Tensor, device: torch.device, dtype: torch.dtype, tile: int
+) -> Tensor:
+    """Encode tile by tile and picture by picture; pixels come to the device with their tile.
+
+    Args:
+        stage_a: Stage A.
+        pixels: ``(B, 3, H, W)`` in [0, 1], both sides multiples of its ``downscale``.
+        device: Where to compute.
+        dtype: Number format of its weights.
+        tile: Side of a tile in latent cells, without its margin.
+
+    Returns:
+        ``(B, 4, h, w)`` float32 on ``device``.
+    """
+    scale, count = stage_a.downscale, len(pixels)
+    height, width = (side // scale for side in pixels.shape[-2:])
+    latents = torch.empty(count, stage_a.config.latent_channels, height, width, device=device)
+    for row in range(count):
+        for tiled in _tiles((height, width), tile, stage_a.config.encoder_reach):
+            window = pixels[row : row + 1][tiled.window(scale)]
+            encoded = stage_a.encode(window.to(device, dtype))
+            latents[row][tiled.own()] = encoded[0][tiled.inside()].float()
+    return latents
+
+
+Index = tuple[EllipsisType, slice, slice]
+"""Rows and columns of a tensor."""
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """A rectangle of latent cells, and its margin within the picture."""
+
+    rows: tuple[int, int]
+    """First row, and the one after the last."""
+    columns: tuple[int, int]
+    reach: int
+    """Cells of margin."""
+
+    def own(self, scale: int = 1) -> Index:
+        """Return where it lies in the picture, in parts of a cell."""
+        (top, bottom), (left, right) = self.rows, self.columns
+        return ..., slice(top * scale, bottom * scale), slice(left * scale, right * scale)
+
+    def window(self, scale: int = 1) -> Index:
+        """Return where it lies with its margin; slices end with the picture by themselves."""
+        (top, bottom), (left, right) = self.rows, self.columns
+        above, before = max(0, top - self.reach), max(0, left - self.reach)
+        return (
+            ...,
+            slice(above * scale, (bottom + self.reach) * scale),
+            slice(before * scale, (right + self.reach) * scale),
+        )
+
+    def inside(self, scale: int = 1) -> Index:
+        """Return where it lies in its window."""
+        (top, bottom), (left, right) = self.rows, self.columns
+        above, before = min(top, self.reach), min(left, self.reach)
+        return (
+            ...,
+            slice(above * scale, (above + bottom - top) * scale),
+            slice(before * scale, (before + right - left) * scale),
+        )
+
+
+def _tiles(size: tuple[int, int], tile: int, reach: int) -> Iterator[_Tile]:
+    for rows in _spans(size[0], tile):
+        for columns in _spans(size[1], tile):
+            yield _Tile(rows, columns, reach)
 
 
 def _spans(side: int, tile: int) -> Iterator[tuple[int, int]]:

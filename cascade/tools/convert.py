@@ -83,11 +83,11 @@ def _networks(parts: CascadeParts) -> Iterator[tuple[str, nn.Module]]:
     yield "stage_a", parts.stage_a
     for name in ("compressor", "previewer"):
         if name in parts.extras:
-            yield name, parts.extras[name]()
+            yield name, parts.extras[name](torch.device("cpu"))
 
 
 def _image_encoder(parts: CascadeParts, dtype: torch.dtype) -> PictureEncoder:
-    encoder: PictureEncoder = parts.extras["image_encoder"]()
+    encoder: PictureEncoder = parts.extras["image_encoder"](torch.device("cpu"))
     return encoder.to(dtype)
 
 

@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+import errno
 import gc
 import json
+import mmap
+import os
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.memory import is_measurable, measure
-from cascade.checkpoints.mapped import Stored, StoredTensors, open_safetensors
+from cascade.checkpoints import mapped
+from cascade.checkpoints.mapped import MappedFile, Stored, StoredTensors, open_safetensors
 from cascade.checkpoints.readers import open_weights
 from cascade.errors import UserError
 
@@ -123,6 +129,99 @@ def test_what_is_changed_in_place_stays_so_and_never_reaches_the_file(tmp_path: 
     gc.collect()
     assert bool((kept == 1).all())
     assert not load_file(path)["w"].any()
+
+
+def ways_to_map(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """Have files mapped as on this system, as without MAP_NORESERVE, or to be read alone."""
+    if way == "accounted":
+        monkeypatch.delattr(mmap, "MAP_NORESERVE", raising=False)
+        monkeypatch.setattr(mapped, "_LINUX_NORESERVE", {})
+    elif way == "read":
+
+        def refuse(descriptor: int) -> mmap.mmap:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+        monkeypatch.setattr(mapped, "_map_privately", refuse)
+
+
+@pytest.mark.parametrize("way", ["here", "accounted", "read"])
+def test_however_a_file_is_mapped_its_tensors_can_be_written_and_it_cannot(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ways_to_map(monkeypatch, way)
+    path = tmp_path / "x.safetensors"
+    state = {"a": torch.arange(5000.0), "b": torch.arange(7).to(torch.uint8)}
+    save_file(state, path)
+    content = path.read_bytes()
+    tensors = open_safetensors(path).tensors
+    found = dict(tensors)
+    for key, value in state.items():
+        assert torch.equal(found[key], value)
+        found[key].add_(1)
+        assert torch.equal(found[key], value + 1)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads how maps are accounted from /proc")
+def test_a_map_sets_no_memory_aside(tmp_path: Path) -> None:
+    """Linux accounts a writable private map whole, unless it is told not to ("ac", "nr")."""
+    if Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2":
+        pytest.skip("under strict overcommit every writable map is accounted")
+    path = tmp_path / "accounted.bin"
+    path.write_bytes(bytes(3 * mmap.PAGESIZE))
+    file = MappedFile(path)
+    maps = Path("/proc/self/smaps").read_text()
+    flags = next(
+        line.split()[1:]
+        for line in maps[maps.index(str(path)) :].splitlines()
+        if line.startswith("VmFlags")
+    )
+    assert "ac" not in flags and "nr" in flags and "wr" in flags
+    assert file[0:3] == bytes(3)
+
+
+def sparse(path: Path, num_bytes: int) -> None:
+    """Write a file of zeros that takes no room on the disk, and a one at its end."""
+    header = {
+        "w": {"dtype": "U8", "shape": [num_bytes - 1], "data_offsets": [0, num_bytes - 1]},
+        "last": {"dtype": "U8", "shape": [1], "data_offsets": [num_bytes - 1, num_bytes]},
+    }
+    write_raw(path, json.dumps(header), b"")
+    with open(path, "ab") as file:
+        file.truncate(file.tell() + num_bytes - 1)
+    with open(path, "ab") as file:
+        file.write(b"\x01")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems account maps in other ways")
+def test_a_file_larger_than_all_memory_can_be_mapped(tmp_path: Path) -> None:
+    path = tmp_path / "large.safetensors"
+    size = 4 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        sparse(path, size)
+    except OSError as error:
+        pytest.skip(f"this file system has no files of {size >> 30} GiB ({error})")
+    tensors = open_safetensors(path).tensors
+    assert tensors["last"].item() == 1
+    assert tensors.stored["w"].num_bytes == size - 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+def test_where_no_writable_map_is_granted_tensors_are_copies(tmp_path: Path) -> None:
+    """A limit on data refuses private writable maps with the same error as strict overcommit."""
+    path = tmp_path / "large.safetensors"
+    sparse(path, 1 << 36)
+    code = f"""
+import resource
+from pathlib import Path
+from cascade.checkpoints.mapped import open_safetensors
+resource.setrlimit(resource.RLIMIT_DATA, (1 << 35, 1 << 35))
+last = open_safetensors(Path({str(path)!r})).tensors["last"]
+last.add_(1)
+print(last.item())
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (run.stdout.strip(), run.returncode) == ("2", 0), run.stderr
 
 
 @pytest.mark.skipif(not is_measurable(), reason="reads memory from Linux's /proc")

@@ -17,6 +17,7 @@ from cascade.errors import UserError
 from cascade.images import image_to_pixels, pixels_to_images
 from cascade.pipelines.cascade import CascadePipeline
 from cascade.pipelines.control_input import ControlInput
+from cascade.pipelines.memory_plan import RESERVE
 from cascade.pipelines.picture_input import PictureInput
 from cascade.pipelines.plan import Settings, make_plan
 from cascade.text.picture_encoder import PictureEncoder
@@ -265,6 +266,83 @@ def test_pictures_as_input_are_the_same_under_any_placement(
     before = both()
     pipeline.place(offload=offload)
     assert all(map(torch.equal, both(), before))
+
+
+@pytest.mark.parametrize("tight", [False, True])
+def test_pictures_as_input_are_the_same_within_a_budget(
+    folder: Path,
+    image: Image.Image,
+    mask: Image.Image,
+    tmp_path: Path,
+    tight: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A CPU has no budget: one is put in behind the check."""
+    monkeypatch.setattr("cascade.pipelines.memory.TILE_CELLS", (4,))
+    pipeline = CascadePipeline.from_pretrained(folder, device="cpu")
+    edges, small = (
+        ControlInput(control_file(tmp_path / f"{channels}.safetensors", channels), image)
+        for channels in (1, 16)
+    )
+    calls = {
+        "variation": lambda: pipeline.variation(image, settings=SEED).pixels,
+        "inpaint": lambda: pipeline.inpaint(image, mask, "a hat", settings=SEED).pixels,
+        "img2img": lambda: pipeline.image_to_image(image, "a hat", settings=SEED).pixels,
+        "edges": lambda: drawn(pipeline, edges),
+        "super-resolution": lambda: drawn(pipeline, small),
+    }
+    read = {
+        "variation": {"image_encoder"},
+        "inpaint": {"compressor", "stage_a_encoder"},
+        "img2img": {"compressor"},
+        "edges": {"controlnet"},
+        "super-resolution": {"controlnet", "compressor"},
+    }
+    before = {name: call() for name, call in calls.items()}
+    # Edges are found in 224 x 224 pixels, however small the picture.
+    least = {"edges": 8e6, "super-resolution": 2e6}
+    for name, call in calls.items():
+        budget = RESERVE + int(least.get(name, 6e5) if tight else 2e7)
+        pipeline.memory._budget, pipeline.memory._arranged = budget, None
+        torch.testing.assert_close(call(), before[name], atol=1e-5, rtol=1e-5)
+        plan = pipeline.memory.plan
+        assert 0 < plan.peak <= budget
+        assert set(plan.peaks) - {"text", "stage_c", "stage_b", "stage_a"} == read[name]
+        assert "controlnet" not in pipeline.memory._placement.parts
+    assert "32x32 with a ControlNet" in plan.describe()
+    for network in (pipeline.compressor, pipeline.image_encoder):
+        assert all(weight.is_meta for weight in network.parameters())
+
+
+@pytest.mark.parametrize("offload", ["none", "model", "sequential"])
+def test_a_controlnet_comes_and_goes_as_the_mode_says(
+    folder: Path,
+    image: Image.Image,
+    tmp_path: Path,
+    offload: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pipeline = CascadePipeline.from_pretrained(folder, device="cpu")
+    control = ControlInput(control_file(tmp_path / "control.safetensors"), image)
+    expected = drawn(pipeline, control)
+    pipeline.place(offload=offload)
+    seen = []
+    forward = ControlNet.forward
+
+    def watched(self: ControlNet, signal: torch.Tensor) -> object:
+        stages = (pipeline.stage_c, pipeline.stage_b, pipeline.stage_a)
+        seen.append([next(one.parameters()).is_meta for one in (self, *stages)])
+        return forward(self, signal)
+
+    monkeypatch.setattr(ControlNet, "forward", watched)
+    assert torch.equal(drawn(pipeline, control), expected)
+    assert seen == [[offload == "sequential", *[offload != "none"] * 3]]
+    assert "controlnet" not in pipeline.memory._placement.parts
+
+    monkeypatch.setattr(ControlNet, "forward", lambda self, signal: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        drawn(pipeline, control)
+    assert "controlnet" not in pipeline.memory._placement.parts
 
 
 # ControlNet

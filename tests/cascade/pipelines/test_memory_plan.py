@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -104,3 +105,78 @@ def test_an_unknown_mode_names_the_nearest() -> None:
         check_offload("sequentially")
     assert check_offload("model") == "model"
     assert check_offload(None) is None
+
+
+# Pictures as input
+
+
+READING = {
+    "image_encoder": Footprint(gib(0.6), gib(0.1), gib(0.1)),
+    "compressor": Footprint(gib(0.1), gib(0.01), gib(0.1)),
+    "controlnet": Footprint(gib(0.2), gib(0.01), gib(0.1)),
+    "stage_a_encoder": Footprint(
+        gib(0.1), gib(0.02), gib(4), {128: gib(1.5), 64: gib(0.3)}, of="stage_a"
+    ),
+}
+
+
+def pick_with(
+    vram: float, *names: str, offload: Offload | None = None, batch: int = 1
+) -> MemoryPlan:
+    sizes = SIZES | {name: READING[name] for name in names}
+    batches = list(range(batch, 0, -1))
+    return pick_plan(sizes, gib(vram) + RESERVE, batches, offload=offload, what="1024x1024")
+
+
+@pytest.mark.parametrize("tenths", range(18, 160, 3))
+def test_what_reads_a_picture_is_within_the_budget_too(tenths: int) -> None:
+    plan = pick_with(tenths / 10, *READING, batch=4)
+    assert plan.peak <= gib(tenths / 10) + RESERVE
+    assert set(plan.peaks) == {*SIZES, *READING}
+    assert set(plan.ways) == {*SIZES, *READING} - {"stage_a_encoder"}
+    line = plan.describe()
+    assert "\n" not in line and "the CLIP image encoder 0.60" in line
+
+
+def test_what_reads_a_picture_never_stays_and_decides_only_where_it_must() -> None:
+    plain, read = pick(12.2), pick_with(12.2, "image_encoder", "compressor")
+    assert (read.offload, read.tile) == (plain.offload, plain.tile) == ("none", None)
+    assert (read.way("image_encoder"), read.way("compressor")) == ("stage", "stage")
+    assert "the CLIP image encoder and the semantic compressor only to read" in read.describe()
+    assert ", for what" not in read.describe()
+    # 10.1 of weights stay: with Stage B's 1 they fit into 11.2, with 1.6 of the encoder not.
+    large = SIZES | {"image_encoder": Footprint(gib(1.5), gib(0.1), gib(0.1))}
+    tight = pick_plan(large, gib(11.2) + RESERVE, [1])
+    assert (pick(11.2).offload, tight.way("text"), tight.way("stage_c")) == (
+        "none",
+        "stage",
+        "stay",
+    )
+    assert ", for what the CLIP image encoder needs" in tight.describe()
+    sequential = pick_with(1.3, "image_encoder", "compressor", offload="sequential")
+    assert set(sequential.ways.values()) == {"layer"}
+
+
+def test_stage_as_encoder_has_tiles_of_its_own() -> None:
+    assert pick_with(14.2, "stage_a_encoder").encoder_tile is None
+    plan = pick_with(12.2, "stage_a_encoder")
+    assert (plan.offload, plan.tile, plan.encoder_tile) == ("none", None, 128)
+    assert "Stage A's encoder in tiles of 512 px" in plan.describe()
+    assert plan.peaks["stage_a_encoder"] == gib(10.1) + gib(1.5)
+    small = pick_with(11.2, "stage_a_encoder")
+    assert (small.tile, small.encoder_tile) == (128, 64)
+
+
+def test_what_does_not_run_needs_no_room() -> None:
+    sizes = {name: replace(size, idle=name == "stage_c") for name, size in SIZES.items()}
+    plan = pick_plan(sizes, gib(5) + RESERVE, [1], what="1024x1024")
+    assert (plan.offload, plan.way("stage_c")) == ("model", "stage")
+    assert "stage_c" not in plan.peaks
+    with pytest.raises(UserError, match=r"offload none needs at least 11\.9 GiB"):
+        pick_plan(sizes, gib(5) + RESERVE, [1], offload="none", what="1024x1024")
+
+
+def test_a_refusal_names_the_reading_part_that_is_too_large() -> None:
+    sizes = SIZES | {"compressor": Footprint(gib(0.1), gib(0.01), gib(3))}
+    with pytest.raises(UserError, match=r"at least 3.8 GiB in the semantic compressor, 0.75"):
+        pick_plan(sizes, gib(2) + RESERVE, [1], what="4096x4096 img2img")

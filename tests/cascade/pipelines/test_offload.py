@@ -1,21 +1,25 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
+from accelerate import hooks
 from accelerate.hooks import ModelHook
 
 from cascade.errors import UserError
 from cascade.pipelines.cascade import CascadePipeline
 from cascade.pipelines.finite import NonFiniteError
-from cascade.pipelines.memory_plan import MemoryPlan
+from cascade.pipelines.memory_plan import RESERVE, MemoryPlan
 from cascade.pipelines.offload import check_request
-from cascade.pipelines.results import Preview
+from cascade.pipelines.results import Interrupted, Preview
 from cascade.text.encoder import TextEncoder
 from stages.stage_a import StageA
 from stages.stage_b import StageB
@@ -156,6 +160,145 @@ def test_an_error_in_a_stage_sends_it_away_all_the_same(
         pixels(pipeline)
     assert away(pipeline) == [True] * 4
     pixels(pipeline)
+
+
+def interrupt(*args: object, **kwargs: object) -> None:
+    raise KeyboardInterrupt
+
+
+def after(calls: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function, interrupted by Ctrl-C after some calls."""
+    left = iter(range(calls))
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return function(*args, **kwargs)
+
+    return counted
+
+
+@pytest.mark.parametrize("mode", ["none", "model", "sequential"])
+def test_ctrl_c_during_stage_b_leaves_a_pipeline_that_makes_the_same_pictures(
+    pipeline: CascadePipeline, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    expected = pixels(pipeline)
+    pipeline.place(offload=mode)
+    with monkeypatch.context() as pressed, pytest.raises(Interrupted):
+        # Deep within a block, whose weights are on the device when it comes.
+        pressed.setattr(torch.nn.functional, "gelu", interrupt)
+        pressed.setattr(StageC, "forward", lambda self, x, t, cond: x)
+        pixels(pipeline)
+    if mode != "none":
+        assert away(pipeline) == [True] * 4
+    assert torch.equal(pixels(pipeline), expected)
+
+
+def test_ctrl_c_keeps_nothing_of_the_device_alive(
+    pipeline: CascadePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[weakref.ref[torch.Tensor]] = []
+
+    def forward(self: StageB, x: torch.Tensor, t: torch.Tensor, cond: object) -> torch.Tensor:
+        activation = x * 2
+        seen.append(weakref.ref(activation))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(StageB, "forward", forward)
+    with pytest.raises(Interrupted) as caught:
+        pixels(pipeline)
+    gc.collect()
+    assert caught.value.finished == []
+    assert [one() for one in seen] == [None]
+
+
+@pytest.mark.parametrize("calls", [0, 1, 7, 40])
+@pytest.mark.parametrize("mode", ["model", "sequential"])
+def test_ctrl_c_while_parts_move_is_made_good_by_the_next_call(
+    pipeline: CascadePipeline, monkeypatch: pytest.MonkeyPatch, mode: str, calls: int
+) -> None:
+    expected, at_first = pixels(pipeline), storages(pipeline)
+    with monkeypatch.context() as pressed, pytest.raises(KeyboardInterrupt):
+        moved = after(calls, hooks.set_module_tensor_to_device)
+        pressed.setattr(hooks, "set_module_tensor_to_device", moved)
+        pipeline.place(offload=mode)
+    assert torch.equal(pixels(pipeline), expected)
+    assert away(pipeline) == [True] * 4
+    pipeline.place()
+    assert storages(pipeline) == at_first
+    assert leftovers(pipeline) == []
+    assert torch.equal(pixels(pipeline), expected)
+
+
+def test_ctrl_c_while_a_part_is_loaded_late_is_made_good_too(
+    pipeline: CascadePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    expected = pipeline.reconstruct(picture).pixels
+    again = CascadePipeline(pipeline.folder, device="cpu", offload="model")
+    with monkeypatch.context() as pressed, pytest.raises(KeyboardInterrupt):
+        pressed.setattr(hooks.AlignDevicesHook, "init_hook", interrupt)
+        again.reconstruct(picture)
+    assert torch.equal(again.reconstruct(picture).pixels, expected)
+
+
+# Budgets; a CPU has none, so one is put in behind the check
+
+
+def give_budget(pipeline: CascadePipeline, num_bytes: int) -> None:
+    pipeline.place()
+    pipeline.memory._budget = RESERVE + num_bytes
+
+
+@pytest.mark.parametrize("kilobytes", [10_000, 1000, 600, 500])
+def test_a_budget_makes_the_same_reconstructions_one_at_a_time_or_in_tiles(
+    pipeline: CascadePipeline, monkeypatch: pytest.MonkeyPatch, kilobytes: int
+) -> None:
+    monkeypatch.setattr("cascade.pipelines.memory.TILE_CELLS", (8, 4))
+    picture = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    expected = pipeline.reconstruct(picture, seeds=[1, 2, 3])
+    expected_a = pipeline.reconstruct(picture, through="a")
+    give_budget(pipeline, kilobytes * 1000)
+    for found, wanted in (
+        (pipeline.reconstruct(picture, seeds=[1, 2, 3]), expected),
+        (pipeline.reconstruct(picture, through="a"), expected_a),
+    ):
+        plan = pipeline.memory.plan
+        assert 0 < plan.peak <= RESERVE + kilobytes * 1000
+        # Matrix products of another size round differently, and Stage B's steps amplify it.
+        torch.testing.assert_close(found.pixels, wanted.pixels, atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            found.stage_b_latents, wanted.stage_b_latents, atol=1e-4, rtol=1e-4
+        )
+    assert plan.encoder_tile == {600: 8, 500: 4}.get(kilobytes)
+    assert "stage_c" not in plan.peaks and "stage_a_encoder" in plan.peaks
+
+
+def test_what_does_not_fit_is_one_line_and_leaves_the_pipeline_as_it_was(
+    pipeline: CascadePipeline,
+) -> None:
+    picture = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    expected = pipeline.reconstruct(picture)
+    give_budget(pipeline, 1000)
+    with pytest.raises(UserError, match="64x64 with offload sequential needs at least"):
+        pipeline.reconstruct(picture)
+    pipeline.place()
+    assert torch.equal(pipeline.reconstruct(picture).pixels, expected.pixels)
+
+
+def test_a_plan_that_was_interrupted_is_made_again(
+    pipeline: CascadePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = pipeline("a hat", seed=7).pixels
+    give_budget(pipeline, 10_000_000)
+    assert torch.equal(pipeline("a hat", seed=7).pixels, expected)
+    for num_bytes in (1_000_000, 10_000_000):
+        pipeline.memory._budget = RESERVE + num_bytes
+        pipeline.memory._arranged = None
+        with monkeypatch.context() as pressed, pytest.raises(KeyboardInterrupt):
+            pressed.setattr("cascade.pipelines.offload._remove_hooks", interrupt)
+            pipeline("a hat", seed=7)
+        assert torch.equal(pipeline("a hat", seed=7).pixels, expected)
 
 
 @pytest.mark.slow
