@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 from cascade.checkpoints.files import file_hash, load_network
 from cascade.errors import UserError
 from cascade.text.tokenizer import train_tokenizer
-from train.data.cached import Cache, CacheConfig, cached_loader, load_cache
+from train.data.cached import Cache, cached_loader, load_cache
+from train.data.config import DataConfig
 from train.data.precompute import text_hash
 from train.fit import LoaderFrom, fit, prepare
 from train.systems.clip import ClipRun, ClipSystem, load_clip, load_tokenizer
@@ -106,7 +107,7 @@ def train_previewer(config: PreviewerRun, *, resume: bool) -> None:
     fit(system, _loader(cache, config.data), config.run, config.optim, resume=resume)
 
 
-def _loader(cache: Cache, config: CacheConfig) -> LoaderFrom:
+def _loader(cache: Cache, config: DataConfig) -> LoaderFrom:
     return lambda step, rank, world: cached_loader(
         cache, config, start_step=step, rank=rank, world=world
     )

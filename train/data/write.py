@@ -20,7 +20,9 @@ from PIL import Image, ImageOps
 
 from cascade.checkpoints.files import atomic_path
 from cascade.errors import UserError
-from train.data.shards import BROKEN_PICTURE, clean_captions, on_background, shard_name
+from train.data.members import clean_captions
+from train.data.pictures import BROKEN_PICTURE
+from train.data.shards import on_background, shard_name
 
 _log = logging.getLogger(__name__)
 

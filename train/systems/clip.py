@@ -16,7 +16,8 @@ from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
 from cascade.checkpoints.files import atomic_path, atomic_write_text
 from cascade.errors import UserError
-from train.data.cached import CacheConfig, CachedBatch
+from train.data.cached import CachedBatch
+from train.data.config import DataConfig
 from train.draws import step_generator
 from train.losses.contrastive import contrastive_loss
 from train.optim import make_optimizer
@@ -78,7 +79,7 @@ class ClipRun:
     """The contrastive training of the small CLIP."""
 
     run: RunConfig
-    data: CacheConfig
+    data: DataConfig
     model: ClipModelConfig = field(default_factory=ClipModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     smallest_crop: float = 0.85
@@ -109,7 +110,7 @@ class ClipSystem(LightningModule):
     def training_step(self, batch: CachedBatch, batch_idx: int) -> Tensor:
         """Crop, tokenize, compare every picture with every caption."""
         generator = step_generator(self, self.config.run.seed)
-        pixels = random_crop(batch.pixels, self.config.smallest_crop, generator)
+        pixels = random_crop(batch.require("pixels"), self.config.smallest_crop, generator)
         pixels = F.interpolate(
             pixels, size=self.config.model.image_size, mode="bilinear", antialias=True
         )

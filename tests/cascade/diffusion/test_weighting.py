@@ -123,5 +123,7 @@ def test_draws_come_from_the_generator_alone(kind: str, stratified: bool) -> Non
 
 
 def test_another_kind_of_draw_is_refused() -> None:
-    with pytest.raises(ValueError, match="'cosine'; it is uniform, logit_normal, official or noisy"):
+    with pytest.raises(
+        ValueError, match="'cosine'; it is uniform, logit_normal, official or noisy"
+    ):
         draw_t(2, _generator(), "cosine")  # type: ignore[arg-type]
