@@ -11,7 +11,9 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-Purpose = Literal["order", "captions", "noise", "layers"]
+Purpose = Literal[
+    "order", "captions", "noise", "layers", "rests", "crops", "blocks", "buckets", "spares"
+]
 
 
 def derived_seed(purpose: Purpose, seed: int, step: int, rank: int = 0) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from train.callbacks.export import Export
 from train.callbacks.ledger import Ledger
 from train.callbacks.progress import Progress
 from train.callbacks.stop import Stop
+from train.data.pictures import BOMB_WARNING
 from train.draws import SeedLayers
 from train.memory import keep_freed_memory
 from train.settings import OptimConfig, RunConfig
@@ -51,6 +52,7 @@ _NO_NEWS = (
     ".*resuming from a checkpoint that ended before the epoch ended.*",
     ".*The number of training batches .* is smaller than the logging interval.*",
     ".*ModelCheckpoint with manual optimization.*",  # after the step is what we want
+    BOMB_WARNING,
 )
 """Warnings of Lightning that tell a user of ours nothing."""
 
@@ -119,10 +121,12 @@ def fit(
     optim: OptimConfig,
     *,
     resume: bool,
+    callbacks: Sequence[pl.Callback] = (),
 ) -> None:
     """Train ``system`` for ``run.max_steps`` steps or ``run.max_minutes`` minutes.
 
     Ctrl-C and SIGTERM end the run after the step in hand, with a checkpoint and an export.
+    ``callbacks`` act before those that all runs have.
 
     Raises:
         UserError: A broken checkpoint, a device that is not there, a loss that is not finite.
@@ -135,7 +139,7 @@ def fit(
     if resume:
         _log.info("resuming %s at step %d of %d", out, start_step, run.max_steps)
     stop, ledger = Stop(run.max_minutes), Ledger()
-    trainer = _trainer(system, run, optim, stop, ledger)
+    trainer = _trainer(system, run, optim, stop, ledger, callbacks)
     trainer.fit(
         system,
         train_dataloaders=loader_from(start_step, trainer.global_rank, trainer.world_size),
@@ -156,7 +160,12 @@ def fit(
 
 
 def _trainer(
-    system: pl.LightningModule, run: RunConfig, optim: OptimConfig, stop: Stop, ledger: Ledger
+    system: pl.LightningModule,
+    run: RunConfig,
+    optim: OptimConfig,
+    stop: Stop,
+    ledger: Ledger,
+    more: Sequence[pl.Callback],
 ) -> pl.Trainer:
     """Build the Trainer with the callbacks of all runs, in the order in which they must act."""
     out = Path(run.out)
@@ -176,6 +185,7 @@ def _trainer(
         log_every_n_steps=run.log_every_steps,
         plugins=[AtomicCheckpoints()],
         callbacks=[
+            *more,
             SeedLayers(run.seed),
             average,
             ledger,

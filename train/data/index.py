@@ -255,14 +255,24 @@ class IndexStore:
         self._unwritable = False
 
     def get(self, address: str) -> ShardIndex:
-        """Return a shard's index.
+        """Return a shard's index; the last few stay in memory.
 
         Raises:
             SourceError: The shard can't be read.
         """
-        if address in self._kept:
-            self._kept.move_to_end(address)
-            return self._kept[address]
+        if address not in self._kept:
+            self._kept[address] = self.read(address)
+        self._kept.move_to_end(address)
+        while len(self._kept) > self.max_kept and not self._unwritable:
+            self._kept.popitem(last=False)
+        return self._kept[address]
+
+    def read(self, address: str) -> ShardIndex:
+        """Return a shard's index from its folder, or make it; several threads may do so.
+
+        Raises:
+            SourceError: The shard can't be read.
+        """
         path = self._paths.get(address) or self._path(address)
         index = load_index(path)
         if index is None:
@@ -273,9 +283,8 @@ class IndexStore:
                     raise SourceError(f"{shown(address)}: {error}") from error
             self._save(index, path)
         self._paths[address] = path
-        self._kept[address] = index
-        while len(self._kept) > self.max_kept and not self._unwritable:
-            self._kept.popitem(last=False)
+        if self._unwritable:
+            self._kept[address] = index
         return index
 
     def _path(self, address: str) -> Path:
