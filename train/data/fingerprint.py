@@ -43,7 +43,16 @@ class Fingerprint:
     dtype: Literal["float16", "float32"] = "float16"
     """Number format of the arrays."""
     widths: dict[str, int] = field(default_factory=dict)
-    """Part -> its last dimension, for parts that a network's configuration names."""
+    """Part of a batch -> its last dimension, for those that a network's configuration names."""
+
+
+@dataclass(frozen=True)
+class CacheFile:
+    """What ``cache.json`` says."""
+
+    fingerprint: Fingerprint
+    shards: int
+    """Shards that the whole cache has."""
     format: int = _FORMAT
     """Of the shards themselves."""
 
@@ -57,19 +66,19 @@ def differences(ours: Fingerprint, theirs: Fingerprint) -> str:
 
 
 def write_cache_files(
-    folder: Path, fingerprint: Fingerprint, null_text: tuple[Tensor, Tensor] | None
+    folder: Path, described: CacheFile, null_text: tuple[Tensor, Tensor] | None
 ) -> None:
-    """Write what a cache was made with; the fingerprint last, since it says that all is there."""
+    """Write what a cache is made with."""
     if null_text is not None:
         tensors = {"text_hidden": null_text[0], "text_pooled": null_text[1]}
         data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
         atomic_write_bytes(folder / NULL_FILE, data)
-    text = json.dumps(to_dict(fingerprint), indent=2, sort_keys=True)
+    text = json.dumps(to_dict(described), indent=2, sort_keys=True)
     atomic_write_text(folder / CACHE_FILE, text + "\n")
 
 
-def read_fingerprint(address: str) -> Fingerprint | None:
-    """Return the fingerprint in a folder; None if there is none.
+def read_cache_file(address: str) -> CacheFile | None:
+    """Return what a cache was made with; None if there is none.
 
     Args:
         address: Of its ``cache.json``.
@@ -86,7 +95,7 @@ def read_fingerprint(address: str) -> Fingerprint | None:
         raise UserError(f"{shown(address)}: not readable; make the cache again") from error
     if not isinstance(values, Mapping) or values.get("format") != _FORMAT:
         raise UserError(f"{shown(address)}: of another version of this program; make it again")
-    return from_dict(Fingerprint, values, shown(address))
+    return from_dict(CacheFile, values, shown(address))
 
 
 @dataclass(frozen=True)
@@ -96,6 +105,8 @@ class CacheFound:
     fingerprint: Fingerprint
     null_text: tuple[Tensor, Tensor] | None
     """Hidden (L, D) and pooled (P,) states of the empty prompt."""
+    num_shards: int
+    """Shards that the whole cache has."""
 
 
 def find_cache(shards: list[str]) -> CacheFound | None:
@@ -105,8 +116,8 @@ def find_cache(shards: list[str]) -> CacheFound | None:
         UserError: Some do and others do not, or they were made in different ways.
     """
     files = {sibling(shard, CACHE_FILE) for shard in shards}
-    found = {file: read_fingerprint(file) if file is not None else None for file in files}
-    made = [fingerprint for fingerprint in found.values() if fingerprint is not None]
+    found = {file: read_cache_file(file) if file is not None else None for file in files}
+    made = [cache for cache in found.values() if cache is not None]
     if not made:
         return None
     lacking = [shard for shard in shards if found[sibling(shard, CACHE_FILE)] is None]
@@ -115,20 +126,19 @@ def find_cache(shards: list[str]) -> CacheFound | None:
             f"{shown(lacking[0])}: has no {CACHE_FILE} beside it, but other shards have one; train "
             "on pictures or on a cache, not on both"
         )
+    first = made[0].fingerprint
     for other in made[1:]:
-        if other != made[0]:
-            raise UserError(
-                f"data.shards: caches that do not fit each other: {differences(made[0], other)}"
-            )
+        if differing := differences(first, other.fingerprint):
+            raise UserError(f"data.shards: caches that do not fit each other: {differing}")
     null_text = None
-    if "text" in made[0].weights:
+    if "text" in first.weights:
         address = sibling(shards[0], NULL_FILE)
         data = _read(address) if address is not None else None
         if data is None:
             raise UserError(f"{shown(str(address))}: not there; make the cache again")
         tensors = load(data)
         null_text = (tensors["text_hidden"], tensors["text_pooled"])
-    return CacheFound(made[0], null_text)
+    return CacheFound(first, null_text, sum(cache.shards for cache in made))
 
 
 def check_fits(found: Fingerprint, config: DataConfig, hashes: Mapping[str, str]) -> None:
@@ -157,6 +167,11 @@ def check_fits(found: Fingerprint, config: DataConfig, hashes: Mapping[str, str]
     differing = differences(wanted, found)
     if config.crop != found.crop:
         differing = f"crop is {config.crop} here and {found.crop} there"
+    if config.filters.min_size or config.filters.max_aspect is not None:
+        raise UserError(
+            f"{where}: a cache's pictures have been cropped: data.filters.min_size and max_aspect "
+            "are given when it is made"
+        )
     if differing:
         raise UserError(f"{where}: the cache does not fit: {differing}; {again}")
 

@@ -32,7 +32,7 @@ from train.data.members import (
     scores_of,
     shape_of,
 )
-from train.data.pictures import BROKEN_PICTURE, read_head
+from train.data.pictures import BROKEN_PICTURE, fit_picture, read_head
 from train.data.sources import open_stream, shard_title, stamp
 from train.data.transport import SourceError, shown
 
@@ -101,8 +101,14 @@ class _Row:
     problem: str = OK
 
 
-def index_of(stream: BinaryIO, most: int | None = None) -> ShardIndex:
-    """Look through a shard, or through its first ``most`` samples."""
+def index_of(stream: BinaryIO, most: int | None = None, *, decode: bool = False) -> ShardIndex:
+    """Look through a shard.
+
+    Args:
+        stream: A file, or a stream that can't seek.
+        most: Look at its first so many samples only.
+        decode: Decode every picture, where otherwise its first bytes are believed.
+    """
     rows: list[_Row] = []
     seen: set[str] = set()
     nameless: list[str] = []
@@ -114,7 +120,7 @@ def index_of(stream: BinaryIO, most: int | None = None) -> ShardIndex:
             if most is not None and len(rows) >= most:
                 whole = False
                 break
-            rows.append(_row(entry, remarks))
+            rows.append(_row(entry, remarks, decode=decode))
             if entry.key in seen:
                 rows[-1].problem = "a key that came before"
             seen.add(entry.key)
@@ -125,7 +131,7 @@ def index_of(stream: BinaryIO, most: int | None = None) -> ShardIndex:
     return _packed(rows, notes, dict(remarks), whole)
 
 
-def _row(entry: Entry, remarks: Counter[str]) -> _Row:
+def _row(entry: Entry, remarks: Counter[str], *, decode: bool) -> _Row:
     row = _Row(entry.key, {kind: (m.offset, m.size) for kind, m in entry.members.items()})
     for kind in entry.members:
         if not is_read(kind):
@@ -144,6 +150,8 @@ def _row(entry: Entry, remarks: Counter[str]) -> _Row:
             data = entry.members[picture].read()
             try:
                 head = read_head(data, picture)
+                if decode:
+                    fit_picture(data, (8, 8))
             except BROKEN_PICTURE as error:
                 row.problem = "an empty picture" if not data else _broken(error)
                 return row

@@ -18,7 +18,7 @@ from train.data.activity import Activity
 from train.data.buckets import Shape
 from train.data.cached import CACHE_FILES, Cache, CachedBatch, cached_loader, load_cache
 from train.data.config import DataConfig
-from train.data.exact import ExactSource, exact_plan, index_set
+from train.data.exact import ExactSource, index_set
 from train.data.fingerprint import CacheFound, check_fits, find_cache
 from train.data.loader import StepSource, StreamLoader
 from train.data.resampled import ResampledSource, probe_shards
@@ -82,6 +82,13 @@ def open_data(
                 "of the pictures"
             )
         check_fits(found.fingerprint, config, hashes)
+        if len(addresses) < found.num_shards:
+            _log.warning(
+                "%s: %d of the cache's %d shards; was precompute stopped? the same command goes on",
+                config.shards,
+                len(addresses),
+                found.num_shards,
+            )
         parts = tuple(name for part in hashes for name in CACHE_FILES[part])
         return _streamed(config, addresses, Selector.of(config, parts), found)
     return _streamed(config, addresses, Selector.of(config), None, frozen if hashes else None)
@@ -116,11 +123,13 @@ def _streamed(
     if config.mode == "exact":
         indexed = index_set(addresses, selector, config.index_folder, config.shards)
         _log.info("%s", indexed.report.summary())
-        _log.info("%s", exact_plan(config, selector, indexed, 1).describe())
         state = indexed.digest()
 
         def make(rank: int, world: int) -> StepSource:
-            return ExactSource(config, selector, indexed, activity, rank=rank, world=world)
+            source = ExactSource(config, selector, indexed, activity, rank=rank, world=world)
+            if rank == 0:
+                _log.info("%s", source.plan.describe())
+            return source
 
     else:
         probe = probe_shards(addresses, config, selector)
