@@ -150,17 +150,15 @@ def _check(options: argparse.Namespace, rest: list[str]) -> int:
     if options.shards is not None:
         values["shards"] = options.shards
     apply_overrides(values, parse_overrides(rest))
-    if values.get("mode", "memory") == "memory":
-        # A set in memory has the size of its pictures; a look at it needs some.
-        values = {
-            "mode": "exact",
-            **{k: v for k, v in values.items() if k not in ("folder", "mode")},
-        }
+    one_size = values.get("mode", "memory") == "memory"
+    if one_size:  # a set in memory has the size of its pictures; a look at it needs some
+        values.pop("folder", None)
+        values["mode"] = "exact"
     values.setdefault("size", 512)
     if "shards" not in values:
         raise UserError("check: name the shards, or a --config whose data section does")
     data = from_dict(DataConfig, values, where)
-    found = check(CheckOptions(data, options.samples, options.ranks or ranks))
+    found = check(CheckOptions(data, options.samples, options.ranks or ranks, one_size))
     for line in found.table():
         print(line)
     found.require_usable()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
@@ -23,8 +24,8 @@ class Activity:
         info = get_worker_info()
         worker = info.id if info is not None else 0
         data = text.encode("utf-8", "replace")[-_WIDTH:].ljust(_WIDTH, b"\0")
-        self._texts[worker] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        self._since[worker] = time.time()
+        self._texts.numpy()[worker] = np.frombuffer(data, np.uint8)
+        self._since.numpy()[worker] = time.time()
 
     def lines(self) -> list[str]:
         """Return for each worker what it does and for how many seconds."""

@@ -33,6 +33,8 @@ class CheckOptions:
     """Samples to look at and decode in each shard; 0: all."""
     ranks: int = 1
     """Devices of the run that is meant."""
+    one_size: bool = False
+    """Whether the run keeps the set in memory, where all pictures have one size."""
 
     def __post_init__(self) -> None:
         """Refuse counts that can't be."""
@@ -106,6 +108,12 @@ class Checked:
             others = f", and {more} more" if more else ""
             raise UserError(f"{self.unreadable[0]}{others}; no run can read it")
         self.report.require_any(data.shards)
+        sizes = {pair for sides in self.report.sides for pair in zip(*sides.tolist(), strict=True)}
+        if self.options.one_size and len(sizes) > 1:
+            raise UserError(
+                f"{data.shards}: pictures of {len(sizes)} sizes, but data.mode is memory; write "
+                "the shards again with --size, or use data.mode exact"
+            )
         step = data.batch_size * self.options.ranks
         if data.mode != "resampled" and self.report.whole and self.report.taken < step:
             raise UserError(

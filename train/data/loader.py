@@ -94,8 +94,10 @@ class StreamLoader:
             self._waiting_since_s = time.monotonic()
             try:
                 given = next(served)
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
+            except (RuntimeError, ConnectionError, EOFError) as error:
+                # What a batch half sent by a dead worker raises is one of the last two.
+                lost = "DataLoader worker" in str(error) or not isinstance(error, RuntimeError)
+                if not (self._loader.num_workers and lost):
                     raise
                 raise UserError(
                     f"a data worker has died, often for want of memory: {error}; try fewer "

@@ -158,7 +158,6 @@ class BatchMaker:
         crops: torch.Generator | None,
         broken: list[str],
     ) -> _Item | None:
-        self.activity.say(f"decoding {ref.name}")
         try:
             return self._item(ref, data, shape, draw, crops)
         except BROKEN_PICTURE as error:
