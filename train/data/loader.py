@@ -16,7 +16,7 @@ from train.data.read import Served
 
 _log = logging.getLogger(__name__)
 
-_NAMED = 10
+_NAMED = 30
 _JUDGED_FROM = 1000
 
 
@@ -74,7 +74,8 @@ class StreamLoader:
         self.samples = 0
         """Samples served since this start."""
         self.broken = 0
-        """Samples that could not be used, and were replaced, since this start."""
+        """Samples that could not be used, and others came in their place, since this start."""
+        self._named: set[str] = set()
         self._waiting_since_s: float | None = None
         self._loader = DataLoader(
             _Steps(source, start_step),
@@ -119,14 +120,14 @@ class StreamLoader:
         return f"no batch for {self.waiting_s():.0f} s; " + "; ".join(self.activity.lines())
 
     def _count(self, served: Served) -> None:
-        before = self.broken
         self.samples += len(served.batch)
-        self.broken += len(served.broken)
-        for number, line in enumerate(served.broken, start=before + 1):
-            if number <= _NAMED:
-                _log.warning("replaced a sample that can't be used: %s", line)
-            elif number & (number - 1) == 0:  # then at every doubling
-                _log.warning("replaced %d samples that can't be used; newest: %s", number, line)
+        for line in served.broken:
+            self.broken += 1
+            if len(self._named) < _NAMED and line not in self._named:
+                self._named.add(line)
+                _log.warning("left out a sample that can't be used: %s", line)
+            elif self.broken >= _NAMED and self.broken & (self.broken - 1) == 0:  # each doubling
+                _log.warning("left out %d samples so far; the newest: %s", self.broken, line)
         read = self.samples + self.broken
         if read >= _JUDGED_FROM and self.broken > self.max_broken_share * read:
             raise UserError(

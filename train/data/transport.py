@@ -53,7 +53,8 @@ def retried(address: str, action: Callable[[], T]) -> T:
             local = "://" not in address or isinstance(error, FileNotFoundError)
             if local or not left:
                 reason = describe_os_error(error) if isinstance(error, OSError) else None
-                reason = reason.split(": ", 1)[-1] if reason else str(error) or repr(error)
+                said = str(getattr(error, "reason", error)) or repr(error)
+                reason = reason.split(": ", 1)[-1] if reason else said
                 raise SourceError(f"{shown(address)}: {reason}") from error
         time.sleep(wait_s)
         wait_s *= 2
