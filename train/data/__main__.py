@@ -45,9 +45,14 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def _add_check(commands: Any) -> None:
     check = commands.add_parser(
-        "check", help="look at shards before a run", description=_CHECK, epilog=_CHECK_MORE
+        "check",
+        help="look at shards before a run",
+        usage="python -m train.data check [SHARDS] [--config CONFIG] [--samples N] [--ranks N] "
+        "[--KEY VALUE ...]",
+        description=f"{_CHECK} SHARDS is a glob or brace pattern; default: the --config's.",
+        epilog=_CHECK_MORE,
+        allow_abbrev=False,
     )
-    check.add_argument("shards", nargs="?", help="glob or brace pattern; default: the --config's")
     check.add_argument("--config", type=Path, help="a run's YAML file, whose data section counts")
     check.add_argument("--samples", type=int, default=64, help="samples of each shard; 0: all")
     check.add_argument("--ranks", type=int, help="devices (default: the --config's, or 1)")
@@ -85,6 +90,7 @@ def _add_precompute(commands: Any) -> None:
         help="run frozen networks over shards once",
         description=_PRECOMPUTE,
         epilog=_PRECOMPUTE_MORE,
+        allow_abbrev=False,
     )
     cache.add_argument("--shards", required=True, help="glob or brace pattern")
     to = cache.add_mutually_exclusive_group(required=True)
@@ -147,8 +153,9 @@ def _check(options: argparse.Namespace, rest: list[str]) -> int:
         where, whole = str(options.config), _yaml(options.config)
         values = dict(whole.get("data") or {})
         ranks = int((whole.get("run") or {}).get("devices", 1))
-    if options.shards is not None:
-        values["shards"] = options.shards
+    # A positional argument of argparse would take the value of the first key for itself.
+    if rest and not rest[0].startswith("--"):
+        values["shards"], *rest = rest
     apply_overrides(values, parse_overrides(rest))
     one_size = values.get("mode", "memory") == "memory"
     if one_size:  # a set in memory has the size of its pictures; a look at it needs some
