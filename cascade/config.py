@@ -67,9 +67,18 @@ def load_yaml(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> 
         raise UserError(f"{path}: not a text file in UTF-8") from error
     if not isinstance(data, dict):
         raise UserError(f"{path}: a configuration is a mapping of keys to values")
+    apply_overrides(data, overrides)
+    return from_dict(cls, data, str(path))
+
+
+def apply_overrides(data: dict[str, object], overrides: Sequence[str]) -> None:
+    """Set keys of plain values from ``"a.b.c=value"`` strings; values are parsed as YAML.
+
+    Raises:
+        UserError: A value is not YAML, or a section is a value.
+    """
     for override in overrides:
         _apply(data, override)
-    return from_dict(cls, data, str(path))
 
 
 def parse_overrides(arguments: Sequence[str]) -> list[str]:

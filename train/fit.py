@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,7 @@ from train.callbacks.ledger import Ledger
 from train.callbacks.progress import Progress
 from train.callbacks.stop import Stop
 from train.clock import PhaseClock
+from train.data.pictures import BOMB_WARNING
 from train.draws import SeedLayers
 from train.environment import note_start
 from train.memory import keep_freed_memory
@@ -60,6 +61,7 @@ _NO_NEWS = (
     ".*resuming from a checkpoint that ended before the epoch ended.*",
     ".*The number of training batches .* is smaller than the logging interval.*",
     ".*ModelCheckpoint with manual optimization.*",  # after the step is what we want
+    BOMB_WARNING,
 )
 """Warnings of Lightning that tell a user of ours nothing."""
 
@@ -146,11 +148,13 @@ def fit(
     run: RunConfig,
     optim: OptimConfig,
     prepared: Prepared,
+    *,
+    callbacks: Sequence[pl.Callback] = (),
 ) -> None:
     """Train ``system`` for ``run.max_steps`` steps or ``run.max_minutes`` minutes.
 
     Ctrl-C and SIGTERM end the run after the step in hand, with a checkpoint and an export. A run
-    that nobody stopped leaves a file ``done``.
+    that nobody stopped leaves a file ``done``. ``callbacks`` act before those that all runs have.
 
     Raises:
         UserError: A broken checkpoint, a device that is not there, a loss that is not finite.
@@ -164,7 +168,7 @@ def fit(
         start_step = checkpoint_global_step(newest) // optimizers
         _log.info("resuming %s at step %d of %d", out, start_step, run.max_steps)
     stop, ledger = Stop(run.max_minutes), Ledger(prepared.clock, out, run.log_every_steps)
-    trainer = _trainer(system, run, optim, stop, ledger)
+    trainer = _trainer(system, run, optim, stop, ledger, callbacks)
     trainer.fit(
         system,
         train_dataloaders=loader_from(
@@ -201,7 +205,12 @@ def _strategy(system: pl.LightningModule, run: RunConfig) -> DDPStrategy | str:
 
 
 def _trainer(
-    system: pl.LightningModule, run: RunConfig, optim: OptimConfig, stop: Stop, ledger: Ledger
+    system: pl.LightningModule,
+    run: RunConfig,
+    optim: OptimConfig,
+    stop: Stop,
+    ledger: Ledger,
+    more: Sequence[pl.Callback],
 ) -> pl.Trainer:
     """Build the Trainer with the callbacks of all runs, in the order in which they must act."""
     out = Path(run.out)
@@ -232,6 +241,7 @@ def _trainer(
         log_every_n_steps=run.log_every_steps,
         plugins=[RunCheckpoints(run.keep_checkpoints, ledger.clock)],
         callbacks=[
+            *more,
             SeedLayers(run.seed),
             average,
             ledger,

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from torch import Tensor, nn
+import lightning.pytorch as pl
+from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from cascade.checkpoints.files import file_hash, load_network
+from cascade.checkpoints.files import load_network
 from cascade.errors import UserError
 from cascade.text.tokenizer import train_tokenizer
-from train.data.cached import Cache, CacheConfig, cached_loader, load_cache
-from train.data.precompute import text_hash
-from train.fit import LoaderFrom, Prepared, fit, prepare
+from train.data.cached import Cache
+from train.data.open import TrainingData, open_data, remember_data
+from train.encode import FrozenPaths
+from train.fit import Prepared, fit, prepare
 from train.systems.clip import ClipRun, ClipSystem, load_clip, load_tokenizer
 from train.systems.compressor import CompressorRun, CompressorSystem
 from train.systems.previewer import PreviewerRun, PreviewerSystem
@@ -20,112 +20,124 @@ from train.systems.stage_a import StageARun, StageASystem
 from train.systems.stage_b import StageBRun, StageBSystem
 from train.systems.stage_c import StageCRun, StageCSystem
 
+AnyRun = ClipRun | StageARun | CompressorRun | StageBRun | StageCRun | PreviewerRun
+
 
 def train_clip(config: ClipRun, *, resume: bool) -> None:
     """Train the tokenizer on the captions, then the two towers."""
     prepared = prepare(config.run, config, resume=resume)
-    cache = load_cache(config.data, {})
-    system = ClipSystem(config, _tokenizer(config, cache, prepared))
+    data = open_data(config.data)
+    system = ClipSystem(config, _tokenizer(config, data.cache, prepared))
     if config.init_from is not None:
         _copy(load_clip(config.init_from), system.network, config.init_from)
-    fit(system, _loader(cache, config.data), config.run, config.optim, prepared)
+    _fit(system, data, config, prepared)
 
 
 def train_stage_a(config: StageARun, *, resume: bool) -> None:
     """Train the autoencoder."""
     prepared = prepare(config.run, config, resume=resume)
-    cache = load_cache(config.data, {})
-    height, width = cache.pictures.pixels.shape[-2:]
-    if config.crop > min(height, width):
-        raise UserError(f"crop is {config.crop} but the pictures are {width}x{height}")
+    data = open_data(config.data)
+    for height, width in data.shapes:
+        if config.crop > min(height, width):
+            raise UserError(f"crop is {config.crop} but the pictures are {width}x{height}")
     if config.crop % config.model.downscale:
         raise UserError(
             f"crop is {config.crop}; Stage A needs a multiple of {config.model.downscale}"
         )
     system = StageASystem(config)
     _start_from(system.network, config.init_from)
-    fit(system, _loader(cache, config.data), config.run, config.optim, prepared)
+    _fit(system, data, config, prepared)
 
 
 def train_compressor(config: CompressorRun, *, resume: bool) -> None:
     """Train the compressor with the previewer as its decoder."""
     prepared = prepare(config.run, config, resume=resume)
-    cache = load_cache(config.data, {})
+    data = open_data(config.data)
     system = CompressorSystem(config)
     _start_from(system.compressor, config.init_from)
-    fit(system, _loader(cache, config.data), config.run, config.optim, prepared)
+    _fit(system, data, config, prepared)
 
 
 def train_stage_b(config: StageBRun, *, resume: bool) -> None:
     """Train Stage B on cached Stage A latents and text, with the compressor or on its latents."""
     prepared = prepare(config.run, config, resume=resume)
-    expect = {
-        "text": text_hash(config.text, config.text_states),
-        "stage_a": file_hash(Path(config.stage_a)),
-    }
-    if config.frozen_compressor is not None:
-        expect["stage_c"] = file_hash(Path(config.frozen_compressor))
-    cache = load_cache(config.data, expect)
-    assert cache.null_text is not None, "load_cache gives the null text with the text part"
-    _fits("model.text_pooled_channels", config.model.text_pooled_channels, cache.null_text[1])
-    system = StageBSystem(config, cache.null_text)
+    frozen = FrozenPaths(
+        text=config.text,
+        text_states=config.text_states,
+        stage_a=config.stage_a,
+        compressor=config.frozen_compressor,
+    )
+    data = open_data(config.data, frozen, pixels=config.compressor is not None)
+    assert data.null_text is not None, "open_data gives the null text with the text part"
+    pooled_channels = data.null_text[1].shape[-1]
+    _fits("model.text_pooled_channels", config.model.text_pooled_channels, pooled_channels)
+    system = StageBSystem(config, data.null_text)
     if config.init_from is not None:
         _start_from(system.network, f"{config.init_from}/stage_b.safetensors")
         if system.compressor is not None:
             _start_from(system.compressor, f"{config.init_from}/compressor.safetensors")
-    fit(system, _loader(cache, config.data), config.run, config.optim, prepared)
+    _fit(system, data, config, prepared)
 
 
 def train_stage_c(config: StageCRun, *, resume: bool) -> None:
     """Train Stage C on cached compressor latents and text states."""
     prepared = prepare(config.run, config, resume=resume)
-    expect = {
-        "text": text_hash(config.text, config.text_states),
-        "stage_c": file_hash(Path(config.compressor)),
-    }
-    if config.image_share > 0:
-        expect["image"] = text_hash(config.text)
-    cache = load_cache(config.data, expect)
-    assert cache.null_text is not None, "load_cache gives the null text with the text part"
+    frozen = FrozenPaths(
+        text=config.text,
+        text_states=config.text_states,
+        compressor=config.compressor,
+        image=config.text if config.image_share > 0 else None,
+    )
+    data = open_data(config.data, frozen, pixels=False)
+    assert data.null_text is not None, "open_data gives the null text with the text part"
     if config.image_share > 0 and config.model.image_channels is not None:
-        embeds = cache.tensors["image_embeds"]
-        _fits("model.image_channels", config.model.image_channels, embeds, "image embeddings")
-    _fits("model.text_channels", config.model.text_channels, cache.null_text[0])
-    _fits("model.text_pooled_channels", config.model.text_pooled_channels, cache.null_text[1])
-    system = StageCSystem(config, cache.null_text)
+        width = data.widths.get("image_embeds", config.model.image_channels)
+        _fits("model.image_channels", config.model.image_channels, width, "image embeddings")
+    _fits("model.text_channels", config.model.text_channels, data.null_text[0].shape[-1])
+    pooled_channels = data.null_text[1].shape[-1]
+    _fits("model.text_pooled_channels", config.model.text_pooled_channels, pooled_channels)
+    system = StageCSystem(config, data.null_text)
     _start_from(system.network, config.init_from)
-    fit(system, _loader(cache, config.data), config.run, config.optim, prepared)
+    _fit(system, data, config, prepared)
 
 
 def train_previewer(config: PreviewerRun, *, resume: bool) -> None:
     """Train the previewer on cached compressor latents."""
     prepared = prepare(config.run, config, resume=resume)
-    cache = load_cache(config.data, {"stage_c": file_hash(Path(config.compressor))})
+    data = open_data(config.data, FrozenPaths(compressor=config.compressor))
     system = PreviewerSystem(config)
     _start_from(system.network, config.init_from)
-    fit(system, _loader(cache, config.data), config.run, config.optim, prepared)
+    _fit(system, data, config, prepared)
 
 
-def _loader(cache: Cache, config: CacheConfig) -> LoaderFrom:
-    return lambda step, rank, world: cached_loader(
-        cache, config, start_step=step, rank=rank, world=world
-    )
+def _fit(
+    system: pl.LightningModule, data: TrainingData, config: AnyRun, prepared: Prepared
+) -> None:
+    """Train on the data, with the frozen networks that they need."""
+    remember_data(data, prepared.out, resume=prepared.newest is not None)
+    callbacks = [data.encode] if data.encode is not None else []
+    fit(system, data.loader_from, config.run, config.optim, prepared, callbacks=callbacks)
 
 
-def _tokenizer(config: ClipRun, cache: Cache, prepared: Prepared) -> PreTrainedTokenizerFast:
+def _tokenizer(config: ClipRun, cache: Cache | None, prepared: Prepared) -> PreTrainedTokenizerFast:
     """Return the tokenizer of the run that goes on, of the CLIP it starts from, or a new one."""
     if prepared.newest is not None:
         return load_tokenizer(prepared.out / "text")
     if config.init_from is not None:
         return load_tokenizer(config.init_from)
+    if cache is None:
+        raise UserError(
+            f"data.mode is {config.data.mode}: a tokenizer is trained on captions in memory; name "
+            "an init_from, or use data.mode memory"
+        )
     captions = sorted({c for captions in cache.pictures.captions for c in captions})
     return train_tokenizer(captions, config.model.vocab_size, config.model.max_tokens)
 
 
-def _fits(key: str, wanted: int, state: Tensor, what: str = "text states") -> None:
+def _fits(key: str, wanted: int, found: int, what: str = "text states") -> None:
     """Check a width of the network against the cache's."""
-    if state.shape[-1] != wanted:
-        raise UserError(f"{key} is {wanted} but the cached {what} have {state.shape[-1]}")
+    if found != wanted:
+        raise UserError(f"{key} is {wanted} but the cached {what} have {found}")
 
 
 def _start_from(network: nn.Module, path: str | None) -> None:

@@ -21,27 +21,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from cascade.errors import UserError
+from train.data.config import DataConfig
 from train.data.shards import ShardReader
 from train.draws import derived_seed
-
-
-@dataclass(frozen=True)
-class CacheConfig:
-    """Which pictures a run trains on, and how they are served."""
-
-    shards: str
-    """Shards to read: a glob or a brace pattern."""
-    batch_size: int
-    """Pictures a step and device."""
-    folder: str | None = None
-    """Folder of cached latents and text states, as ``python -m train.data precompute`` wrote it."""
-    seed: int = 0
-    """Seeds the order of the pictures and the choice among their captions."""
-
-    def __post_init__(self) -> None:
-        """Refuse a batch of nothing."""
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}; at least 1 is needed")
 
 
 @dataclass
@@ -96,30 +78,36 @@ def load_pictures(shards: str) -> Pictures:
 
 @dataclass
 class CachedBatch:
-    """One batch; what the cache does not hold is None."""
+    """One batch, from memory or from a stream; what neither holds is None."""
 
     captions: list[str]
     groups: Tensor  # (B,)
-    pixels: Tensor  # (B, 3, H, W) in [0, 1]
+    pixels: Tensor | None = None  # (B, 3, H, W) in [0, 1]
     stage_a_latents: Tensor | None = None  # (B, 4, H/4, W/4)
     stage_c_latents: Tensor | None = None  # (B, 16, h, w)
     text_hidden: Tensor | None = None  # (B, L, D)
     text_pooled: Tensor | None = None  # (B, P)
     image_embeds: Tensor | None = None  # (B, E)
+    keys: list[str] | None = None
+    """``SHARD/KEY`` of each sample of a stream."""
+    original_sizes: Tensor | None = None
+    """Height and width of each picture file of a stream, (B, 2)."""
+    crops: Tensor | None = None
+    """Top and left edge of each crop of a stream, in pixels of the resized picture, (B, 2)."""
 
     def __len__(self) -> int:
         """Return the number of samples."""
         return len(self.captions)
 
     def require(self, part: str) -> Tensor:
-        """Return a cached part.
+        """Return a part.
 
         Raises:
-            ValueError: The cache was loaded without it.
+            ValueError: The data were loaded without it.
         """
         tensor = getattr(self, part)
         if tensor is None:
-            raise ValueError(f"the batch has no {part}: load_cache was not asked for it")
+            raise ValueError(f"the batch has no {part}: the data were loaded without it")
         return tensor
 
 
@@ -165,7 +153,7 @@ CACHE_FILES = {
 """File of a cache folder -> tensors in it."""
 
 
-def load_cache(config: CacheConfig, expect: dict[str, str]) -> Cache:
+def load_cache(config: DataConfig, expect: dict[str, str]) -> Cache:
     """Load pictures and the cached parts that a run needs.
 
     Args:
@@ -206,7 +194,7 @@ class _EndlessBatches(IterableDataset[CachedBatch]):
     """Batch number ``step`` of an endless series of shuffled epochs."""
 
     def __init__(
-        self, cache: Cache, config: CacheConfig, start_step: int, rank: int, world: int
+        self, cache: Cache, config: DataConfig, start_step: int, rank: int, world: int
     ) -> None:
         self.cache = cache
         self.config = config
@@ -241,7 +229,7 @@ class _EndlessBatches(IterableDataset[CachedBatch]):
 
 
 def cached_loader(
-    cache: Cache, config: CacheConfig, *, start_step: int = 0, rank: int = 0, world: int = 1
+    cache: Cache, config: DataConfig, *, start_step: int = 0, rank: int = 0, world: int = 1
 ) -> DataLoader[CachedBatch]:
     """Return an endless loader; it starts with the batch of ``start_step``."""
     return DataLoader(_EndlessBatches(cache, config, start_step, rank, world), batch_size=None)

@@ -24,14 +24,9 @@ from cascade.text.picture_encoder import PictureEncoder
 from stages.semantic_compressor import SemanticCompressor
 from stages.stage_a import StageA
 from train.data.cached import Pictures, load_pictures
+from train.encode import text_hash
 
 _log = logging.getLogger(__name__)
-
-
-def text_hash(folder: str | Path, config: TextConfig | None = None) -> str:
-    """Return what names text states: the hash of the encoder's weights, and how it was read."""
-    weights, config = file_hash(Path(folder) / "model.safetensors"), config or TextConfig()
-    return weights if config == TextConfig() else f"{weights}/{config.hidden}/{config.pad_to}"
 
 
 def precompute(

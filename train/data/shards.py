@@ -1,44 +1,33 @@
-"""Shards to samples: the only place that knows the member names of a shard.
-
-A sample is a picture (``png``, ``jpg``, ``jpeg`` or ``webp``), a caption (``txt``) and optional
-metadata (``json``, whose ``captions`` lists further wordings), as img2dataset writes them.
-"""
+"""Local shards to samples, one after the other: how a set that fits into memory is read."""
 
 from __future__ import annotations
 
 import io
-import json
 import logging
-import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from glob import glob
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import webdataset as wds
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from cascade.errors import UserError
+from train.data.members import (
+    CAPTION_KEY,
+    METADATA_KEY,
+    picture_key,
+    read_captions,
+    read_metadata,
+)
+from train.data.pictures import BROKEN_PICTURE, decode_picture
+from train.data.sources import expand_shards, scheme_of
+from train.data.transport import shown
 
 _log = logging.getLogger(__name__)
 
-PICTURE_KEYS = ("png", "jpg", "jpeg", "webp")
-CAPTION_KEY = "txt"
-METADATA_KEY = "json"
-BROKEN_PICTURE = (
-    UnidentifiedImageError,
-    Image.DecompressionBombError,
-    OSError,
-    SyntaxError,  # Pillow's word for some broken PNG files
-    ValueError,
-    TypeError,
-)
-"""What decoding a picture or its metadata raises when they are broken."""
 _SHOWN = 3
 _TAR_END = 1024  # bytes: two blocks of zeros end an archive
 
@@ -75,34 +64,6 @@ class ReadReport:
         return "; ".join(parts)
 
 
-def expand_shards(pattern: str) -> list[str]:
-    """Return the files that a glob or a brace pattern (``{000..003}``) names, sorted.
-
-    Raises:
-        UserError: None is there.
-    """
-    files: list[str] = []
-    for part in _expand_braces(pattern):
-        files.extend(sorted(glob(part)))
-    if not files:
-        raise UserError(f"{pattern}: no shard matches; check the path or write them first")
-    return files
-
-
-def _expand_braces(pattern: str) -> list[str]:
-    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if match is None:
-        return [pattern]
-    first, last = match.groups()
-    return [
-        expanded
-        for number in range(int(first), int(last) + 1)
-        for expanded in _expand_braces(
-            f"{pattern[: match.start()]}{number:0{len(first)}d}{pattern[match.end() :]}"
-        )
-    ]
-
-
 class ShardReader:
     """Iterates over the samples of shards, in their order, once per iteration.
 
@@ -111,8 +72,18 @@ class ShardReader:
     """
 
     def __init__(self, shards: str) -> None:
-        """Take a glob or brace pattern."""
+        """Take a glob or brace pattern.
+
+        Raises:
+            UserError: No shard matches, or one is not a file.
+        """
         self.files = expand_shards(shards)
+        for file in self.files:
+            if scheme_of(file) is not None:
+                raise UserError(
+                    f"{shown(file)}: a set in memory is read from files; use data.mode exact or "
+                    "resampled, or copy the shards here"
+                )
         self.report = ReadReport()
 
     def __iter__(self) -> Iterator[Sample]:
@@ -149,15 +120,14 @@ class ShardReader:
 
     def _decode(self, members: dict[str, Any]) -> Sample | None:
         key = members["__key__"]
-        picture = next((members[name] for name in PICTURE_KEYS if name in members), None)
-        if picture is None:
+        kind = picture_key(members)
+        if kind is None:
             self.report.without_picture.append(key)
             return None
         try:
-            pixels = decode_picture(picture)
-            metadata = json.loads(members.get(METADATA_KEY, b"{}"))
-            first = members.get(CAPTION_KEY, b"").decode("utf-8")
-            captions = clean_captions(dict(metadata).get("captions") or [first])
+            pixels = decode_picture(members[kind])
+            metadata = read_metadata(members.get(METADATA_KEY))
+            captions = read_captions(members.get(CAPTION_KEY), metadata)
         except BROKEN_PICTURE:
             self.report.corrupt.append(key)
             return None
@@ -178,24 +148,6 @@ def _require_end(file: str) -> None:
             raise UserError(
                 f"{file}: not a whole tar file (its end is missing); write or download it again"
             )
-
-
-def clean_captions(captions: object) -> tuple[str, ...]:
-    """Return the captions without surrounding blanks and without empty ones.
-
-    Raises:
-        ValueError: They are not a list of texts.
-    """
-    if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
-        raise ValueError(f"captions is {captions!r}; a list of texts is needed")
-    return tuple(text.strip() for text in captions if text.strip())
-
-
-def decode_picture(data: bytes) -> Tensor:
-    """Return a picture file's pixels, uint8 ``(3, H, W)``; alpha is composited on white."""
-    with Image.open(io.BytesIO(data)) as image:
-        upright = ImageOps.exif_transpose(image)
-        return torch.from_numpy(np.array(on_background(upright, (255, 255, 255)))).permute(2, 0, 1)
 
 
 def on_background(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:

@@ -1,4 +1,4 @@
-"""A folder of pictures with ``captions.jsonl`` to shards."""
+"""Pictures with captions to shards."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from PIL import Image, ImageOps
 
 from cascade.checkpoints.files import atomic_path
 from cascade.errors import UserError
-from train.data.shards import BROKEN_PICTURE, clean_captions, on_background, shard_name
+from train.data.members import clean_captions
+from train.data.pictures import BROKEN_PICTURE
+from train.data.shards import on_background, shard_name
+from train.data.write_sources import open_source
 
 _log = logging.getLogger(__name__)
 
@@ -42,7 +45,7 @@ class WriteOptions:
     """What ``python -m train.data write`` does."""
 
     source: Path
-    """Folder or zip file with ``captions.jsonl`` and the pictures that it names."""
+    """Folder, zip, jsonl or parquet file; :mod:`train.data.write_sources` says which."""
     out: Path
     """Folder for the shards."""
     name: str | None = None
@@ -85,10 +88,10 @@ def write_shards(options: WriteOptions) -> WriteReport:
     Raises:
         UserError: No captions, no row of the split, shards that are there already.
     """
-    source = _Source(options.source)
-    rows = [row for row in source.rows() if options.split in (None, row.get("split"))]
-    if not rows:
-        raise UserError(f"{options.source}: no row of split {options.split!r} in captions.jsonl")
+    source = open_source(options.source)
+    if not any(options.split in (None, row.get("split")) for row in source.rows()):
+        where = "captions.jsonl" if options.source.is_dir() else options.source.name
+        raise UserError(f"{options.source}: no row of split {options.split!r} in {where}")
     name = options.name or options.source.stem
     options.out.mkdir(parents=True, exist_ok=True)
     numbered = re.compile(re.escape(name) + r"-\d{6}\.tar")  # not those of a set NAME-more
@@ -102,9 +105,11 @@ def write_shards(options: WriteOptions) -> WriteReport:
     keys = _Keys()
     written = shards = 0
     pending: list[tuple[str, bytes, dict[str, Any]]] = []
-    for row in rows:
+    for row in source.rows():
+        if options.split not in (None, row.get("split")):
+            continue
         try:
-            pending.extend(_variants(keys.of(row), row, source.read(row["file"]), options))
+            pending.extend(_variants(keys.of(row), row, source.read(row), options))
         except (*BROKEN_PICTURE, KeyError, zipfile.BadZipFile, zlib.error) as error:
             broken.append(f"{row.get('file', '(no file)')}: {error}")
         while len(pending) >= options.shard_size:
@@ -119,46 +124,6 @@ def write_shards(options: WriteOptions) -> WriteReport:
     if not written:
         raise UserError(f"{options.source}: not one picture could be read")
     return WriteReport(written, shards, tuple(broken))
-
-
-class _Source:
-    """A folder or a zip file."""
-
-    def __init__(self, path: Path) -> None:
-        if not path.exists():
-            raise UserError(f"{path}: no such folder or zip file; check --from")
-        self.path = path
-        self.archive: zipfile.ZipFile | None = None
-        if path.is_file():
-            try:
-                self.archive = zipfile.ZipFile(path)
-            except zipfile.BadZipFile as error:
-                raise UserError(f"{path}: not a whole zip file; download it again") from error
-
-    def read(self, name: str) -> bytes:
-        """Return a file's bytes."""
-        if self.archive is not None:
-            return self.archive.read(name)
-        return (self.path / name).read_bytes()
-
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """Yield the rows of ``captions.jsonl``."""
-        try:
-            lines = self.read("captions.jsonl").decode("utf-8").splitlines()
-        except (KeyError, FileNotFoundError) as error:
-            raise UserError(f"{self.path}: no captions.jsonl in it") from error
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{self.path}: captions.jsonl line {number}: {error}") from error
-            if not isinstance(row, dict) or not isinstance(row.get("file"), str):
-                raise UserError(
-                    f"{self.path}: captions.jsonl line {number}: an object with a 'file' is needed"
-                )
-            yield row
 
 
 class _Keys:
@@ -182,14 +147,14 @@ class _Keys:
                 self.taken.add(key)
                 self.files.add(row["file"])
                 return key
-        raise ValueError("listed twice in captions.jsonl")
+        raise ValueError("listed twice")
 
 
 def _variants(
     key: str, row: dict[str, Any], data: bytes, options: WriteOptions
 ) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
     """Yield (key, PNG, metadata) of a picture, and perhaps of its coloured copy."""
-    captions = list(clean_captions(row.get("captions") or [row["caption"]]))
+    captions = list(clean_captions(row.get("captions") or [row.get("caption") or ""]))
     if not captions:
         raise ValueError("without a caption")
     with Image.open(io.BytesIO(data)) as opened:
@@ -240,7 +205,7 @@ def _write_shard(path: Path, samples: list[tuple[str, bytes, dict[str, Any]]]) -
         for key, picture, row in samples:
             _add(tar, f"{key}.png", picture)
             _add(tar, f"{key}.txt", row["captions"][0].encode())
-            _add(tar, f"{key}.json", json.dumps(row, sort_keys=True).encode())
+            _add(tar, f"{key}.json", json.dumps(row, sort_keys=True, default=str).encode())
     _log.info("wrote %s: %d pictures", path, len(samples))
 
 

@@ -16,7 +16,8 @@ from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
 from cascade.checkpoints.files import atomic_path, atomic_write_text
 from cascade.errors import UserError
-from train.data.cached import CacheConfig, CachedBatch
+from train.data.cached import CachedBatch
+from train.data.config import DataConfig
 from train.draws import step_draws
 from train.losses.contrastive import contrastive_loss
 from train.optim import make_optimizer
@@ -78,7 +79,7 @@ class ClipRun:
     """The contrastive training of the small CLIP."""
 
     run: RunConfig
-    data: CacheConfig
+    data: DataConfig
     model: ClipModelConfig = field(default_factory=ClipModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     smallest_crop: float = 0.85
@@ -110,7 +111,7 @@ class ClipSystem(LightningModule):
         """Crop, tokenize, compare every picture with every caption."""
         draws = step_draws(self, self.config.run.seed, batch_idx)
         crop = draws.generator("crop")
-        pixels = random_crop(batch.pixels, self.config.smallest_crop, crop)
+        pixels = random_crop(batch.require("pixels"), self.config.smallest_crop, crop)
         pixels = F.interpolate(
             pixels, size=self.config.model.image_size, mode="bilinear", antialias=True
         )

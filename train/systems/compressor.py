@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from stages.previewer import Previewer, PreviewerConfig
 from stages.semantic_compressor import CompressorConfig, SemanticCompressor
-from train.data.cached import CacheConfig, CachedBatch
+from train.data.cached import CachedBatch
+from train.data.config import DataConfig
 from train.draws import step_draws
 from train.losses.reconstruction import pixel_loss
 from train.optim import make_optimizer
@@ -28,7 +29,7 @@ class CompressorRun:
     """The training of the compressor with the previewer as its decoder; it needs no cache."""
 
     run: RunConfig
-    data: CacheConfig
+    data: DataConfig
     model: CompressorConfig
     previewer: PreviewerConfig = field(default_factory=PreviewerConfig)
     latent_noise: float = 0.1
@@ -66,12 +67,12 @@ class CompressorSystem(LightningModule):
     def training_step(self, batch: CachedBatch, batch_idx: int) -> Tensor:
         """Compress, disturb, decode; compare with the picture at the previewer's size."""
         draws = step_draws(self, self.config.run.seed, batch_idx)
-        latents = self.compressor.encode(batch.pixels).float()  # (B, 16, h, w)
+        latents = self.compressor.encode(batch.require("pixels")).float()  # (B, 16, h, w)
         noise = draws.normal("latent noise", latents.shape).to(latents)
         std = self.config.latent_noise / self.config.model.scale
         predicted = self.previewer(latents + std * noise)  # (B, 3, u h, u w)
         small = F.interpolate(
-            batch.pixels, size=predicted.shape[-2:], mode="bilinear", antialias=True
+            batch.require("pixels"), size=predicted.shape[-2:], mode="bilinear", antialias=True
         )
         loss = pixel_loss(predicted, small)
         self.log("loss", loss, prog_bar=True, sync_dist=True)

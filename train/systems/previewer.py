@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stages.previewer import Previewer, PreviewerConfig
-from train.data.cached import CacheConfig, CachedBatch
+from train.data.cached import CachedBatch
+from train.data.config import DataConfig
 from train.losses.reconstruction import pixel_loss
 from train.optim import make_optimizer
 from train.settings import OptimConfig, RunConfig
@@ -21,7 +22,7 @@ class PreviewerRun:
     """The training of the previewer on cached Stage C latents."""
 
     run: RunConfig
-    data: CacheConfig
+    data: DataConfig
     model: PreviewerConfig
     compressor: str
     """Semantic compressor's file; the cache must come from it."""
@@ -47,7 +48,7 @@ class PreviewerSystem(LightningModule):
         """Predict the picture at the previewer's size, compare."""
         predicted = self.network(batch.require("stage_c_latents"))
         small = F.interpolate(
-            batch.pixels, size=predicted.shape[-2:], mode="bilinear", antialias=True
+            batch.require("pixels"), size=predicted.shape[-2:], mode="bilinear", antialias=True
         )
         loss = pixel_loss(predicted, small)
         self.log("loss", loss, prog_bar=True, sync_dist=True)

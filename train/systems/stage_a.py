@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from cascade.text.picture_encoder import find_preprocessing
 from stages.discriminator import Discriminator, DiscriminatorConfig
 from stages.stage_a import StageA, StageAConfig
-from train.data.cached import CacheConfig, CachedBatch
+from train.data.cached import CachedBatch
+from train.data.config import DataConfig
 from train.draws import StepDraws, step_draws
 from train.losses.reconstruction import (
     feature_distance,
@@ -52,7 +53,7 @@ class StageARun:
     """The training of Stage A."""
 
     run: RunConfig
-    data: CacheConfig
+    data: DataConfig
     model: StageAConfig
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     loss: StageALoss = field(default_factory=StageALoss)
@@ -96,7 +97,7 @@ class StageASystem(LightningModule):
         """Step the autoencoder, then the discriminator once its time has come."""
         config, loss = self.config, self.config.loss
         draws = step_draws(self, config.run.seed, batch_idx)
-        pixels = random_crops(batch.pixels, config.crop, draws)
+        pixels = random_crops(batch.require("pixels"), config.crop, draws)
         quantize = draws.scalar("quantize") < config.quantize
         output = self.network(pixels, quantize=quantize)
         adversarial = self.step_kind == "adversarial"

@@ -13,7 +13,8 @@ from cascade.diffusion.schedules import CosineSchedule
 from cascade.text.encoder import TextConfig
 from stages.semantic_compressor import CompressorConfig, SemanticCompressor
 from stages.stage_b import StageB, StageBCondition, StageBConfig
-from train.data.cached import CacheConfig, CachedBatch
+from train.data.cached import CachedBatch
+from train.data.config import DataConfig
 from train.draws import StepDraws, step_draws
 from train.losses.denoising import DiffusionConfig, denoising_loss, noise_batch
 from train.optim import make_optimizer
@@ -28,7 +29,7 @@ class StageBRun:
     """
 
     run: RunConfig
-    data: CacheConfig
+    data: DataConfig
     model: StageBConfig
     text: str
     """Text encoder's folder; the cache must come from it."""
@@ -90,7 +91,7 @@ class StageBSystem(LightningModule):
         if self.compressor is None:
             latents = batch.require("stage_c_latents")  # (B, 16, h, w)
         else:
-            latents = self.compressor.encode(batch.pixels).float()
+            latents = self.compressor.encode(batch.require("pixels")).float()
         latents = corrupt_latents(
             latents,
             drop=self.config.condition_dropout,

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from cascade.text.encoder import TextConfig
 from stages.stage_c import StageC, StageCCondition, StageCConfig
-from train.data.cached import CacheConfig, CachedBatch
+from train.data.cached import CachedBatch
+from train.data.config import DataConfig
 from train.draws import StepDraws, step_draws
 from train.losses.denoising import DiffusionConfig, denoising_loss, noise_batch
 from train.optim import make_optimizer
@@ -23,7 +24,7 @@ class StageCRun:
     """The training of Stage C on cached latents and text states."""
 
     run: RunConfig
-    data: CacheConfig
+    data: DataConfig
     model: StageCConfig
     text: str
     """Text encoder's folder; the cache must come from it."""

@@ -16,17 +16,17 @@ from stages.semantic_compressor import SemanticCompressor
 from stages.stage_a import StageA
 from train.data.__main__ import main
 from train.data.cached import (
-    CacheConfig,
     CachedBatch,
     cached_loader,
     load_cache,
     load_pictures,
 )
+from train.data.config import DataConfig
 from train.data.precompute import precompute, text_hash
 
 
-def config(shards: str, **values: object) -> CacheConfig:
-    return CacheConfig(**{"shards": shards, "batch_size": 4, **values})
+def config(shards: str, **values: object) -> DataConfig:
+    return DataConfig(**{"shards": shards, "batch_size": 4, **values})
 
 
 def take(shards: str, count: int, *, start_step: int = 0, **values: object) -> list[CachedBatch]:

@@ -12,7 +12,8 @@ from PIL import Image
 
 from cascade.errors import UserError
 from train.data.cached import load_pictures
-from train.data.shards import ShardReader, expand_shards
+from train.data.shards import ShardReader
+from train.data.sources import expand_shards
 
 
 def picture(kind: str = "png", color: str = "red", side: int = 16, mode: str = "RGB") -> bytes:

@@ -1,0 +1,109 @@
+"""What check prints, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cascade.errors import run_main
+from train.data.__main__ import main
+
+from .conftest import colored, encoded, write_members, write_set
+
+
+def check(capsys, *arguments: object) -> tuple[int, str, str]:
+    code = run_main(lambda: main(["check", *map(str, arguments)]))
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_the_table_says_what_a_run_would_get(several_shapes, capsys):
+    words = ["--size", 32, "--buckets.step", 8, "--samples", 0, "--filters.min_size", 24]
+    code, table, error = check(capsys, several_shapes, *words, "--batch_size", 4, "--ranks", 2)
+    assert (code, error) == (0, "")
+    lines = {" ".join(line.split()) for line in table.splitlines()}
+    assert lines >= {
+        "shards 5",
+        "samples 51 to train on, 10 left out",
+        "heights 24 / 32 / 48 px (least / middle / most)",
+        "captions 102, 2.0 a sample; 8 / 12 / 16 characters",
+        "10 filter: min_size 24: 00000/000005, 00000/000011, 00001/000017...",
+        "21 32x32 (41.2 %)",
+        "10 24x48 (19.6 %)",
+        "10 pictures are smaller than their shape and are enlarged",
+    }
+    assert "7 steps an epoch; 11 samples fill no step of their shape" in table
+
+
+def test_a_sample_of_every_shard_is_a_sample_of_every_shard(several_shapes, capsys):
+    _, table, _ = check(capsys, several_shapes, "--samples", 3)
+    assert "5, the first 3 samples of each" in table
+    assert "13 to train on, 0 left out" in table  # one shard holds a single picture
+
+
+def test_many_readers_on_few_shards_are_fine_and_said_to_be(several_shapes, capsys):
+    words = ["--ranks", 2, "--workers", 8, "--batch_size", 4, "--size", 32, "--samples", 0]
+    code, table, _ = check(capsys, several_shapes, *words)
+    assert code == 0
+    assert "16 readers on 5 shards: samples are dealt out, not shards" in table
+
+
+def test_what_could_not_work_is_one_line_and_exit_2(several_shapes, tmp_path, capsys):
+    # StableCascade#25: captions without pictures, and the bar stays at zero for ever.
+    mute = write_members(tmp_path / "mute.tar", [(f"{n}.txt", b"x") for n in range(5)])
+    whole = Path(several_shapes.replace("*", "00000")).read_bytes()
+    (tmp_path / "cut.tar").write_bytes(whole[:100])
+    for words, message in (
+        ([mute], "nothing to train on: 5 samples in 1 shards, all left out (5 no picture)"),
+        ([tmp_path / "cut.tar"], "the shards are empty; cut: not a whole tar file"),
+        ([several_shapes, "--filters.min_size", 99, "--samples", 0], "61 filter: min_size 99"),
+        ([several_shapes, "--batch_size", 62, "--samples", 0], "61 samples, fewer than one step"),
+        ([f"{several_shapes}::http://127.0.0.1:9/a.tar"], "127.0.0.1:9"),
+        (["/none/*.tar"], "/none/*.tar: no shard matches"),
+        ([several_shapes, "--filtres.min_size", 1], "did you mean 'filters'"),
+        ([], "name the shards, or a --config"),
+        (["--config", "/none.yaml"], "/none.yaml: no such configuration file"),
+    ):
+        code, _, error = check(capsys, *words)
+        assert code == 2, words
+        [line] = error.splitlines()
+        assert message in line
+
+
+def test_a_run_s_own_configuration_is_what_is_checked(several_shapes, tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    data = {"shards": several_shapes, "batch_size": 40, "mode": "exact", "size": 32}
+    path.write_text(yaml.safe_dump({"run": {"devices": 2}, "data": data}))
+    code, _, error = check(capsys, "--config", path, "--samples", 0)
+    assert code == 2 and "fewer than one step of 40 on 2 device(s)" in error
+    assert check(capsys, "--config", path, "--samples", 0, "--batch_size", 20)[0] == 0
+    data = {"shards": several_shapes, "batch_size": 4}
+    path.write_text(yaml.safe_dump({"data": data}))
+    code, _, error = check(capsys, "--config", path)
+    assert code == 2 and "pictures of 6 sizes, but data.mode is memory" in error
+
+
+def test_the_demonstration_s_way_passes(tmp_path, capsys):
+    shards = write_set(tmp_path, [6, 6], sizes=[(32, 32)])
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"data": {"shards": shards, "batch_size": 4, "folder": "x"}}))
+    assert check(capsys, "--config", path)[0] == 0
+
+
+@pytest.mark.parametrize("words", [["--help"], ["check", "--help"], ["write", "--help"],
+                                   ["precompute", "--help"]])  # fmt: skip
+def test_help_says_what_each_tool_does(words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 0
+    assert len(capsys.readouterr().out) > 300
+
+
+def test_a_picture_that_only_decoding_shows_to_be_broken_is_found(tmp_path, capsys):
+    whole = encoded(colored(3, (60, 60)))
+    rows = [("a.png", whole), ("a.txt", b"x"), ("b.png", whole[:-30]), ("b.txt", b"x")]
+    path = write_members(tmp_path / "a.tar", rows)
+    code, table, _ = check(capsys, path, "--size", 32)
+    assert code == 0 and "1  a picture that can't be read: a/b" in table

@@ -1,0 +1,198 @@
+"""Looks at a sample of every shard, before a device is taken, and says what a run would get."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from cascade.errors import UserError
+from train.data.config import DataConfig
+from train.data.fingerprint import CacheFound, find_cache
+from train.data.index import ShardIndex, index_of
+from train.data.members import LATENT_KEYS
+from train.data.plan import ExactPlan
+from train.data.select import Selector, SetReport, quartiles
+from train.data.sources import check_allowed, expand_shards, open_stream
+from train.data.transport import SourceError, shown
+
+_READERS = 4
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """What ``python -m train.data check`` looks at."""
+
+    data: DataConfig
+    """The data of the run that is meant."""
+    samples: int = 64
+    """Samples to look at and decode in each shard; 0: all."""
+    ranks: int = 1
+    """Devices of the run that is meant."""
+    one_size: bool = False
+    """Whether the run keeps the set in memory, where all pictures have one size."""
+
+    def __post_init__(self) -> None:
+        """Refuse counts that can't be."""
+        if self.samples < 0 or self.ranks < 1:
+            raise UserError(
+                f"--samples {self.samples} --ranks {self.ranks}: at least 0 (all) and 1"
+            )
+
+
+@dataclass
+class Checked:
+    """What was found."""
+
+    report: SetReport
+    unreadable: list[str]
+    """Shards that can't be read, and why."""
+    plan: str | None
+    """What an epoch of exact mode does with the samples."""
+    cache: CacheFound | None
+    options: CheckOptions
+
+    def table(self) -> Iterator[str]:
+        """Yield the lines of the report."""
+        report, data = self.report, self.options.data
+        first = "" if report.whole else f", the first {self.options.samples} samples of each"
+        left_out = report.samples - report.taken
+        yield _row("shards", f"{report.shards}{first}")
+        yield _row("samples", f"{report.taken} to train on, {left_out} left out")
+        if self.cache is not None:
+            weights = ", ".join(f"{part} {w}" for part, w in self.cache.fingerprint.weights.items())
+            yield _row("cache", f"{weights}; size {self.cache.fingerprint.size}")
+        heights, widths = ([sides[n] for sides in report.sides] for n in (0, 1))
+        yield _row("heights", f"{quartiles(heights)} px (least / middle / most)")
+        yield _row("widths", f"{quartiles(widths)} px")
+        each = report.captions / max(1, report.taken)
+        lengths = quartiles(list(report.lengths))
+        yield _row("captions", f"{report.captions}, {each:.1f} a sample; {lengths} characters")
+        yield from _section("left out", _reasons(report))
+        met = [f"{count:>8}  {remark}" for remark, count in report.remarks.most_common()]
+        yield from _section("met, and no harm", met)
+        damage = [f"          {note}" for note in (*self.unreadable, *report.notes)]
+        yield from _section("damaged shards", damage)
+        yield from _section(f"shapes of size {data.size}", self._shapes())
+        if report.enlarged:
+            yield f"{report.enlarged:>10}  pictures are smaller than their shape and are enlarged"
+        if self.plan is not None:
+            yield _row("epoch", self.plan)
+        readers = self.options.ranks * max(1, data.workers)
+        if data.mode == "exact" and report.shards < readers:
+            yield _row(
+                "workers",
+                f"{readers} readers on {report.shards} shards: samples are dealt out, not shards",
+            )
+
+    def _shapes(self) -> list[str]:
+        total = max(1, self.report.taken)
+        return [
+            f"{count:>10}  {self.report.buckets.name(number)} ({100 * count / total:.1f} %)"
+            for number, count in sorted(self.report.per_bucket.items())
+        ]
+
+    def require_usable(self) -> None:
+        """Refuse what a run could not train on.
+
+        Raises:
+            UserError: In one line.
+        """
+        data = self.options.data
+        if self.unreadable:
+            more = len(self.unreadable) - 1
+            others = f", and {more} more" if more else ""
+            raise UserError(f"{self.unreadable[0]}{others}; no run can read it")
+        self.report.require_any(data.shards)
+        sizes = {pair for sides in self.report.sides for pair in zip(*sides.tolist(), strict=True)}
+        if self.options.one_size and len(sizes) > 1:
+            raise UserError(
+                f"{data.shards}: pictures of {len(sizes)} sizes, but data.mode is memory; write "
+                "the shards again with --size, or use data.mode exact"
+            )
+        step = data.batch_size * self.options.ranks
+        if data.mode != "resampled" and self.report.whole and self.report.taken < step:
+            raise UserError(
+                f"{data.shards}: {self.report.taken} samples, fewer than one step of "
+                f"{data.batch_size} on {self.options.ranks} device(s)"
+            )
+
+
+def check(options: CheckOptions) -> Checked:
+    """Look at the shards; a shard that can't be read is reported, not raised.
+
+    Raises:
+        UserError: No shard matches, or a command that nobody allowed.
+    """
+    data = options.data
+    addresses = expand_shards(data.shards)
+    check_allowed(addresses, allow_pipe=data.allow_pipe, in_pieces=data.mode == "exact")
+    cache = find_cache(addresses)
+    parts = _parts(cache)
+    if cache is not None:
+        made = cache.fingerprint
+        data = dataclasses.replace(data, size=made.size, buckets=made.buckets)
+        options = dataclasses.replace(options, data=data)
+    selector = Selector.of(data, parts)
+    report = SetReport(selector.buckets)
+    unreadable: list[str] = []
+    numbers, starts = [], [0]
+
+    def look(address: str) -> ShardIndex | str:
+        try:
+            with open_stream(address, allow_pipe=data.allow_pipe) as stream:
+                return index_of(stream, options.samples or None, decode=True)
+        except (SourceError, OSError) as error:
+            return str(error) if isinstance(error, SourceError) else f"{shown(address)}: {error}"
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        for address, index in zip(addresses, pool.map(look, addresses), strict=True):
+            if isinstance(index, str):
+                unreadable.append(index)
+                continue
+            chosen, reasons = selector.choose(index)
+            report.add(address, index, chosen, reasons)
+            numbers.append(chosen)
+            starts.append(starts[-1] + len(index))
+    plan = None
+    if data.mode == "exact" and report.whole and report.taken:
+        plan = ExactPlan(
+            np.concatenate(numbers),
+            np.array(starts),
+            data.batch_size,
+            options.ranks,
+            data.seed,
+            data.shuffle_shards,
+            croppable=not parts,
+        ).describe()
+    return Checked(report, unreadable, plan, cache, options)
+
+
+def _parts(cache: CacheFound | None) -> tuple[str, ...]:
+    if cache is None:
+        return ()
+    prefixes = {"image": "image_"}
+    made = tuple(prefixes.get(part, part) for part in cache.fingerprint.weights)
+    return tuple(name for name in LATENT_KEYS if name.startswith(made))
+
+
+def _reasons(report: SetReport) -> list[str]:
+    return [
+        f"{count:>10}  {reason}: {', '.join(report.examples[reason])}"
+        + ("..." if count > len(report.examples[reason]) else "")
+        for reason, count in report.reasons.most_common()
+    ]
+
+
+def _row(name: str, value: str) -> str:
+    return f"{name:<10}{value}"
+
+
+def _section(title: str, lines: list[str]) -> Iterator[str]:
+    if lines:
+        yield title
+        yield from lines

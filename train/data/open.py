@@ -1,0 +1,194 @@
+"""A run's data, opened and checked: what the training loop takes its batches from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from cascade.checkpoints.files import atomic_write_text
+from cascade.config import to_dict
+from cascade.errors import UserError
+from train.data.activity import Activity
+from train.data.buckets import Shape
+from train.data.cached import CACHE_FILES, Cache, CachedBatch, cached_loader, load_cache
+from train.data.config import DataConfig
+from train.data.exact import ExactSource, index_set
+from train.data.fingerprint import CacheFound, check_fits, find_cache
+from train.data.loader import StepSource, StreamLoader
+from train.data.resampled import ResampledSource, probe_shards
+from train.data.select import Selector
+from train.data.sources import check_allowed, expand_shards, shard_title
+from train.encode import EncodeBatch, FrozenEncoders, FrozenPaths
+
+_log = logging.getLogger(__name__)
+
+LoaderFrom = Callable[[int, int, int], Iterable[CachedBatch]]
+"""Maps (step, rank, number of ranks) to the loader whose first batch is that step's."""
+
+_POSITION_FREE = ("workers", "index_folder", "allow_pipe", "max_broken_share", "shards", "folder")
+"""Options that do not change which samples a step sees, in exact mode and in memory."""
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Where a run's batches come from."""
+
+    loader_from: LoaderFrom
+    shapes: list[Shape]
+    """Heights and widths of the pictures that are served."""
+    null_text: tuple[Tensor, Tensor] | None
+    """Hidden (L, D) and pooled (P,) states of the empty prompt, if the run reads text states."""
+    widths: dict[str, int]
+    """Part -> its last dimension, where it is known."""
+    digest: str
+    """Hash of all that the order of the samples depends on."""
+    cache: Cache | None = None
+    """The whole set, if it is in memory."""
+    encode: EncodeBatch | None = None
+    """What makes the parts that the stream does not hold."""
+
+
+def open_data(
+    config: DataConfig, frozen: FrozenPaths | None = None, *, pixels: bool = True
+) -> TrainingData:
+    """Open what a run trains on.
+
+    Args:
+        config: The run's ``data`` section.
+        frozen: The networks whose output the run reads. From memory, and from shards of a cache,
+            it comes from there; for a stream of pictures it is made in every step.
+        pixels: Whether the run reads pixels, which shards of a cache do not hold.
+
+    Raises:
+        UserError: What is there can't be trained on.
+    """
+    frozen = frozen or FrozenPaths()
+    if config.mode == "memory":
+        return _in_memory(config, frozen)
+    addresses = expand_shards(config.shards)
+    check_allowed(addresses, allow_pipe=config.allow_pipe, in_pieces=config.mode == "exact")
+    hashes = frozen.hashes()
+    found = find_cache(addresses)
+    if found is not None:
+        if pixels:
+            raise UserError(
+                f"{config.shards}: shards of latents, but this run reads pixels; name the shards "
+                "of the pictures"
+            )
+        check_fits(found.fingerprint, config, hashes)
+        if len(addresses) < found.num_shards:
+            _log.warning(
+                "%s: %d of the cache's %d shards; was precompute stopped? the same command goes on",
+                config.shards,
+                len(addresses),
+                found.num_shards,
+            )
+        parts = tuple(name for part in hashes for name in CACHE_FILES[part])
+        return _streamed(config, addresses, Selector.of(config, parts), found)
+    return _streamed(config, addresses, Selector.of(config), None, frozen if hashes else None)
+
+
+def _in_memory(config: DataConfig, frozen: FrozenPaths) -> TrainingData:
+    cache = load_cache(config, frozen.hashes())
+    height, width = cache.pictures.pixels.shape[-2:]
+
+    def loader(step: int, rank: int, world: int) -> Iterable[CachedBatch]:
+        return cached_loader(cache, config, start_step=step, rank=rank, world=world)
+
+    return TrainingData(
+        loader_from=loader,
+        shapes=[(height, width)],
+        null_text=cache.null_text,
+        widths={name: tensor.shape[-1] for name, tensor in cache.tensors.items()},
+        digest=_digest(config, cache.pictures.fingerprint()),
+        cache=cache,
+    )
+
+
+def _streamed(
+    config: DataConfig,
+    addresses: list[str],
+    selector: Selector,
+    found: CacheFound | None,
+    frozen: FrozenPaths | None = None,
+) -> TrainingData:
+    activity = Activity(config.workers)
+    make: Callable[[int, int], StepSource]
+    if config.mode == "exact":
+        indexed = index_set(addresses, selector, config.index_folder, config.shards)
+        _log.info("%s", indexed.report.summary())
+        state = indexed.digest()
+
+        def make(rank: int, world: int) -> StepSource:
+            source = ExactSource(config, selector, indexed, activity, rank=rank, world=world)
+            if rank == 0:
+                _log.info("%s", source.plan.describe())
+            return source
+
+    else:
+        probe = probe_shards(addresses, config, selector)
+        _log.info("%d shards; of two: %s", len(addresses), probe.report.summary())
+        titles = [shard_title(address) for address in addresses]
+        state = json.dumps([titles, probe.kept_per_shard, probe.shares, config.workers])
+
+        def make(rank: int, world: int) -> StepSource:
+            return ResampledSource(
+                addresses, config, selector, probe, activity, rank=rank, world=world
+            )
+
+    def loader(step: int, rank: int, world: int) -> Iterable[CachedBatch]:
+        return StreamLoader(
+            make(rank, world),
+            activity,
+            start_step=step,
+            workers=config.workers,
+            max_broken_share=config.max_broken_share,
+        )
+
+    null_text, widths = None, {}
+    if found is not None:
+        null_text, widths = found.null_text, found.fingerprint.widths
+    elif frozen is not None:
+        _log.info("no cache: the frozen networks run in every step")
+        # Only the text encoder is loaded here, for the empty prompt; the run loads all of them.
+        null_text = FrozenEncoders(FrozenPaths(frozen.text, frozen.text_states)).null_text()
+    return TrainingData(
+        loader_from=loader,
+        shapes=list(selector.buckets.shapes),
+        null_text=null_text,
+        widths=widths,
+        digest=_digest(config, state),
+        encode=EncodeBatch(frozen) if frozen is not None else None,
+    )
+
+
+def _digest(config: DataConfig, state: str) -> str:
+    values = {name: v for name, v in to_dict(config).items() if name not in _POSITION_FREE}
+    text = json.dumps([values, state], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def remember_data(data: TrainingData, out: Path, *, resume: bool) -> None:
+    """Keep the data's digest with the run; say so if a resumed run sees others than it began with.
+
+    The run goes on: more shards, or another batch size, may be what is wanted.
+    """
+    path = out / "data.json"
+    if resume and path.is_file():
+        try:
+            earlier = json.loads(path.read_text(encoding="utf-8")).get("digest")
+        except (ValueError, AttributeError):
+            earlier = None
+        if earlier != data.digest:
+            _log.warning(
+                "%s: the shards or the data options have changed since this run began: from here "
+                "on the order of the samples is another",
+                out,
+            )
+    atomic_write_text(path, json.dumps({"digest": data.digest}) + "\n")

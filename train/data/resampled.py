@@ -1,0 +1,282 @@
+"""Resampled mode: an endless stream from shards drawn with replacement; nothing is indexed first.
+
+Steps are dealt to lanes, one a worker. A lane serves a block of steps from a few shards that it has
+drawn, brought here whole and shuffled together; meanwhile the next block's shards are on their way.
+What a block holds is a function of (seed, rank, lane, block), the shape of a step one of (seed,
+step): so ranks agree on it without a word, and a resumed run begins by fetching the block that it
+was in. Within a block, samples of a shape that comes up more often than they last are seen again,
+and those of one that comes up less often are not seen.
+
+How many steps a block has, and how often each shape comes up, is measured once on two shards.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import numpy as np
+
+from cascade.errors import UserError
+from train.data.activity import Activity
+from train.data.config import DataConfig
+from train.data.index import ShardIndex, index_of
+from train.data.loader import StepSource
+from train.data.read import BatchMaker, Ref, Served
+from train.data.select import Selector, SetReport
+from train.data.sources import fetched, shard_title
+from train.data.transport import SourceError, shown
+from train.draws import derived_seed
+
+_log = logging.getLogger(__name__)
+
+_PROBED = 2
+_DRAWS = 5
+
+
+class FetchedShard:
+    """A shard that lies here for as long as it is needed."""
+
+    far = False
+
+    def __init__(self, address: str, *, allow_pipe: bool) -> None:
+        """Fetch and look through a shard.
+
+        Raises:
+            SourceError: It can't be brought here.
+        """
+        self.title = shard_title(address)
+        self.address = address
+        self._file: BinaryIO = fetched(address, allow_pipe=allow_pipe)
+        self.index: ShardIndex = index_of(self._file)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return a piece."""
+        return os.pread(self._file.fileno(), length, offset)
+
+    def close(self) -> None:
+        """Let the file go."""
+        self._file.close()
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What two shards say of all of them."""
+
+    report: SetReport
+    kept_per_shard: float
+    """Samples of a shard that pass the filters."""
+    shares: tuple[float, ...]
+    """How often each shape comes up; shapes too rare to fill a batch of a block do not."""
+    merged: tuple[int, ...]
+    """For each shape the one whose batches its pictures join."""
+
+
+def probe_shards(addresses: list[str], config: DataConfig, selector: Selector) -> Probe:
+    """Look through the first shard and the middle one, the same on all ranks.
+
+    Raises:
+        UserError: They can't be read, or nothing of them is left to train on.
+    """
+    report = SetReport(selector.buckets)
+    for place in sorted({0, len(addresses) // 2})[:_PROBED]:
+        shard = FetchedShard(addresses[place], allow_pipe=config.allow_pipe)
+        report.add(shard.address, shard.index, *selector.choose(shard.index))
+        shard.close()
+    report.require_any(config.shards)
+    kept = report.taken / report.shards
+    counts = np.array([report.per_bucket[n] for n in range(len(selector.buckets.shapes))], float)
+    merged = np.arange(len(counts))
+    if not selector.parts:  # pictures can be cropped to another shape, latents can't
+        expected = counts / report.shards * config.block_shards
+        active = np.flatnonzero(expected >= config.batch_size)
+        active = active if len(active) else np.array([int(counts.argmax())])
+        merged = active[np.abs(active[None] - merged[:, None]).argmin(axis=1)]
+    shares = np.bincount(merged, weights=counts, minlength=len(counts)) / counts.sum()
+    return Probe(report, kept, tuple(shares.tolist()), tuple(merged.tolist()))
+
+
+class ResampledSource(StepSource):
+    """The batches of one rank in resampled mode."""
+
+    def __init__(
+        self,
+        addresses: list[str],
+        config: DataConfig,
+        selector: Selector,
+        probe: Probe,
+        activity: Activity,
+        *,
+        rank: int,
+        world: int,
+    ) -> None:
+        """Take the shards and what was learnt of them."""
+        self.addresses = addresses
+        self.config = config
+        self.selector = selector
+        self.probe = probe
+        self.rank = rank
+        self.lanes = max(1, config.workers)
+        self.activity = activity
+        self.maker = BatchMaker(config, selector, activity)
+        in_block = probe.kept_per_shard * min(config.block_shards, len(addresses))
+        self.block_steps = max(1, int(in_block // config.batch_size))
+        self._blocks: dict[tuple[int, int], _Block] = {}
+        self._coming: dict[tuple[int, int], _Coming] = {}
+
+    def bucket_of(self, step: int) -> int:
+        """Return the shape of a step, the same on all ranks."""
+        seed = derived_seed("buckets", self.config.seed, step)
+        return int(np.random.default_rng(seed).choice(len(self.probe.shares), p=self.probe.shares))
+
+    def serve(self, step: int) -> Served:
+        """Return the batch of a step."""
+        lane, turn = step % self.lanes, step // self.lanes
+        number, place = divmod(turn, self.block_steps)
+        block = self._block(lane, number)
+        bucket = self.bucket_of(step)
+        first = (number * self.block_steps) * self.lanes + lane
+        earlier = range(first, step, self.lanes)
+        used = sum(self.bucket_of(one) == bucket for one in earlier) * self.config.batch_size
+        assert len(earlier) == place, "a block's steps are its lane's"
+        samples = block.of_bucket(bucket)
+        refs = [samples[(used + n) % len(samples)] for n in range(self.config.batch_size)]
+
+        def spare(n: int) -> Ref:
+            return samples[(used + self.config.batch_size + n) % len(samples)]
+
+        shape = self.selector.buckets.shapes[bucket]
+        served = self.maker.make(refs, shape, spare, step, self.rank)
+        served.broken += block.take_news()
+        return served
+
+    def _block(self, lane: int, number: int) -> _Block:
+        """Return a block, and let the next one come."""
+        if (lane, number) not in self._blocks:
+            for key in [key for key in self._blocks if key[0] == lane]:
+                self._blocks.pop(key).close()
+            coming = self._coming.pop((lane, number), None)
+            self.activity.say(f"fetching the shards of block {number}")
+            block = coming.result() if coming is not None else self._fetch(lane, number)
+            self._blocks[lane, number] = block
+            self._coming[lane, number + 1] = _Coming(lambda: self._fetch(lane, number + 1))
+        return self._blocks[lane, number]
+
+    def _fetch(self, lane: int, number: int) -> _Block:
+        """Draw, fetch and shuffle the shards of a block.
+
+        Raises:
+            UserError: None of many shards can be read, or none holds a sample for training.
+        """
+        seed = derived_seed("blocks", self.config.seed, number, self.rank * self.lanes + lane)
+        draw = np.random.default_rng(seed)
+        wanted = min(self.config.block_shards, len(self.addresses))
+        order = draw.permutation(len(self.addresses))
+        block = _Block(self.selector, self.probe)
+        for place in order[: wanted + _DRAWS]:
+            if len(block.shards) >= wanted and block.complete():
+                break
+            address = self.addresses[place]
+            self.activity.say(f"fetching {shown(address)}")
+            try:
+                block.add(FetchedShard(address, allow_pipe=self.config.allow_pipe))
+            except SourceError as error:
+                block.news.append(f"a shard that can't be read: {error}")
+        if not any(block.samples):
+            reasons = "; ".join(block.news[:3]) or "all samples are left out by the filters"
+            raise UserError(f"{self.config.shards}: no sample in {wanted} drawn shards ({reasons})")
+        block.shuffle(draw)
+        return block
+
+
+class _Block:
+    """The shuffled samples of a few shards."""
+
+    def __init__(self, selector: Selector, probe: Probe) -> None:
+        self.selector = selector
+        self.probe = probe
+        self.shards: list[FetchedShard] = []
+        self.samples: list[list[Ref]] = [[] for _ in probe.shares]
+        self.news: list[str] = []
+
+    def add(self, shard: FetchedShard) -> None:
+        self.shards.append(shard)
+        numbers, _ = self.selector.choose(shard.index)
+        for sample in np.flatnonzero(numbers >= 0):
+            self.samples[self.probe.merged[numbers[sample]]].append(Ref(shard, int(sample)))
+        self.news += [f"{shard.title}: {note}" for note in shard.index.notes]
+        self.news += [
+            f"{shard.title}/{key}: {problem}"
+            for key, problem in zip(shard.index.keys, shard.index.problems, strict=True)
+            if problem
+        ]
+
+    def complete(self) -> bool:
+        """Return whether every shape that can come up has a sample."""
+        return all(
+            found or not share for found, share in zip(self.samples, self.probe.shares, strict=True)
+        )
+
+    def shuffle(self, draw: np.random.Generator) -> None:
+        self.samples = [
+            [samples[place] for place in draw.permutation(len(samples))] for samples in self.samples
+        ]
+
+    def of_bucket(self, bucket: int) -> Sequence[Ref]:
+        """Return the samples of a shape; for pictures, else those of the nearest that has any.
+
+        Raises:
+            UserError: Cached latents of that shape are not in these shards.
+        """
+        if self.samples[bucket]:
+            return self.samples[bucket]
+        if self.selector.parts:
+            titles = ", ".join(shard.title for shard in self.shards)
+            raise UserError(
+                f"no latents of {self.selector.buckets.name(bucket)} in the shards {titles}; "
+                "raise data.block_shards, or use data.mode exact"
+            )
+        there = [number for number, samples in enumerate(self.samples) if samples]
+        return self.samples[min(there, key=lambda number: (abs(number - bucket), number))]
+
+    def take_news(self) -> list[str]:
+        """Return what could not be used, once."""
+        news, self.news = self.news, []
+        return news
+
+    def close(self) -> None:
+        for shard in self.shards:
+            shard.close()
+
+
+class _Coming:
+    """A block on its way; it holds up no process that ends, as a pool's threads would."""
+
+    def __init__(self, fetch: Callable[[], _Block]) -> None:
+        self._fetch = fetch
+        self._block: _Block | None = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._block = self._fetch()
+        except BaseException as error:  # raised where the block is waited for
+            self._error = error
+
+    def result(self) -> _Block:
+        """Wait for the block.
+
+        Raises:
+            UserError: It can't be had.
+        """
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        assert self._block is not None, "a thread without an error has made its block"
+        return self._block
