@@ -99,6 +99,18 @@ def test_original_files_have_the_published_number_of_entries(name: str) -> None:
         assert found == {str(number) for number in range(count)}
 
 
+def test_resampling_is_behind_what_the_entry_has() -> None:
+    """Diffusers reads it wherever it is; the authors' own code does not."""
+    for config, names in (
+        (UNetConfig.sd15(), {"2.1", "5.2", "8.2"}),
+        (UNetConfig.bk_base(), {"1.1", "3.2", "5.2"}),
+        (UNetConfig.sdxl(), {"2.2", "5.2"}),
+    ):
+        original = unet_to_original(on_meta_of(UNet, config), config)
+        found = {key for key in original if key.endswith(".conv.weight")}
+        assert found == {f"output_blocks.{name}.conv.weight" for name in names}
+
+
 def test_well_known_names_of_sdxl() -> None:
     original = unet_to_original(on_meta_of(UNet, UNetConfig.sdxl()), UNetConfig.sdxl())
     for name, shape in {
