@@ -2,6 +2,8 @@
 
 Every key of the configuration can be set on the command line: ``--optim.lr 3e-4``.
 ``--resume`` goes on from the newest checkpoint of the run's folder.
+``--data.mode exact`` or ``resampled`` streams a set of any size; ``python -m train.data check``
+looks at it first.
 """
 
 from __future__ import annotations
