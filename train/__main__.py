@@ -3,6 +3,8 @@
 Every key of the configuration can be set on the command line: ``--optim.lr 3e-4``.
 ``--resume`` goes on from the newest whole checkpoint of the run's folder, or starts if there is
 none: the same command begins a run and goes on with it however it ended.
+``--data.mode exact`` or ``resampled`` streams a set of any size; ``python -m train.data check``
+looks at it first.
 """
 
 from __future__ import annotations

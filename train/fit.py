@@ -116,11 +116,11 @@ def prepare(run: RunConfig, config: object, *, resume: bool) -> Prepared:
 
 
 def _quiet() -> None:
-    """Leave out what Lightning and transformers say of themselves; errors and news stay."""
+    """Leave out what libraries say of themselves; errors and news stay."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # "Loading weights" of a small CLIP
-    for name in ("lightning.pytorch", "lightning.fabric"):
+    for name in ("lightning.pytorch", "lightning.fabric", "gcsfs"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in _NO_NEWS:
         warnings.filterwarnings("ignore", message=message)

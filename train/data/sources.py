@@ -223,7 +223,9 @@ class PieceReader:
             data = retried(address, lambda: request_piece(address, offset, length))
         else:
             files = _filesystem(address)
-            data = retried(address, lambda: files.cat_file(address, offset, offset + length))
+            end = offset + length
+            # By name: s3fs has a version between the path and them.
+            data = retried(address, lambda: files.cat_file(address, start=offset, end=end))
         if len(data) != length:
             raise SourceError(
                 f"{shown(address)}: ends before byte {offset + length}; it has changed since it "

@@ -216,6 +216,18 @@ def test_objects_are_read_through_fsspec(several_shapes):
         assert ours == keys(config(several_shapes, mode=mode), 6)
 
 
+def test_pieces_of_objects_are_asked_for_as_s3fs_takes_them(monkeypatch):
+    class Bucket:
+        """Its arguments are those of s3fs: not the same as of fsspec's own file systems."""
+
+        def cat_file(self, path, version_id=None, start=None, end=None):
+            assert version_id is None
+            return bytes(range(100))[start:end]
+
+    monkeypatch.setattr("train.data.sources._filesystem", lambda address: Bucket())
+    assert PieceReader().read("s3://b/a.tar", 3, 4) == bytes([3, 4, 5, 6])
+
+
 def test_a_packed_shard_is_unpacked_where_it_is_read_whole(several_shapes, tmp_path):
     [plain] = expand_shards(several_shapes.replace("*", "00004"))
     packed = tmp_path / "00004.tar.gz"
