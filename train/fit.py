@@ -150,11 +150,13 @@ def fit(
     prepared: Prepared,
     *,
     callbacks: Sequence[pl.Callback] = (),
+    last: Sequence[pl.Callback] = (),
 ) -> None:
     """Train ``system`` for ``run.max_steps`` steps or ``run.max_minutes`` minutes.
 
     Ctrl-C and SIGTERM end the run after the step in hand, with a checkpoint and an export. A run
-    that nobody stopped leaves a file ``done``. ``callbacks`` act before those that all runs have.
+    that nobody stopped leaves a file ``done``. ``callbacks`` act before those that all
+    runs have, ``last`` after them.
 
     Raises:
         UserError: A broken checkpoint, a device that is not there, a loss that is not finite.
@@ -168,7 +170,7 @@ def fit(
         start_step = checkpoint_global_step(newest) // optimizers
         _log.info("resuming %s at step %d of %d", out, start_step, run.max_steps)
     stop, ledger = Stop(run.max_minutes), Ledger(prepared.clock, out, run.log_every_steps)
-    trainer = _trainer(system, run, optim, stop, ledger, callbacks)
+    trainer = _trainer(system, run, optim, stop, ledger, callbacks, last)
     trainer.fit(
         system,
         train_dataloaders=loader_from(
@@ -210,7 +212,8 @@ def _trainer(
     optim: OptimConfig,
     stop: Stop,
     ledger: Ledger,
-    more: Sequence[pl.Callback],
+    first: Sequence[pl.Callback],
+    last: Sequence[pl.Callback],
 ) -> pl.Trainer:
     """Build the Trainer with the callbacks of all runs, in the order in which they must act."""
     out = Path(run.out)
@@ -241,7 +244,7 @@ def _trainer(
         log_every_n_steps=run.log_every_steps,
         plugins=[RunCheckpoints(run.keep_checkpoints, ledger.clock)],
         callbacks=[
-            *more,
+            *first,
             SeedLayers(run.seed),
             average,
             ledger,
@@ -249,6 +252,7 @@ def _trainer(
             Progress(run.log_every_steps, run.max_steps, stop, ledger, finite, show=not terminal),
             stop,
             Export(out, every, getattr(torch, run.export_dtype), average, ledger),
+            *last,
             ModelCheckpoint(
                 out / "checkpoints",
                 filename="{step}",

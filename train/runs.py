@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import lightning.pytorch as pl
 from torch import nn
 from transformers import PreTrainedTokenizerFast
@@ -9,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from cascade.checkpoints.files import load_network
 from cascade.errors import UserError
 from cascade.text.tokenizer import train_tokenizer
+from train.callbacks.pictures import SamplePictures
 from train.data.cached import Cache
 from train.data.open import TrainingData, open_data, remember_data
 from train.encode import FrozenPaths
@@ -116,7 +119,21 @@ def _fit(
     """Train on the data, with the frozen networks that they need."""
     remember_data(data, prepared.out, resume=prepared.newest is not None)
     callbacks = [data.encode] if data.encode is not None else []
-    fit(system, data.loader_from, config.run, config.optim, prepared, callbacks=callbacks)
+    last: list[pl.Callback] = []
+    if isinstance(config, (StageBRun, StageCRun)) and config.pictures is not None:
+        stage: Literal["stage_b", "stage_c"] = "stage_b"
+        if isinstance(config, StageCRun):
+            stage = "stage_c"
+        last.append(SamplePictures(config.pictures, prepared.out, stage))
+    fit(
+        system,
+        data.loader_from,
+        config.run,
+        config.optim,
+        prepared,
+        callbacks=callbacks,
+        last=last,
+    )
 
 
 def _tokenizer(config: ClipRun, cache: Cache | None, prepared: Prepared) -> PreTrainedTokenizerFast:

@@ -13,6 +13,7 @@ from cascade.diffusion.schedules import CosineSchedule
 from cascade.text.encoder import TextConfig
 from stages.semantic_compressor import CompressorConfig, SemanticCompressor
 from stages.stage_b import StageB, StageBCondition, StageBConfig
+from train.callbacks.pictures import PicturesConfig
 from train.data.cached import CachedBatch
 from train.data.config import DataConfig
 from train.draws import StepDraws, step_draws
@@ -53,6 +54,8 @@ class StageBRun:
     what Stage C gets wrong (0.3 in v1's code)."""
     condition_noise_t: float = 0.5
     """Largest diffusion time of that noise."""
+    pictures: PicturesConfig | None = None
+    """Pictures of fixed prompts while it learns; null draws none."""
     init_from: str | None = None
     """Folder with exported stage_b and compressor files to start with."""
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cascade.text.encoder import TextConfig
 from stages.stage_c import StageC, StageCCondition, StageCConfig
+from train.callbacks.pictures import PicturesConfig
 from train.data.cached import CachedBatch
 from train.data.config import DataConfig
 from train.draws import StepDraws, step_draws
@@ -42,6 +43,8 @@ class StageCRun:
     Stable Cascade); the others see zeros. It is what picture variations need."""
     image_caption_dropout: float = 0.5
     """Share of those that see the null prompt beside it."""
+    pictures: PicturesConfig | None = None
+    """Pictures of fixed prompts while it learns; null draws none."""
     init_from: str | None = None
     """Exported Stage C file whose weights the run starts with."""
 

@@ -1,0 +1,57 @@
+"""Pictures while a stage learns: the same training with them and without."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cascade.errors import UserError
+from cascade.images import open_image
+from cascade.pipelines.cascade import CascadePipeline
+
+PROMPTS = ["a red hat", "one fish, green", "a blue apple"]
+
+
+@pytest.mark.parametrize("kind", ["stage_c", "stage_b"])
+def test_pictures_are_drawn_of_both_weights_and_change_nothing(kind, make_run, tiny_model):
+    plain = make_run(kind, "plain", model={"dropout": 0.2} if kind == "stage_c" else {})
+    plain.start()
+    pictures = {"model": str(tiny_model), "prompts": PROMPTS, "every_steps": 2, "seed": 7}
+    drawing = make_run(
+        kind, "drawing", pictures=pictures, model={"dropout": 0.2} if kind == "stage_c" else {}
+    )
+    drawing.start()
+    names = sorted(path.name for path in (drawing.out / "pictures").iterdir())
+    steps = ("0000002", "0000004")
+    assert names == sorted(f"step_{step}_{one}.png" for step in steps for one in ("ema", "raw"))
+    one, two = (load_file(run.out / f"{kind}.safetensors") for run in (plain, drawing))
+    assert all(torch.equal(value, two[key]) for key, value in one.items())
+    grids = {name: open_image(drawing.out / "pictures" / name) for name in names}
+    assert grids[names[0]].size == (2 * 32 + 4, 2 * 32 + 4)
+    assert len({grid.tobytes() for grid in grids.values()}) == 4
+
+
+def test_the_averaged_weights_pictures_are_those_of_the_export(make_run, tiny_model):
+    pictures = {"model": str(tiny_model), "prompts": PROMPTS[:1], "seed": 7}
+    run = make_run("stage_c", pictures=pictures)
+    run.start()
+    pipeline = CascadePipeline.from_folder(tiny_model, device="cpu")
+    from cascade.checkpoints.files import load_network
+    from stages.stage_c import StageC
+
+    pipeline.stage_c = load_network(run.out / "stage_c.safetensors", expect=StageC)
+    expected = pipeline(PROMPTS[0], seed=7, progress=False).pictures[0]
+    drawn = open_image(run.out / "pictures" / "step_0000004_ema.png")
+    assert drawn.tobytes() == expected.tobytes()
+
+
+def test_a_model_whose_stages_do_not_fit_is_refused_before_the_first_step(make_run, tmp_path):
+    missing = {"model": str(tmp_path / "nowhere"), "prompts": PROMPTS}
+    with pytest.raises(UserError, match="nowhere"):
+        make_run("stage_c", "missing", pictures=missing).start()
+
+
+def test_no_prompts_are_refused(make_run, tiny_model):
+    with pytest.raises(UserError, match="prompts has 0 entries"):
+        make_run("stage_c", pictures={"model": str(tiny_model), "prompts": []}).start()
