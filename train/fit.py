@@ -15,7 +15,7 @@ import lightning.pytorch as pl
 import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -33,6 +33,7 @@ from train.callbacks.export import Export
 from train.callbacks.finite import SkipNonFinite
 from train.callbacks.ledger import Ledger
 from train.callbacks.progress import Progress
+from train.callbacks.stall import Stall
 from train.callbacks.stop import Stop
 from train.clock import PhaseClock
 from train.data.pictures import BOMB_WARNING
@@ -197,6 +198,25 @@ def fit(
         atomic_write_text(out / DONE_FILE, f"{trainer.global_step // optimizers} steps\n")
 
 
+def _loggers(out: Path, run: RunConfig) -> list[Logger]:
+    """Return where losses and rates go: a CSV file, TensorBoard's files, and what was asked for."""
+    loggers: list[Logger] = [
+        CSVLogger(out, name="logs", flush_logs_every_n_steps=1),
+        TensorBoardLogger(out, name="tensorboard"),
+    ]
+    if run.wandb_project is not None:
+        try:
+            from lightning.pytorch.loggers import WandbLogger
+
+            loggers.append(WandbLogger(project=run.wandb_project, name=out.name, save_dir=out))
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"run.wandb_project is {run.wandb_project}: wandb is not installed; pip install "
+                "wandb, or leave it out"
+            ) from error
+    return loggers
+
+
 def _strategy(system: pl.LightningModule, run: RunConfig) -> DDPStrategy | str:
     """Return how gradients meet: nothing to do on one device, else averaged over all."""
     if run.devices * run.num_nodes == 1:
@@ -240,7 +260,7 @@ def _trainer(
         max_steps=run.max_steps * optimizers,
         max_epochs=-1,
         gradient_clip_val=None if manual or optim.grad_clip == 0 else optim.grad_clip,
-        logger=CSVLogger(out, name="logs", flush_logs_every_n_steps=1),
+        logger=_loggers(out, run),
         log_every_n_steps=run.log_every_steps,
         plugins=[RunCheckpoints(run.keep_checkpoints, ledger.clock)],
         callbacks=[
@@ -251,6 +271,7 @@ def _trainer(
             finite,
             Progress(run.log_every_steps, run.max_steps, stop, ledger, finite, show=not terminal),
             stop,
+            Stall(),
             Export(out, every, getattr(torch, run.export_dtype), average, ledger),
             *last,
             ModelCheckpoint(

@@ -21,7 +21,9 @@ class RunConfig:
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "bf16-mixed"
     """Lightning's precision; weights and optimizer state stay float32 in the mixed ones."""
     log_every_steps: int = 50
-    """Steps between rows of ``metrics.csv``."""
+    """Steps between rows of ``metrics.csv`` and points of TensorBoard's curves."""
+    wandb_project: str | None = None
+    """Weights & Biases project that the run also reports to; needs the package ``wandb``."""
     checkpoint_every_steps: int = 500
     """Steps between resumable checkpoints and exports of the averaged weights."""
     keep_checkpoints: int = 2

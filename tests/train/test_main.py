@@ -145,3 +145,16 @@ def test_a_run_prints_its_own_lines_and_nothing_else(make_run):
     assert [line for line in printed if not any(re.fullmatch(own, line) for own in ours)] == []
     assert sum(line.startswith("step ") for line in printed) == 2
     assert done.stdout == ""
+
+
+def test_a_run_keeps_tensorboard_s_curves_and_errors_by_noise_level(make_run):
+    run = make_run("stage_c")
+    run.start("--run.max_steps", 2)
+    assert list((run.out / "tensorboard").rglob("events.out.tfevents.*"))
+    assert any(name.startswith("mse_t/") for name in run.metrics()[0])
+
+
+def test_weights_and_biases_without_its_package_is_one_line(make_run, capsys, monkeypatch):
+    monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", False)
+    line = refusal(make_run("stage_c"), capsys, "--run.wandb_project", "mine")
+    assert "pip install wandb" in line

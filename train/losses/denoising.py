@@ -81,3 +81,25 @@ def denoising_loss(predicted: Tensor, noised: Noised) -> tuple[Tensor, Tensor]:
     """Return (weighted loss, unweighted mean squared error), both scalars, in float32."""
     squared = (predicted.float() - noised.target).square().flatten(1).mean(dim=1)  # (B,)
     return (squared * noised.weight).mean(), squared.mean().detach()
+
+
+@torch.no_grad()
+def errors_by_noise(predicted: Tensor, noised: Noised, levels: int = 5) -> dict[str, Tensor]:
+    """Return the mean squared error by diffusion time, for curves that show where it is learned.
+
+    Args:
+        predicted: What the network said, ``(B, C, H, W)``.
+        noised: What it was asked.
+        levels: Equal parts of [0, 1].
+
+    Returns:
+        ``mse_t/0.0-0.2`` -> scalar, and so on; parts that no sample of the batch lies in are left
+        out.
+    """
+    squared = (predicted.float() - noised.target).square().flatten(1).mean(dim=1)  # (B,)
+    level = (noised.t * levels).long().clamp(max=levels - 1)
+    return {
+        f"mse_t/{index / levels:.1f}-{(index + 1) / levels:.1f}": squared[level == index].mean()
+        for index in range(levels)
+        if bool((level == index).any())
+    }

@@ -17,7 +17,7 @@ from train.callbacks.pictures import PicturesConfig
 from train.data.cached import CachedBatch
 from train.data.config import DataConfig
 from train.draws import StepDraws, step_draws
-from train.losses.denoising import DiffusionConfig, denoising_loss, noise_batch
+from train.losses.denoising import DiffusionConfig, denoising_loss, errors_by_noise, noise_batch
 from train.optim import make_optimizer
 from train.settings import OptimConfig, RunConfig
 
@@ -115,6 +115,8 @@ class StageBSystem(LightningModule):
         loss, mse = denoising_loss(predicted, noised)
         self.log("loss", loss, prog_bar=True, sync_dist=True)
         self.log("mse", mse, sync_dist=True)
+        if (self.global_step + 1) % self.config.run.log_every_steps == 0:
+            self.log_dict(errors_by_noise(predicted, noised))
         return loss
 
     def configure_optimizers(self) -> Any:

@@ -7,7 +7,12 @@ from torch.nn import functional as F
 from cascade.diffusion.prediction import Prediction, to_x0
 from train.draws import StepDraws
 from train.losses.contrastive import contrastive_loss
-from train.losses.denoising import DiffusionConfig, denoising_loss, noise_batch
+from train.losses.denoising import (
+    DiffusionConfig,
+    denoising_loss,
+    errors_by_noise,
+    noise_batch,
+)
 from train.losses.reconstruction import (
     feature_distance,
     hinge_discriminator_loss,
@@ -107,3 +112,15 @@ def test_features_are_compared_by_direction_and_only_ours_learn():
     feature_distance([ours, ours], [theirs, other]).backward()
     assert ours.grad.abs().sum() > 0
     assert theirs.grad is None and other.grad is None
+
+
+def test_errors_by_noise_are_the_means_of_their_levels():
+    x0 = torch.randn(40, 4, 2, 2, generator=generator())
+    noised = noise_batch(x0, DiffusionConfig(), StepDraws(0, 0))
+    predicted = noised.target + noised.t.view(-1, 1, 1, 1)
+    errors = errors_by_noise(predicted, noised)
+    assert list(errors) == [f"mse_t/{k / 5:.1f}-{(k + 1) / 5:.1f}" for k in range(5)]
+    inside = (noised.t >= 0.4) & (noised.t < 0.6)
+    torch.testing.assert_close(errors["mse_t/0.4-0.6"], noised.t[inside].square().mean())
+    few = noise_batch(x0[:1], DiffusionConfig(), StepDraws(0, 0))
+    assert len(errors_by_noise(few.target, few)) == 1
