@@ -113,7 +113,7 @@ class SeedLayers(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Make the step's draws a function of its number."""
-        torch.manual_seed(
-            derived_seed("layers", self.seed, trainer.global_step, trainer.global_rank)
-        )
+        """Make the draws a function of the step, the micro-batch and the rank."""
+        micro = batch_idx % trainer.accumulate_grad_batches
+        place = micro * trainer.world_size + trainer.global_rank
+        torch.manual_seed(derived_seed("layers", self.seed, trainer.global_step, place))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import sys
@@ -94,7 +95,7 @@ def prepare(run: RunConfig, config: object, *, resume: bool) -> Prepared:
     _quiet()
     clock = PhaseClock()
     out = Path(run.out)
-    newest = newest_checkpoint(out)
+    newest = newest_checkpoint(out, tidy=_global_rank() == 0)
     if not resume and newest is not None:
         raise UserError(f"{out} holds a run already; go on with --resume or choose another run.out")
     values = to_dict(config)
@@ -111,9 +112,17 @@ def prepare(run: RunConfig, config: object, *, resume: bool) -> Prepared:
         raise UserError(f"run.out {out}: can't be made: {error.strerror}") from error
     atomic_write_text(out / "config.yaml", yaml.safe_dump(values, sort_keys=False))
     (out / DONE_FILE).unlink(missing_ok=True)
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+    if _global_rank() == 0:
         note_start(out)
     return Prepared(out, newest, clock)
+
+
+def _global_rank() -> int:
+    """Return the rank that a launcher has given this process; 0 where there is none."""
+    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):  # the last is what Lightning's own sets
+        if name in os.environ:
+            return int(os.environ[name])
+    return 0
 
 
 def _quiet() -> None:
@@ -156,7 +165,7 @@ def fit(
     """Train ``system`` for ``run.max_steps`` steps or ``run.max_minutes`` minutes.
 
     Ctrl-C and SIGTERM end the run after the step in hand, with a checkpoint and an export. A run
-    that nobody stopped leaves a file ``done``. ``callbacks`` act before those that all
+    that has made all its steps leaves a file ``done``. ``callbacks`` act before those that all
     runs have, ``last`` after them.
 
     Raises:
@@ -172,16 +181,17 @@ def fit(
         _log.info("resuming %s at step %d of %d", out, start_step, run.max_steps)
     stop, ledger = Stop(run.max_minutes), Ledger(prepared.clock, out, run.log_every_steps)
     trainer = _trainer(system, run, optim, stop, ledger, callbacks, last)
-    trainer.fit(
-        system,
-        train_dataloaders=loader_from(
-            start_step * run.accumulate, trainer.global_rank, trainer.world_size
-        ),
-        ckpt_path=newest,
-        weights_only=True,
-    )
-    trainer.save_checkpoint(checkpoint_path(out, trainer.global_step))
-    ledger.write_row(trainer)
+    with stop.listening():
+        trainer.fit(
+            system,
+            train_dataloaders=loader_from(
+                start_step * run.accumulate, trainer.global_rank, trainer.world_size
+            ),
+            ckpt_path=newest,
+            weights_only=True,
+        )
+        trainer.save_checkpoint(checkpoint_path(out, trainer.global_step))
+        ledger.write_row(trainer)
     _log.info(
         "%s: %d of %d steps, %d samples, %.0f s",
         out,
@@ -194,7 +204,7 @@ def fit(
         _log.info("stopped by SIGTERM: all is saved, the same command with --resume goes on")
     elif stop.interrupted_by is not None:
         raise KeyboardInterrupt(stop.interrupted_by)
-    elif trainer.is_global_zero:
+    elif trainer.is_global_zero and trainer.global_step // optimizers >= run.max_steps:
         atomic_write_text(out / DONE_FILE, f"{trainer.global_step // optimizers} steps\n")
 
 
@@ -202,13 +212,23 @@ def _loggers(out: Path, run: RunConfig) -> list[Logger]:
     """Return where losses and rates go: a CSV file, TensorBoard's files, and what was asked for."""
     loggers: list[Logger] = [
         CSVLogger(out, name="logs", flush_logs_every_n_steps=1),
-        TensorBoardLogger(out, name="tensorboard"),
+        TensorBoardLogger(out, name="tensorboard", version=""),
     ]
     if run.wandb_project is not None:
         try:
             from lightning.pytorch.loggers import WandbLogger
 
-            loggers.append(WandbLogger(project=run.wandb_project, name=out.name, save_dir=out))
+            # One run there for all starts of the one here.
+            name = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]
+            loggers.append(
+                WandbLogger(
+                    project=run.wandb_project,
+                    name=out.name,
+                    save_dir=out,
+                    id=name,
+                    resume="allow",
+                )
+            )
         except ModuleNotFoundError as error:
             raise UserError(
                 f"run.wandb_project is {run.wandb_project}: wandb is not installed; pip install "
@@ -246,6 +266,11 @@ def _trainer(
         raise UserError(
             f"run.accumulate is {run.accumulate}: this network's two optimizers step at every "
             "batch; raise data.batch_size instead"
+        )
+    if manual and run.precision == "16-mixed":
+        raise UserError(
+            "run.precision is 16-mixed: this network's two optimizers can't share a loss scale; "
+            "use bf16-mixed or 32-true"
         )
     terminal = sys.stderr.isatty()
     arguments: dict[str, Any] = dict(

@@ -45,8 +45,6 @@ class RunConfig:
     accumulate: int = 1
     """Micro-batches of ``data.batch_size`` whose gradients make one step. The same global batch,
     by any split into devices and micro-batches, gives the same steps up to rounding."""
-    compile: bool = False
-    """Compile the trained network with torch.compile."""
     export_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Number format of the exported weights."""
 

@@ -13,6 +13,7 @@ class Place:
 
     def __init__(self, global_step: int, global_rank: int = 0) -> None:
         self.global_step, self.global_rank = global_step, global_rank
+        self.world_size, self.accumulate_grad_batches = 1, 2
 
 
 def test_seeds_of_purposes_seeds_steps_and_ranks_all_differ():
@@ -70,10 +71,11 @@ def test_noise_is_standard_normal_and_its_samples_are_unrelated() -> None:
 def test_layers_draw_by_the_step_s_number():
     with torch.random.fork_rng(devices=[]):
         draws = []
-        for step in (3, 4, 3):
-            SeedLayers(0).on_train_batch_start(Place(step), None, None, 0)
+        for step, batch_idx in ((3, 6), (4, 8), (3, 6), (3, 7)):
+            SeedLayers(0).on_train_batch_start(Place(step), None, None, batch_idx)
             draws.append(torch.rand(2).tolist())
     assert draws[0] == draws[2] != draws[1]
+    assert draws[3] != draws[0], "the second micro-batch of a step drops others"
 
 
 def test_memory_settings_are_taken_or_left_without_an_error(monkeypatch):

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from cascade.errors import run_main
+from train.callbacks.checkpoints import newest_checkpoint
 from train.callbacks.stop import Stop
 from train.data.__main__ import main as data_main
 
@@ -44,7 +45,7 @@ def refusal(run, capsys, *arguments: object) -> str:
 
 
 def assert_equal_ends(whole, other) -> None:
-    ends = [run.out / "checkpoints" / "last.ckpt" for run in (whole, other)]
+    ends = [newest_checkpoint(run.out) for run in (whole, other)]
     expected, found = (torch.load(end, weights_only=True)["state_dict"] for end in ends)
     assert expected.keys() == found.keys()
     for key, value in expected.items():
@@ -93,13 +94,14 @@ def test_a_run_killed_at_any_moment_ends_as_one_that_was_not(make_run):
     killed = make_run("compressor", "killed", **sections)
     command = [sys.executable, "-m", "train", "compressor", "--config", str(killed.config)]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-    newest = killed.out / "checkpoints" / "last.ckpt"
+    first = killed.out / "checkpoints" / "step=2.ckpt"
     deadline = time.monotonic() + 200
-    while not newest.exists() and process.poll() is None and time.monotonic() < deadline:
+    while not first.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert newest.exists()
+    newest = newest_checkpoint(killed.out)
+    assert newest is not None
     step = torch.load(newest, weights_only=True)["global_step"]
     assert step < 10, "it was killed too late to prove anything"
     assert killed.start("--resume") == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import pickle
 import re
@@ -87,34 +86,42 @@ def find_damage(path: Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
             wrong = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
         return str(error) or type(error).__name__
     return None if wrong is None else f"{wrong} has another checksum"
 
 
-def newest_checkpoint(out: Path) -> Path | None:
+def newest_checkpoint(out: Path, *, tidy: bool = True) -> Path | None:
     """Return the newest whole checkpoint of a run, None if it has none at all.
 
-    A damaged one is renamed and told of; what a killed process left half-written is removed.
+    Args:
+        out: The run's folder.
+        tidy: Rename a damaged one and tell of it, remove what a killed process left half-written;
+            for the first rank alone.
 
     Raises:
-        UserError: All that are there are damaged.
+        UserError: All that are there, or were there, are damaged.
+        OSError: One can't be read, which says nothing of its content.
     """
     folder = out / "checkpoints"
-    for left in folder.glob(".step=*.tmp"):
-        left.unlink(missing_ok=True)
-    damaged = []
+    if tidy:
+        for left in folder.glob(".step=*.tmp"):
+            left.unlink(missing_ok=True)
+    damaged = sorted(folder.glob("step=*.damaged"))
     for path in checkpoints_in(folder):
-        damage = find_damage(path)
+        try:
+            damage = find_damage(path)
+        except FileNotFoundError:  # the first rank has renamed it
+            continue
         if damage is None:
             return path
         damaged.append(path.with_suffix(".damaged"))
-        with contextlib.suppress(FileNotFoundError):  # another rank was faster
+        if tidy:
             path.rename(damaged[-1])
-        _log.warning("%s is damaged (%s): going on from the one before", path, damage)
+            _log.warning("%s is damaged (%s): going on from the one before", path, damage)
     if damaged:
         raise UserError(
-            f"{folder}: no whole checkpoint is left ({damaged[0].name} was the newest); restore "
+            f"{folder}: no whole checkpoint is left ({damaged[-1].name} is damaged); restore "
             "one, or start anew in another run.out (init_from takes exported weights over)"
         )
     return None

@@ -15,6 +15,7 @@ from cascade.checkpoints.files import save_network
 from cascade.errors import UserError
 from train.callbacks.ema import WeightAverage, exported_networks
 from train.callbacks.ledger import Ledger
+from train.steps import ends_step, steps_done
 
 _log = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class Export(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Export every so many steps."""
-        if trainer.global_step % self.every_steps == 0:
+        if ends_step(trainer, batch_idx) and trainer.global_step % self.every_steps == 0:
             self.write(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -64,7 +65,7 @@ class Export(Callback):
     def _write(self, trainer: Trainer, system: LightningModule) -> None:
         metadata = {
             "weights": "ema",
-            "train_steps": str(pl_steps(system, trainer)),
+            "train_steps": str(steps_done(system, trainer)),
             "train_samples": str(self.ledger.samples),
             "train_seconds": f"{self.ledger.total_seconds():.0f}",
         }
@@ -72,17 +73,12 @@ class Export(Callback):
             average = self.average.averages[name]
             if not all(value.isfinite().all() for value in average.values()):
                 raise UserError(
-                    f"{name}: its weights are not finite at step {pl_steps(system, trainer)}; not "
-                    "exported, the last checkpoint is kept; lower optim.lr"
+                    f"{name}: its weights are not finite at step {steps_done(system, trainer)}; "
+                    "not exported, the last checkpoint is kept; lower optim.lr"
                 )
             averaged = copy.deepcopy(network)
             averaged.load_state_dict(average)
             export_one(self.out, name, averaged, system, self.dtype, metadata)
-
-
-def pl_steps(system: LightningModule, trainer: Trainer) -> int:
-    """Return the steps of the main optimizer (``global_step`` counts every optimizer's)."""
-    return trainer.global_step // max(1, getattr(system, "num_optimizers", 1))
 
 
 def export_one(

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from cascade.checkpoints.files import atomic_write_bytes
 from cascade.errors import UserError
+from train.steps import begins_step, ends_step, steps_done
 
 _log = logging.getLogger(__name__)
 
@@ -34,19 +35,25 @@ class SkipNonFinite(Callback):
         self.just_skipped = False
         """Whether the last step was left out."""
         self._in_a_row = 0
-        self._batch: Any = None
+        self._statistics: list[tuple[Tensor, Tensor]] = []
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Remember the batch."""
-        self._batch = batch
-        self.just_skipped = False
+        """Remember the batch norms' statistics as they are before the step."""
+        if begins_step(trainer, batch_idx):
+            self.just_skipped = False
+            self._statistics = [
+                (buffer, buffer.clone())
+                for module in pl_module.modules()
+                if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
+                for buffer in module.buffers(recurse=False)
+            ]
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
     ) -> None:
-        """Drop the gradients if one of them is not finite."""
+        """Drop the gradients if one of them is not finite, and what batch norms have seen."""
         parameters = [one for group in optimizer.param_groups for one in group["params"]]
         gradients = [one.grad for one in parameters if one.grad is not None]
         if not gradients:
@@ -56,6 +63,8 @@ class SkipNonFinite(Callback):
             return
         for one in parameters:
             one.grad = None
+        for buffer, before in self._statistics:
+            buffer.copy_(before)
         self.just_skipped = True
 
     def on_train_batch_end(
@@ -66,7 +75,8 @@ class SkipNonFinite(Callback):
         Raises:
             UserError: Too many in a row; the batch is saved.
         """
-        self._batch = None
+        if not ends_step(trainer, batch_idx):
+            return
         if not self.just_skipped:
             self._in_a_row = 0
             return
@@ -75,7 +85,7 @@ class SkipNonFinite(Callback):
         pl_module.log("skipped_steps", float(self.skipped))
         _log.warning(
             "step %d is left out: its gradients are not finite (%d in a row, %d in all)",
-            trainer.global_step,
+            steps_done(pl_module, trainer),
             self._in_a_row,
             self.skipped,
         )

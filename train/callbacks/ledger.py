@@ -16,11 +16,7 @@ from torch import Tensor
 from train.clock import PhaseClock
 from train.energy import EnergyMeter
 from train.flops import FlopCounter
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
+from train.steps import ends_step, steps_done
 
 LEDGER_FILE = "ledger.jsonl"
 
@@ -87,8 +83,8 @@ class Ledger(Callback):
         self.flops += self._flops_by_kind.get(self._kind, 0.0) * trainer.world_size
         self.samples += len(batch) * trainer.world_size
         self.clock.switch("data")
-        self._step = trainer.global_step // max(1, getattr(pl_module, "num_optimizers", 1))
-        if (batch_idx + 1) % self._every_steps == 0:
+        self._step = steps_done(pl_module, trainer)
+        if ends_step(trainer, batch_idx) and self._step % self._every_steps == 0:
             pl_module.log("samples", float(self.samples))
             self.write_row(trainer)
 
@@ -136,7 +132,9 @@ class Ledger(Callback):
         """Return the most memory so far of the device; on a CPU of the process, 0 if unknown."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
-        if resource is None:
+        try:
+            import resource
+        except ImportError:  # Windows
             return 0
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024

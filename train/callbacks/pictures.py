@@ -20,6 +20,7 @@ from cascade.pipelines.cascade import CascadePipeline
 from train.callbacks.ema import WeightAverage
 from train.callbacks.ledger import Ledger
 from train.clock import PhaseClock
+from train.steps import ends_step
 
 _log = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ class SamplePictures(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Draw every so many steps."""
-        if trainer.global_step % self.config.every_steps == 0:
+        if ends_step(trainer, batch_idx) and trainer.global_step % self.config.every_steps == 0:
             self.draw(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -131,9 +132,8 @@ class SamplePictures(Callback):
             setattr(pipeline, self.stage, network)
             try:
                 for number in range(trainer.global_rank, len(prompts), trainer.world_size):
-                    seed = self.config.seed + number
-                    output = pipeline(prompts[number], seed=seed, progress=False)
-                    save_png(output.pictures[0], self._part(kind, step, number))
+                    picture = self._picture(pipeline, number)
+                    save_png(picture, self._part(kind, step, number))
             finally:
                 setattr(pipeline, self.stage, lent)
         trainer.strategy.barrier()
@@ -144,6 +144,16 @@ class SamplePictures(Callback):
             for part in parts:
                 part.unlink()
             _log.info("drew %s", self.folder / f"step_{step:07d}_{kind}.png")
+
+    def _picture(self, pipeline: CascadePipeline, number: int) -> Image.Image:
+        """Draw a prompt. What goes wrong is told and shown as grey: it must not end the run."""
+        prompt, seed = self.config.prompts[number], self.config.seed + number
+        try:
+            return pipeline(prompt, seed=seed, progress=False).pictures[0]
+        except Exception as error:  # early weights give black pictures, memory can be short
+            _log.warning("no picture of %r: %s", prompt, error)
+            size = pipeline.spec.image_size
+            return Image.new("RGB", (size, size), "gray")
 
     def _part(self, kind: Weights, step: int, number: int) -> Path:
         return self.folder / f".step_{step:07d}_{kind}_{number:04d}.png"

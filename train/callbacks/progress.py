@@ -16,6 +16,7 @@ from train.callbacks.finite import SkipNonFinite
 from train.callbacks.ledger import Ledger
 from train.callbacks.stop import Stop
 from train.flops import peak_flops
+from train.steps import ends_step, steps_done
 
 _log = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class Progress(Callback):
         self._flops = self.ledger.flops
         self._steps = self._samples = self._counted = 0
         self._loss: Tensor | float = 0.0
+        self._step_loss: Tensor | float = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the first interval."""
@@ -69,12 +71,16 @@ class Progress(Callback):
         Raises:
             UserError: The loss is not finite.
         """
-        self._steps += 1
         self._samples += len(batch) * trainer.world_size
+        self._step_loss = self._step_loss + trainer.callback_metrics["loss"].detach()
+        if not ends_step(trainer, batch_idx):
+            return
+        self._steps += 1
         if not self.finite.just_skipped:
-            self._loss = self._loss + trainer.callback_metrics["loss"].detach()
+            self._loss = self._loss + self._step_loss / trainer.accumulate_grad_batches
             self._counted += 1
-        step = trainer.global_step // max(1, getattr(pl_module, "num_optimizers", 1))
+        self._step_loss = 0.0
+        step = steps_done(pl_module, trainer)
         if step % self.every_steps != 0 and step != self.max_steps:
             return
         loss = float(torch.as_tensor(self._loss)) / self._counted if self._counted else None

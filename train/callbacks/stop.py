@@ -6,19 +6,27 @@ import logging
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from train.steps import ends_step
+
 _log = logging.getLogger(__name__)
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stop(Callback):
     """Finishes the step in hand, then lets the run end as if it were done.
 
     Lightning's own timer is carried into the checkpoint: a run that it has stopped stops again as
-    soon as it is resumed. This one counts from each start.
+    soon as it is resumed. This one counts from each start. A signal to any rank ends all of them,
+    after the same step.
     """
 
     def __init__(self, max_minutes: float | None) -> None:
@@ -26,7 +34,7 @@ class Stop(Callback):
         self.max_minutes = max_minutes
         self.interrupted_by: str | None = None
         self._started_s = 0.0
-        self._handlers: dict[int, Any] = {}
+        self._listens = False
 
     def seconds_left(self) -> float:
         """Return what the time limit leaves."""
@@ -34,37 +42,51 @@ class Stop(Callback):
             return float("inf")
         return self.max_minutes * 60.0 - (time.monotonic() - self._started_s)
 
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Listen for Ctrl-C and for the system's request to end until the block is left.
+
+        The block holds the last writes of a run as well: a signal among them must not cut them.
+        """
+        self._listens = threading.current_thread() is threading.main_thread()
+        before: dict[int, Any] = {}
+        if self._listens:
+            before = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock and listen for Ctrl-C and for the system's request to end."""
+        """Start the clock; take the signals back from Lightning's own handlers."""
         self._started_s = time.monotonic()
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._handlers[number] = signal.signal(number, self._on_signal)
+        if self._listens:
+            for number in _SIGNALS:
+                signal.signal(number, self._on_signal)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """End the run after this step if it is time."""
-        wanted = self.interrupted_by is not None or self.seconds_left() <= 0
-        if trainer.strategy.broadcast(wanted):
+        """End the run after this step if it is time, on all ranks alike."""
+        if not ends_step(trainer, batch_idx):
+            return  # half a step can't be gone on with
+        wishes = [self.interrupted_by == signal.Signals(number).name for number in _SIGNALS]
+        wishes.append(self.seconds_left() <= 0)
+        if trainer.world_size > 1:
+            ours = torch.tensor(wishes, dtype=torch.float32, device=pl_module.device)
+            wishes = (trainer.strategy.reduce(ours, reduce_op="sum") > 0).tolist()
+        for number, wished in zip(_SIGNALS, wishes, strict=False):
+            if wished:
+                self.interrupted_by = signal.Signals(number).name
+        if any(wishes):
             trainer.should_stop = True
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the signals back."""
-        self._restore()
-
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        """Give the signals back."""
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers.clear()
-
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.interrupted_by = signal.Signals(number).name
-        self._restore()  # a second signal acts at once
-        _log.info("%s: stopping after this step; again to stop at once", self.interrupted_by)
+        # Only a second Ctrl-C is impatience: systems send SIGTERM more than once.
+        if self.interrupted_by == "SIGINT" and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.interrupted_by is None:
+            again = "; Ctrl-C again to stop at once" if number == signal.SIGINT else ""
+            _log.info("%s: stopping after this step%s", signal.Signals(number).name, again)
+            self.interrupted_by = signal.Signals(number).name

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
+import threading
 import time
 from collections.abc import Iterator
 
@@ -52,6 +55,23 @@ class _Steps(IterableDataset["Served | str"]):
             step += workers
 
 
+def _obey_the_parent_alone(worker: int) -> None:
+    """Leave signals that a terminal or a system sends to all processes to the run itself.
+
+    It ends after the step in hand, for which it needs its workers, and then ends them.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_the_parent, daemon=True).start()
+
+
+def _end_with_the_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
 class StreamLoader:
     """An endless iterable of batches; it knows what was lost, and whom one is waiting for.
 
@@ -82,6 +102,7 @@ class StreamLoader:
             batch_size=None,
             num_workers=workers,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_obey_the_parent_alone,
         )
 
     def __iter__(self) -> Iterator[CachedBatch]:

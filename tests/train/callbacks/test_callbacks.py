@@ -45,7 +45,8 @@ class Trainer:
         self.is_global_zero = True
         self.should_stop = False
         self.precision = "32-true"
-        self.strategy = types.SimpleNamespace(broadcast=lambda value: value)
+        self.accumulate_grad_batches = 1
+        self.strategy = types.SimpleNamespace(reduce=lambda value, reduce_op: value)
         self.callback_metrics = {"loss": torch.tensor(1.0)}
 
 

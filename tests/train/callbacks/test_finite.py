@@ -11,6 +11,7 @@ from safetensors import safe_open
 from cascade.errors import UserError
 from train.callbacks.checkpoints import newest_checkpoint
 from train.systems.previewer import PreviewerSystem
+from train.systems.stage_c import StageCSystem
 
 
 @pytest.fixture
@@ -41,9 +42,8 @@ def test_a_step_that_is_lost_is_left_out_and_counted(make_run, poison, caplog):
         torch.load(run.out / f"checkpoints/step={step}.ckpt", weights_only=True)
         for step in (2, 3, 4)
     )
-    for key, value in before["state_dict"].items():
-        if ".running_" not in key and "num_batches" not in key:  # pictures that were seen
-            assert torch.equal(value, after["state_dict"][key]), key
+    for key, value in before["state_dict"].items():  # batch norms' statistics too
+        assert torch.equal(value, after["state_dict"][key]), key
     moments = [one["optimizer_states"][0]["state"][0] for one in (before, after)]
     assert all(torch.equal(value, moments[1][key]) for key, value in moments[0].items())
     assert any(
@@ -64,3 +64,31 @@ def test_steps_that_stay_lost_end_the_run_and_keep_the_batch(make_run, poison):
     with safe_open(run.out / "bad_batch_rank0.safetensors", framework="pt") as file:
         assert "captions" in file.metadata() and "pixels" in file.keys()
     assert state_of(run)["global_step"] <= 2
+
+
+def test_values_that_are_lost_inside_do_not_stay_in_batch_norms(make_run, monkeypatch):
+    run = make_run("previewer", run={"checkpoint_every_steps": 1})
+    whole = PreviewerSystem.training_step
+
+    def poisoned(self, batch, batch_idx):
+        if self.global_step == 1:
+            batch.stage_c_latents = batch.stage_c_latents * math.inf
+        return whole(self, batch, batch_idx)
+
+    monkeypatch.setattr(PreviewerSystem, "training_step", poisoned)
+    assert run.start("--run.max_steps", 4) == 0
+    assert all(value.isfinite().all() for value in state_of(run)["state_dict"].values())
+    assert (run.out / "done").is_file()
+
+
+def test_micro_batches_are_left_out_and_counted_by_the_step(make_run, monkeypatch):
+    run = make_run("stage_c", run={"accumulate": 2, "max_skipped_steps": 1}, data={"batch_size": 2})
+    whole = StageCSystem.training_step
+
+    def poisoned(self, batch, batch_idx):
+        loss = whole(self, batch, batch_idx)
+        return loss * math.nan if batch_idx % 2 == 0 and self.global_step in (1, 3) else loss
+
+    monkeypatch.setattr(StageCSystem, "training_step", poisoned)
+    assert run.start("--run.max_steps", 5) == 0  # none of them in a row
+    assert (run.out / "done").is_file()

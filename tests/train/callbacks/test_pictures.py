@@ -55,3 +55,14 @@ def test_a_model_whose_stages_do_not_fit_is_refused_before_the_first_step(make_r
 def test_no_prompts_are_refused(make_run, tiny_model):
     with pytest.raises(UserError, match="prompts has 0 entries"):
         make_run("stage_c", pictures={"model": str(tiny_model), "prompts": []}).start()
+
+
+def test_a_picture_that_fails_is_grey_and_ends_nothing(make_run, tiny_model, monkeypatch, caplog):
+    monkeypatch.setattr(
+        "cascade.pipelines.cascade.check_not_black",
+        lambda *_: (_ for _ in ()).throw(UserError("entirely black")),
+    )
+    run = make_run("stage_c", pictures={"model": str(tiny_model), "prompts": PROMPTS})
+    assert run.start() == 0
+    assert "no picture of 'a red hat': entirely black" in caplog.text
+    assert open_image(run.out / "pictures" / "step_0000004_ema.png").getpixel((0, 0)) == (128,) * 3
