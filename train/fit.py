@@ -41,6 +41,7 @@ from train.data.pictures import BOMB_WARNING
 from train.draws import SeedLayers
 from train.environment import note_start
 from train.memory import keep_freed_memory
+from train.rank_errors import RankErrors
 from train.settings import OptimConfig, RunConfig
 
 if TYPE_CHECKING:
@@ -179,7 +180,8 @@ def fit(
     if newest is not None:
         start_step = checkpoint_global_step(newest) // optimizers
         _log.info("resuming %s at step %d of %d", out, start_step, run.max_steps)
-    stop, ledger = Stop(run.max_minutes), Ledger(prepared.clock, out, run.log_every_steps)
+    errors = RankErrors()
+    stop, ledger = Stop(run.max_minutes, errors), Ledger(prepared.clock, out, run.log_every_steps)
     trainer = _trainer(system, run, optim, stop, ledger, callbacks, last)
     with stop.listening():
         trainer.fit(
@@ -192,6 +194,8 @@ def fit(
         )
         trainer.save_checkpoint(checkpoint_path(out, trainer.global_step))
         ledger.write_row(trainer)
+    if errors.message is not None:  # of the last writes
+        errors.raise_for_all()
     _log.info(
         "%s: %d of %d steps, %d samples, %.0f s",
         out,
@@ -287,7 +291,7 @@ def _trainer(
         gradient_clip_val=None if manual or optim.grad_clip == 0 else optim.grad_clip,
         logger=_loggers(out, run),
         log_every_n_steps=run.log_every_steps,
-        plugins=[RunCheckpoints(run.keep_checkpoints, ledger.clock)],
+        plugins=[RunCheckpoints(run.keep_checkpoints, ledger.clock, stop.errors)],
         callbacks=[
             *first,
             SeedLayers(run.seed),
@@ -297,7 +301,7 @@ def _trainer(
             Progress(run.log_every_steps, run.max_steps, stop, ledger, finite, show=not terminal),
             stop,
             Stall(),
-            Export(out, every, getattr(torch, run.export_dtype), average, ledger),
+            Export(out, every, getattr(torch, run.export_dtype), average, ledger, stop.errors),
             *last,
             ModelCheckpoint(
                 out / "checkpoints",

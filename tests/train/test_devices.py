@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,15 @@ def test_what_steps_two_optimizers_takes_no_micro_batches(make_run) -> None:
     run = make_run("stage_a", run={"accumulate": 2})
     with pytest.raises(UserError, match=r"raise data\.batch_size instead"):
         run.start()
+
+
+def test_an_error_of_one_rank_ends_both_with_its_line(make_run) -> None:
+    run = make_run("stage_c", data={"batch_size": 2}, run={"checkpoint_every_steps": 1})
+    run.out.mkdir()
+    (run.out / "checkpoints").write_text("a file where the folder belongs")
+    begun_s = time.monotonic()
+    done = start(run, "--run.devices", 2, "--run.max_steps", 50)
+    assert done.returncode != 0
+    assert "something else of that name is in the way" in done.stderr
+    assert time.monotonic() - begun_s < 120, "nobody waits for a time limit"
+    assert not (run.out / "done").exists()

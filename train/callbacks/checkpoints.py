@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from cascade.checkpoints.files import atomic_path
 from cascade.errors import UserError
 from train.clock import PhaseClock
+from train.rank_errors import RankErrors
 
 _log = logging.getLogger(__name__)
 
@@ -33,10 +34,13 @@ class RunCheckpoints(TorchCheckpointIO):
     Older ones are removed only when the new one is there and whole.
     """
 
-    def __init__(self, keep: int, clock: PhaseClock | None = None) -> None:
+    def __init__(
+        self, keep: int, clock: PhaseClock | None = None, errors: RankErrors | None = None
+    ) -> None:
         """Take how many to keep (of one alone, damage is the run's end), and the run's clock."""
         super().__init__()
         self.keep = keep
+        self.errors = RankErrors() if errors is None else errors
         self.clock = PhaseClock() if clock is None else clock
 
     def save_checkpoint(
@@ -48,7 +52,7 @@ class RunCheckpoints(TorchCheckpointIO):
             UserError: The folder can't be written to, or the disk is full or was about to be; what
                 was there stays.
         """
-        with self.clock.within("checkpoint"):
+        with self.clock.within("checkpoint"), self.errors.kept():
             self._save(checkpoint, Path(path))
 
     def _save(self, checkpoint: dict[str, Any], path: Path) -> None:

@@ -15,6 +15,7 @@ from cascade.checkpoints.files import save_network
 from cascade.errors import UserError
 from train.callbacks.ema import WeightAverage, exported_networks
 from train.callbacks.ledger import Ledger
+from train.rank_errors import RankErrors
 from train.steps import ends_step, steps_done
 
 _log = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ class Export(Callback):
         dtype: torch.dtype,
         average: WeightAverage,
         ledger: Ledger,
+        errors: RankErrors | None = None,
     ) -> None:
         """Take the folder, the interval, and the callbacks that hold what is exported."""
         self.out = out
@@ -37,6 +39,7 @@ class Export(Callback):
         self.dtype = dtype
         self.average = average
         self.ledger = ledger
+        self.errors = RankErrors() if errors is None else errors
         self._written_step = -1
 
     def on_train_batch_end(
@@ -59,7 +62,7 @@ class Export(Callback):
         if not trainer.is_global_zero or trainer.global_step == self._written_step:
             return
         self._written_step = trainer.global_step
-        with self.ledger.clock.within("checkpoint"):
+        with self.ledger.clock.within("checkpoint"), self.errors.kept():
             self._write(trainer, system)
 
     def _write(self, trainer: Trainer, system: LightningModule) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from train.rank_errors import RankErrors
 from train.steps import ends_step
 
 _log = logging.getLogger(__name__)
@@ -29,9 +30,10 @@ class Stop(Callback):
     after the same step.
     """
 
-    def __init__(self, max_minutes: float | None) -> None:
-        """Take the wall-clock limit of this start."""
+    def __init__(self, max_minutes: float | None, errors: RankErrors | None = None) -> None:
+        """Take the wall-clock limit of this start, and where ranks keep their errors."""
         self.max_minutes = max_minutes
+        self.errors = RankErrors() if errors is None else errors
         self.interrupted_by: str | None = None
         self._started_s = 0.0
         self._listens = False
@@ -61,6 +63,7 @@ class Stop(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock; take the signals back from Lightning's own handlers."""
         self._started_s = time.monotonic()
+        self.errors.world = trainer.world_size
         if self._listens:
             for number in _SIGNALS:
                 signal.signal(number, self._on_signal)
@@ -68,14 +71,20 @@ class Stop(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """End the run after this step if it is time, on all ranks alike."""
+        """End the run after this step if it is time, on all ranks alike.
+
+        Raises:
+            UserError: One of several ranks could not do its work.
+        """
         if not ends_step(trainer, batch_idx):
             return  # half a step can't be gone on with
         wishes = [self.interrupted_by == signal.Signals(number).name for number in _SIGNALS]
-        wishes.append(self.seconds_left() <= 0)
+        wishes += [self.seconds_left() <= 0, self.errors.message is not None]
         if trainer.world_size > 1:
             ours = torch.tensor(wishes, dtype=torch.float32, device=pl_module.device)
             wishes = (trainer.strategy.reduce(ours, reduce_op="sum") > 0).tolist()
+        if wishes.pop():
+            self.errors.raise_for_all()
         for number, wished in zip(_SIGNALS, wishes, strict=False):
             if wished:
                 self.interrupted_by = signal.Signals(number).name
