@@ -23,7 +23,6 @@ apart, since the system can drop mapped pages, and shares them among processes.
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import json
 import math
@@ -44,6 +43,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cascade.checkpoints.files import build_on_meta
+from cascade.command import Parser, parse_all
 from cascade.errors import UserError, run_main
 from cascade.tools.convert import diffusers_config, family_for
 from stages.stage_a import StageA, StageAConfig
@@ -116,7 +116,7 @@ class Options:
 
 def parse(arguments: Sequence[str] | None = None) -> Options:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="benchmarks/load.py",
         description="Seconds and memory of loading Stable Cascade lite, here and in diffusers.",
     )
@@ -129,7 +129,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         metavar="FOLDER",
         help="a new folder for the model, which stays (default: a temporary one, which does not)",
     )
-    found = parser.parse_args(arguments)
+    found = parse_all(parser, sys.argv[1:] if arguments is None else arguments)
     if found.repeats < 1:
         raise UserError(f"--repeats {found.repeats}: at least 1 is needed")
     return Options(found.small, found.repeats, found.seed, found.keep)

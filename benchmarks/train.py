@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from cascade.checkpoints.files import build_on_meta  # noqa: E402
+from cascade.command import Parser, parse_all  # noqa: E402
 from cascade.config import load_yaml  # noqa: E402
 from cascade.errors import UserError, run_main  # noqa: E402
 from cascade.tools.convert import diffusers_config, family_for  # noqa: E402
@@ -64,7 +65,7 @@ class Work:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="benchmarks/train.py",
         description="A training step of Stage C here and over diffusers' network.",
     )
@@ -76,7 +77,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3, help="steps a block; default 3")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
+    options = parse_all(parser, sys.argv[1:] if arguments is None else arguments)
     options.sizes = options.sizes.split(",")
     for size in options.sizes:
         if size not in SIZES:

@@ -43,6 +43,7 @@ from train.environment import note_start
 from train.memory import keep_freed_memory
 from train.rank_errors import RankErrors
 from train.settings import OptimConfig, RunConfig
+from train.steps import steps_done
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -199,7 +200,7 @@ def fit(
     _log.info(
         "%s: %d of %d steps, %d samples, %.0f s",
         out,
-        trainer.global_step // optimizers,
+        steps_done(system, trainer),
         run.max_steps,
         ledger.samples,
         ledger.total_seconds(),
@@ -208,8 +209,8 @@ def fit(
         _log.info("stopped by SIGTERM: all is saved, the same command with --resume goes on")
     elif stop.interrupted_by is not None:
         raise KeyboardInterrupt(stop.interrupted_by)
-    elif trainer.is_global_zero and trainer.global_step // optimizers >= run.max_steps:
-        atomic_write_text(out / DONE_FILE, f"{trainer.global_step // optimizers} steps\n")
+    elif trainer.is_global_zero and steps_done(system, trainer) >= run.max_steps:
+        atomic_write_text(out / DONE_FILE, f"{steps_done(system, trainer)} steps\n")
 
 
 def _loggers(out: Path, run: RunConfig) -> list[Logger]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from cascade.command import Parser
 from cascade.config import apply_overrides, from_dict, parse_overrides
 from cascade.errors import UserError, run_main
 from train.data.config import DataConfig
@@ -32,7 +33,7 @@ _PRECOMPUTE_MORE = """With --shards-out, keys of a run's data section are option
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Parse the command line into options and what is left, keys of a data section."""
-    parser = argparse.ArgumentParser(prog="python -m train.data", description=__doc__)
+    parser = Parser(prog="python -m train.data", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     _add_check(commands)
     _add_write(commands)

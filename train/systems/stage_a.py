@@ -25,6 +25,7 @@ from train.losses.reconstruction import (
 )
 from train.optim import make_optimizer
 from train.settings import OptimConfig, RunConfig
+from train.steps import steps_done
 from train.systems.clip import attention_kernel, load_clip
 
 
@@ -138,7 +139,7 @@ class StageASystem(LightningModule):
     def step_kind(self) -> str:
         """What the present step computes: "plain", or "adversarial" with the discriminator."""
         loss = self.config.loss
-        begun = self.steps_done() >= loss.adversarial_from_step
+        begun = steps_done(self, self.trainer) >= loss.adversarial_from_step
         return "adversarial" if begun and loss.adversarial > 0 else "plain"
 
     def clip(self, optimizer: Any) -> None:
@@ -146,10 +147,6 @@ class StageASystem(LightningModule):
         if self.config.optim.grad_clip > 0:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(parameters, self.config.optim.grad_clip)
-
-    def steps_done(self) -> int:
-        """Return the steps of the autoencoder (Lightning counts both optimizers')."""
-        return self.global_step // self.num_optimizers
 
     def configure_optimizers(self) -> Any:
         """Return two optimizers, each with its schedule."""
