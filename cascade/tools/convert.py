@@ -359,6 +359,12 @@ def _vqgan_config(config: StageAConfig) -> dict[str, Any]:
 
 
 def _scheduler_class(sampling: StageSampling) -> str:
+    if sampling.schedule != "cosine" or sampling.prediction == "flow" or sampling.zero_terminal_snr:
+        raise UserError(
+            f"diffusers' pipelines can't sample this model: prediction {sampling.prediction}, "
+            f"schedule {sampling.schedule}, zero_terminal_snr {sampling.zero_terminal_snr}; write "
+            "our own layout, or the original one, which cascade.json beside it describes"
+        )
     return "DDPMWuerstchenScheduler" if sampling.prediction == "epsilon" else "DDIMScheduler"
 
 

@@ -14,10 +14,18 @@ from cascade.text.encoder import TextConfig
 from stages.semantic_compressor import CompressorConfig, SemanticCompressor
 from stages.stage_b import StageB, StageBCondition, StageBConfig
 from train.callbacks.pictures import PicturesConfig
+from train.callbacks.posthoc_ema import PosthocEmaConfig
+from train.callbacks.validation import ValidationConfig
 from train.data.cached import CachedBatch
 from train.data.config import DataConfig
 from train.draws import StepDraws, step_draws
-from train.losses.denoising import DiffusionConfig, denoising_loss, errors_by_noise, noise_batch
+from train.losses.denoising import (
+    DiffusionConfig,
+    denoising_loss,
+    errors_by_noise,
+    noise_batch,
+    published_errors,
+)
 from train.optim import make_optimizer
 from train.settings import OptimConfig, RunConfig
 
@@ -56,6 +64,10 @@ class StageBRun:
     """Largest diffusion time of that noise."""
     pictures: PicturesConfig | None = None
     """Pictures of fixed prompts while it learns; null draws none."""
+    validation: ValidationConfig | None = None
+    """Held-out pictures on which the run is judged while it learns; null judges on none."""
+    posthoc_ema: PosthocEmaConfig | None = None
+    """Snapshots from which ``python -m train.posthoc_ema`` makes averages of any length."""
     init_from: str | None = None
     """Folder with exported stage_b and compressor files to start with."""
 
@@ -118,6 +130,22 @@ class StageBSystem(LightningModule):
         if (self.global_step + 1) % self.config.run.log_every_steps == 0:
             self.log_dict(errors_by_noise(predicted, noised))
         return loss
+
+    def validation_errors(self, batch: CachedBatch, draws: StepDraws) -> tuple[Tensor, Tensor]:
+        """Return each sample's published loss and time, on whole and clean conditions."""
+        latents = (
+            batch.require("stage_c_latents")
+            if self.compressor is None
+            else self.compressor.encode(batch.require("pixels")).float()
+        )
+        cond = StageBCondition(stage_c_latents=latents, text_pooled=batch.require("text_pooled"))
+
+        def network(x_t: Tensor, time: Tensor) -> Tensor:
+            return self.network(x_t, time, cond)
+
+        return published_errors(
+            network, batch.require("stage_a_latents"), self.config.diffusion, draws
+        )
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer with its per-step schedule."""
