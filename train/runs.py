@@ -147,7 +147,7 @@ def _fit(
         stage: Literal["stage_b", "stage_c"] = "stage_b"
         if isinstance(config, StageCRun):
             stage = "stage_c"
-        last.append(SamplePictures(config.pictures, prepared.out, stage))
+        last.append(SamplePictures(config.pictures, prepared.out, stage, config.diffusion))
     fit(
         system,
         data.loader_from,

@@ -119,13 +119,15 @@ class PosthocEma(Callback):
             self.folder.mkdir(exist_ok=True)
             for name, network in exported_networks(system).items():
                 averaged = copy.deepcopy(network)
+                own = getattr(system, "export_metadata", None)
+                more = own(name) if own is not None else {}
                 for length in self.config.lengths:
                     averaged.load_state_dict(self.averages[f"{name}_{length:g}"])
                     save_network(
                         self.folder / f"{name}_{length:g}_{step:08d}.safetensors",
                         averaged,
                         dtype=getattr(torch, self.config.dtype),
-                        metadata={LENGTH_KEY: f"{length:g}", STEP_KEY: str(step)},
+                        metadata={LENGTH_KEY: f"{length:g}", STEP_KEY: str(step), **more},
                     )
 
     def state_dict(self) -> dict[str, Any]:

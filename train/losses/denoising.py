@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -17,10 +18,17 @@ from cascade.diffusion.schedules import (
     check_schedule,
     make_schedule,
 )
+from cascade.pipelines.spec import StageSampling
 from train.draws import StepDraws
 
 LEVELS = 5
 """Equal parts of the time in which errors are told apart."""
+
+
+DIFFUSION_KEY = "cascade_diffusion"
+"""Metadata of an exported file: what its network predicts, and on which schedule."""
+SAMPLED = ("prediction", "schedule", "zero_terminal_snr")
+"""What sampling must do as training did."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,20 @@ class DiffusionConfig:
     def __post_init__(self) -> None:
         """Refuse a schedule on which the prediction says nothing."""
         check_schedule(self.schedule, self.prediction, self.zero_terminal_snr)
+
+    def sampled(self, sampling: StageSampling) -> StageSampling:
+        """Return how a network that was trained so must be sampled; the rest as given."""
+        return replace(
+            sampling,
+            prediction=self.prediction,
+            schedule=self.schedule,
+            zero_terminal_snr=self.zero_terminal_snr,
+        )
+
+    def metadata(self) -> dict[str, str]:
+        """Return what an exported file says of how it must be sampled."""
+        values = {name: getattr(self, name) for name in SAMPLED}
+        return {DIFFUSION_KEY: json.dumps(values)}
 
     def noise_schedule(self) -> NoiseSchedule:
         """Return the noise schedule of training."""

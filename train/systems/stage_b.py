@@ -101,6 +101,10 @@ class StageBSystem(LightningModule):
             return {"stage_b": self.network}
         return {"stage_b": self.network, "compressor": self.compressor}
 
+    def export_metadata(self, name: str) -> dict[str, str]:
+        """Return what a network's file says beside its sizes."""
+        return self.config.diffusion.metadata() if name == "stage_b" else {}
+
     def condition(self, batch: CachedBatch, draws: StepDraws) -> StageBCondition:
         """Compress the pictures, then noise and drop the result sample by sample."""
         if self.compressor is None:

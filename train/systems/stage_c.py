@@ -97,6 +97,10 @@ class StageCSystem(LightningModule):
         """Return what is averaged and exported."""
         return {"stage_c": self.network}
 
+    def export_metadata(self, name: str) -> dict[str, str]:
+        """Return what a network's file says beside its sizes."""
+        return self.config.diffusion.metadata() if name == "stage_c" else {}
+
     def condition(self, batch: CachedBatch, draws: StepDraws) -> StageCCondition:
         """Build the condition; each sample loses its caption, or its picture, on its own draw."""
         config = self.config
