@@ -12,7 +12,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from cascade.checkpoints.files import on_meta
-from cascade.checkpoints.weight_map import State, Table, by_module, to_ours, to_theirs
+from cascade.checkpoints.weight_map import State, Table, by_module, same, to_ours, to_theirs
 from stages.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 
 _ATTENTIONS = ("encoder.mid_block.attentions.0", "decoder.mid_block.attentions.0")
@@ -53,6 +53,12 @@ def autoencoder_kl_from_diffusers(
             for new, old in _OLD_ATTENTION.items()
         }
     return to_ours(state, by_module(network.state_dict(), modules), network)
+
+
+def autoencoder_kl_to_diffusers(state: State, config: AutoencoderKLConfig) -> dict[str, Tensor]:
+    """Return our autoencoder's weights, which have diffusers' names of today; strict."""
+    network = _meta_autoencoder(config)
+    return to_theirs(state, [same(name, name) for name in network.state_dict()], network)
 
 
 def _meta_autoencoder(config: AutoencoderKLConfig) -> nn.Module:

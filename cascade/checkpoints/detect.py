@@ -1,7 +1,7 @@
 """What a file of published weights is, told by its tensors' names and shapes, never by its name.
 
 Reference: FACTS of the published checkpoints: Stable Cascade's and Würstchen's own files, and the
-folders of diffusers.
+folders of diffusers; of SD's and SDXL's see ``detect_unet`` and ``text_tower``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from cascade.checkpoints.blocks import Layout
+from cascade.checkpoints.detect_unet import (
+    autoencoder_kl_config,
+    autoencoder_kl_layout,
+    unet_config,
+    unet_layout,
+)
+from cascade.checkpoints.text_tower import text_config, text_layout
 from cascade.errors import UserError
 from stages.controlnet import ALL_BLOCKS, PUBLISHED_BLOCKS, ControlNetConfig
 from stages.previewer import PreviewerConfig
@@ -23,7 +30,17 @@ from stages.stage_b_v2 import StageBV2Config
 from stages.stage_c import StageCConfig
 from stages.stage_c_v2 import StageCV2Config
 
-Kind = Literal["stage_a", "stage_b", "stage_c", "compressor", "previewer", "controlnet"]
+Kind = Literal[
+    "stage_a",
+    "stage_b",
+    "stage_c",
+    "compressor",
+    "previewer",
+    "controlnet",
+    "unet",
+    "autoencoder_kl",
+    "text_encoder",
+]
 Generation = Literal["v2", "v3"]
 FileLayout = Literal["ours", "original", "diffusers"]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -40,7 +57,7 @@ class Published:
 
     kind: Kind
     generation: Generation | None
-    """None where the generations share the network: Stage A."""
+    """None where the generations share the network (Stage A), or where there are none."""
     layout: FileLayout
     config: Any
     """Configuration of our network that takes these weights."""
@@ -80,6 +97,8 @@ def detect(shapes: Shapes, where: str, declared: Declared | None = None) -> Publ
             return Published("compressor", generation, "original", _compressor(shapes))
         if "blocks.0.weight" in shapes and len(shapes["blocks.0.weight"]) == 4:
             return Published("previewer", "v3", "original", _previewer(shapes))
+        if (found := _of_unet_pipelines(shapes, where, declared)) is not None:
+            return found
     except (KeyError, IndexError, StopIteration, ZeroDivisionError) as error:
         raise UserError(
             f"{where}: looks like a published network, but lacks {error}; download it again"
@@ -92,8 +111,21 @@ def detect(shapes: Shapes, where: str, declared: Declared | None = None) -> Publ
         ) from error
     first = ", ".join(sorted(shapes)[:5]) or "none at all"
     raise UserError(
-        f"{where}: none of the networks of Stable Cascade or Würstchen; its first tensors: {first}"
+        f"{where}: none of the networks of Stable Cascade, Würstchen, SD or SDXL; its first "
+        f"tensors: {first}"
     )
+
+
+def _of_unet_pipelines(shapes: Shapes, where: str, declared: Declared) -> Published | None:
+    """Tell the parts of SD and SDXL: a U-Net, teacher or student, its autoencoder, its text."""
+    if (layout := unet_layout(shapes)) is not None:
+        return Published("unet", None, layout, unet_config(shapes, where, declared))
+    if (layout_kl := autoencoder_kl_layout(shapes)) is not None:
+        config = autoencoder_kl_config(shapes, where, declared)
+        return Published("autoencoder_kl", None, layout_kl, config)
+    if (layout_text := text_layout(shapes)) is not None:
+        return Published("text_encoder", None, layout_text, text_config(shapes, where))
+    return None
 
 
 # Stage C

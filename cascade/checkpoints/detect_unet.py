@@ -180,6 +180,20 @@ def _count(shapes: Shapes, pattern: str) -> int:
 # The autoencoder
 
 
+def autoencoder_kl_layout(shapes: Shapes) -> Literal["ours", "diffusers", "original"] | None:
+    """Tell whose names an AutoencoderKL's tensors have; "diffusers" are those of its first years.
+
+    None: no AutoencoderKL's.
+    """
+    if "encoder.conv_in.weight" not in shapes or "decoder.conv_in.weight" not in shapes:
+        return None
+    if "decoder.mid.block_1.conv1.weight" in shapes:
+        return "original"
+    if "decoder.mid_block.resnets.0.conv1.weight" not in shapes:
+        return None
+    return "diffusers" if "decoder.mid_block.attentions.0.query.weight" in shapes else "ours"
+
+
 def autoencoder_kl_config(
     shapes: Shapes, where: str, declared: Declared | None = None, scale: float | None = None
 ) -> AutoencoderKLConfig:
@@ -198,6 +212,8 @@ def autoencoder_kl_config(
     original = "decoder.mid.block_1.conv1.weight" in shapes
     level = r"encoder\.down\.(\d+)\." if original else r"encoder\.down_blocks\.(\d+)\."
     scale = scale if scale is not None else declared.get("scaling_factor")
+    if scale is None and declared.get("_class_name") == "AutoencoderKL":
+        scale = AutoencoderKLConfig.sd().scale  # diffusers' own default, which SD's leave out
     if scale is None:
         raise UserError(
             f"{where}: no tensor tells an autoencoder's scale; give it: "

@@ -1,4 +1,4 @@
-"""From any file of a cascade's network to that network: ours, the authors' own, or diffusers'."""
+"""From any file of a network to that network: ours, the authors' own layout, or diffusers'."""
 
 from __future__ import annotations
 
@@ -6,18 +6,32 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from cascade.checkpoints import autoencoders, controlnet, stable_cascade, wuerstchen
+from cascade.checkpoints.autoencoder_kl import (
+    autoencoder_kl_from_diffusers,
+    autoencoder_kl_from_original,
+    autoencoder_kl_to_diffusers,
+    autoencoder_kl_to_original,
+)
 from cascade.checkpoints.detect import Generation, Kind, Published, detect
 from cascade.checkpoints.files import CLASS_KEY, CONFIG_KEY, assign_strictly, build_on_meta
 from cascade.checkpoints.readers import Opened, open_weights
+from cascade.checkpoints.text_tower import (
+    text_from_original,
+    text_from_transformers,
+    text_layout,
+)
+from cascade.checkpoints.unet import unet_from_original, unet_to_diffusers, unet_to_original
 from cascade.checkpoints.weight_map import State
 from cascade.config import from_dict
 from cascade.errors import UserError
+from cascade.text.towers import TEXT_PREFIX, TextTowerConfig, build_text_tower, fill_tower
+from stages.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from stages.controlnet import ControlNet, ControlNetConfig
 from stages.previewer import Previewer, PreviewerConfig
 from stages.semantic_compressor import CompressorConfig, SemanticCompressor
@@ -26,7 +40,13 @@ from stages.stage_b import StageB, StageBConfig
 from stages.stage_b_v2 import StageBV2, StageBV2Config
 from stages.stage_c import StageC, StageCConfig
 from stages.stage_c_v2 import StageCV2, StageCV2Config
+from stages.unet.config import UNetConfig
+from stages.unet.unet import UNet
 
+TEXT_CLASS = "CLIPTextModel"
+"""What files that were written here call a text tower, which is transformers' network."""
+
+C = TypeVar("C")
 ToOurs = Callable[[State, Any, nn.Module | None], dict[str, Tensor]]
 """From published weights and our configuration; of a network on any device, shapes are checked."""
 FromOurs = Callable[[State, Any], dict[str, Tensor]]
@@ -139,6 +159,22 @@ FAMILIES = (
         {"original": controlnet.controlnet_from_original},
         {"original": controlnet.controlnet_to_original},
     ),
+    Family(
+        "unet",
+        None,
+        UNet,
+        UNetConfig,
+        {"original": unet_from_original},
+        {"original": unet_to_original, "diffusers": unet_to_diffusers},
+    ),
+    Family(
+        "autoencoder_kl",
+        None,
+        AutoencoderKL,
+        AutoencoderKLConfig,
+        {"original": autoencoder_kl_from_original, "diffusers": autoencoder_kl_from_diffusers},
+        {"original": autoencoder_kl_to_original, "diffusers": autoencoder_kl_to_diffusers},
+    ),
 )
 
 
@@ -149,20 +185,27 @@ def identify(opened: Opened) -> Published:
     the sizes are read from the shapes.
 
     Raises:
-        UserError: If they are none of the cascade's networks.
+        UserError: If they are none of the networks that are known here.
     """
     name = opened.metadata.get(CLASS_KEY)
+    if name == TEXT_CLASS and (layout := text_layout(opened.shapes)) is not None:
+        return Published("text_encoder", None, layout, _written_config(opened, TextTowerConfig))
     known = next((family for family in FAMILIES if family.network.__name__ == name), None)
     if name is not None and known is None:
         raise UserError(f"{opened.where}: holds a {name}, which is no part of a cascade")
     if known is None:
         return detect(opened.shapes, opened.where, opened.declared)
+    config = _written_config(opened, known.config)
+    return Published(known.kind, known.generation, _layout(known, config, opened), config)
+
+
+def _written_config(opened: Opened, config: type[C]) -> C:
+    """Return the configuration in the metadata of a file that was written here."""
     try:
         values = json.loads(opened.metadata[CONFIG_KEY])
     except (KeyError, json.JSONDecodeError) as error:
         raise UserError(f"{opened.where}: its metadata holds no configuration") from error
-    config = from_dict(known.config, values, f"{opened.where} (configuration)")
-    return Published(known.kind, known.generation, _layout(known, config, opened), config)
+    return from_dict(config, values, f"{opened.where} (configuration)")
 
 
 def _layout(family: Family, config: Any, opened: Opened) -> Any:
@@ -171,7 +214,7 @@ def _layout(family: Family, config: Any, opened: Opened) -> Any:
     if 2 * len(own.keys() & opened.tensors.keys()) > len(opened.tensors):
         return "ours"
     for layout, rename in family.to_layout.items():
-        if set(rename(own, config)) == set(opened.tensors):
+        if 2 * len(rename(own, config).keys() & opened.tensors.keys()) > len(opened.tensors):
             return layout
     return "ours"  # whose loading then names what is missing and what is left over
 
@@ -201,9 +244,11 @@ def build(
     Raises:
         UserError: Naming the first missing, unexpected and misshapen keys.
     """
+    state: State = opened.tensors.moved(device, dtype)
+    if published.kind == "text_encoder":
+        return _build_text(opened, published, state, device)
     family = family_of(published)
     network = build_on_meta(family.network, published.config, opened.where)
-    state: State = opened.tensors.moved(device, dtype)
     if published.layout != "ours":
         try:
             state = family.from_layout[published.layout](state, published.config, network)
@@ -213,12 +258,29 @@ def build(
     return network.eval()
 
 
+def _build_text(
+    opened: Opened, published: Published, state: State, device: str | torch.device
+) -> nn.Module:
+    """Build transformers' text model and put the weights into it."""
+    try:
+        if published.layout == "original":
+            renamed = text_from_original(state, published.config)
+        else:
+            renamed = text_from_transformers(state)
+    except UserError as error:
+        raise UserError(f"{opened.where}: {error}") from error
+    network = build_text_tower(published.config)
+    fill_tower(network, renamed, opened.where, device, TEXT_PREFIX)
+    return network.eval().requires_grad_(False)
+
+
 def load_any(
     path: str | Path,
     *,
     expect: Sequence[Kind] | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+    scale: float | None = None,
 ) -> list[tuple[Published, nn.Module]]:
     """Load every network of a file or folder, whatever its layout and name.
 
@@ -227,12 +289,16 @@ def load_any(
         expect: Kinds that may come; others are an error.
         device: Where the tensors go.
         dtype: Number format; None keeps the file's.
+        scale: What the latents of an AutoencoderKL are multiplied by, where nothing beside its
+            file says so.
 
     Raises:
         UserError: If the file is none of them, or does not fit.
     """
     loaded = []
     for opened in open_weights(path):
+        if scale is not None and not opened.declared:
+            opened.declared["scaling_factor"] = scale
         published = identify(opened)
         if expect is not None and published.kind not in expect:
             raise UserError(

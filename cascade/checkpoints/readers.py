@@ -31,6 +31,7 @@ from cascade.checkpoints.mapped import (
     StoredTensors,
     open_safetensors,
 )
+from cascade.checkpoints.single_file import PartName, is_single_file, parts_of
 from cascade.errors import UserError
 
 PICKLE_SUFFIXES = {".pt", ".pth", ".ckpt", ".bin"}
@@ -53,6 +54,10 @@ class Opened:
     """What the file says of itself."""
     declared: dict[str, Any] = field(default_factory=dict)
     """The ``config.json`` beside it."""
+    part: PartName | None = None
+    """Which part of a single file of SD or SDXL it is; None: the file is one network's."""
+    prefix: str = ""
+    """What the names of that part begin with in the file."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -67,7 +72,8 @@ def open_weights(path: str | Path) -> list[Opened]:
         path: A ``.safetensors`` file, an index of shards, a PyTorch file, or a diffusers folder.
 
     Returns:
-        One entry a network: Würstchen's own Stage B file holds the compressor as well.
+        One entry a network: Würstchen's own Stage B file holds the compressor as well, a single
+        file of SD or SDXL all that make a picture.
 
     Raises:
         UserError: If it is not there, is cut off, lies about its size, holds anything but tensors,
@@ -89,7 +95,24 @@ def open_weights(path: str | Path) -> list[Opened]:
         one.tensors = StoredTensors(strip_prefixes(one.tensors.stored))
         if not one.tensors:
             raise UserError(f"{one.where}: holds no tensor at all; export or download it again")
-    return opened
+    return [part for one in opened for part in _parts(one)]
+
+
+def _parts(opened: Opened) -> list[Opened]:
+    """Take a single file of SD or SDXL apart; anything else is one part."""
+    if not is_single_file(opened.tensors.stored):
+        return [opened]
+    return [
+        Opened(
+            f"{opened.where} ({part.name})",
+            part.tensors,
+            part.metadata,
+            part.declared,
+            part=part.name,
+            prefix=part.prefix,
+        )
+        for part in parts_of(opened.tensors.stored, opened.where, opened.metadata)
+    ]
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from cascade.checkpoints.files import on_meta
-from cascade.checkpoints.weight_map import State, Table, by_module, to_ours, to_theirs
+from cascade.checkpoints.weight_map import State, Table, by_module, same, to_ours, to_theirs
 from stages.unet.config import UNetConfig
 from stages.unet.unet import UNet
 
@@ -48,6 +48,12 @@ def unet_to_original(state: State, config: UNetConfig) -> dict[str, Tensor]:
     """Rename our U-Net's weights to the original names, without a prefix; strict."""
     network = _meta_unet(config)
     return to_theirs(state, _unet(config, network), network)
+
+
+def unet_to_diffusers(state: State, config: UNetConfig) -> dict[str, Tensor]:
+    """Return our U-Net's weights, which have diffusers' names; strict."""
+    network = _meta_unet(config)
+    return to_theirs(state, [same(name, name) for name in network.state_dict()], network)
 
 
 def _meta_unet(config: UNetConfig) -> nn.Module:

@@ -36,10 +36,14 @@ class Link:
     their_trailing_ones: int = 0
     """The same after the axes of ours: 2 where a linear layer of ours is a convolution there."""
 
+    transposed: bool = False
+    """Whether rows of ours are columns there, of one tensor each."""
+
     def __post_init__(self) -> None:
-        """Refuse what is not followed: ones around tensors that are joined."""
+        """Refuse what is not followed: another form of tensors that are joined."""
         ones = self.their_leading_ones or self.their_trailing_ones
-        assert not ones or len(self.ours) == len(self.theirs) == 1
+        assert not (ones or self.transposed) or len(self.ours) == len(self.theirs) == 1
+        assert not (ones and self.transposed)
 
 
 Table = Iterable[Link]
@@ -174,6 +178,8 @@ def _without_ones(link: Link) -> Callable[[Tensor], Tensor]:
     leading, trailing = link.their_leading_ones, link.their_trailing_ones
 
     def reshape(tensor: Tensor) -> Tensor:
+        if link.transposed:
+            return tensor.T.contiguous()
         kept = tensor.shape[leading : tensor.ndim - trailing]
         if tensor.shape != (*(1,) * leading, *kept, *(1,) * trailing):
             raise ValueError(f"{sides(tensor.shape)} has no {leading} and {trailing} axes of 1")
@@ -184,6 +190,8 @@ def _without_ones(link: Link) -> Callable[[Tensor], Tensor]:
 
 def _with_ones(link: Link) -> Callable[[Tensor], Tensor]:
     def reshape(tensor: Tensor) -> Tensor:
+        if link.transposed:
+            return tensor.T.contiguous()
         shape = _shape_with_ones(link, tensor.shape)
         return tensor if shape == tensor.shape else tensor.reshape(shape)
 
@@ -191,6 +199,8 @@ def _with_ones(link: Link) -> Callable[[Tensor], Tensor]:
 
 
 def _shape_with_ones(link: Link, ours: torch.Size) -> torch.Size:
+    if link.transposed:
+        return torch.Size(reversed(ours))
     return torch.Size((*(1,) * link.their_leading_ones, *ours, *(1,) * link.their_trailing_ones))
 
 
