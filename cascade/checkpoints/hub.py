@@ -54,9 +54,10 @@ def resolve(
     """Find the files of a model; the network is touched only for a hub id.
 
     Args:
-        model: A folder, or a name on the Hugging Face hub as ``organisation/name``, both with
-            ``:lite`` at the end for the smaller stages, and a name with ``@revision`` after that.
-            What could be both is a folder if its first part exists as one.
+        model: A folder, a single file of SD or SDXL, or a name on the Hugging Face hub as
+            ``organisation/name``; folders and names with ``:lite`` at the end for the smaller
+            stages, and a name with ``@revision`` after that. What could be both is a folder if
+            its first part exists as one.
         revision: A branch, tag or commit on the hub. Of a model in two repositories it pins the
             named one, and ``first,second`` pins both.
         variant: The mark of a set of weights, such as "bf16"; None: the unmarked one.
@@ -65,6 +66,10 @@ def resolve(
     Raises:
         UserError: If there is no such model, or the download fails.
     """
+    if (file := _local_file(model)) is not None:
+        if revision is not None or variant is not None or lite:
+            raise UserError(f"{model}: a file here, which has no revision, variant or size")
+        return ModelFiles((file.parent,), files=frozenset({file}))
     folder = _local_folder(model)
     if folder is None and str(model).endswith(_LITE) and str(model) != _LITE:
         folder = _local_folder(str(model).removesuffix(_LITE))
@@ -85,6 +90,12 @@ def resolve(
     if None not in (named, revision) and named != revision:
         raise UserError(f"{model}: names one revision, and revision={revision!r} another")
     return _from_hub(match["id"], named or revision, variant, lite or match["lite"] is not None)
+
+
+def _local_file(model: str | Path) -> Path | None:
+    """Return the file of weights that a model is named by."""
+    path = Path(model)
+    return path if path.suffix in (".safetensors", ".ckpt") and path.is_file() else None
 
 
 def _local_folder(model: str | Path) -> Path | None:

@@ -58,6 +58,8 @@ class Opened:
     """Which part of a single file of SD or SDXL it is; None: the file is one network's."""
     prefix: str = ""
     """What the names of that part begin with in the file."""
+    file_metadata: dict[str, str] = field(default_factory=dict)
+    """What that single file says of itself as a whole."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -110,6 +112,7 @@ def _parts(opened: Opened) -> list[Opened]:
             part.declared,
             part=part.name,
             prefix=part.prefix,
+            file_metadata=opened.metadata,
         )
         for part in parts_of(opened.tensors.stored, opened.where, opened.metadata)
     ]

@@ -39,6 +39,28 @@ def keeping(denoise: Denoise, x0: Tensor, kept: Tensor) -> Denoise:
     return lambda x_t, t: torch.lerp(denoise(x_t, t), x0, kept)
 
 
+def consistent(
+    denoise: Denoise, network_time: Callable[[Tensor], Tensor], data_deviation: float = 0.5
+) -> Denoise:
+    """Make of an estimate of x0 a consistency function: the identity where there is no noise.
+
+    Args:
+        denoise: The estimate.
+        network_time: Timestep of a time, 0 to 999.
+        data_deviation: Standard deviation of the latents, as the training assumed.
+
+    Reference: Luo et al., 2023, arXiv:2310.04378, eq. 9; timesteps are scaled by 10 as published.
+    """
+
+    def call(x_t: Tensor, t: Tensor) -> Tensor:
+        scaled = 10.0 * float(network_time(t))
+        skip = data_deviation**2 / (scaled**2 + data_deviation**2)
+        out = scaled / (scaled**2 + data_deviation**2) ** 0.5
+        return out * denoise(x_t, t) + skip * x_t
+
+    return call
+
+
 @dataclass(frozen=True)
 class Guided:
     """Runs the conditional and the unconditional estimate as one batch and extrapolates.

@@ -58,10 +58,14 @@ def sample_ddim(
     times: Tensor,
     *,
     eta: float = 0.0,
+    last: Literal["x0", "mean"] = "x0",
     randn_like: RandnLike = torch.randn_like,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Integrate with DDIM.
+
+    In ``x / alpha`` and ``sigma / alpha`` this is Euler's method, and with ``eta=1`` the ancestral
+    one: Euler's samplers differ in their times alone.
 
     Args:
         denoise: Maps ``(x_t, t)`` to an estimate of x0.
@@ -69,11 +73,13 @@ def sample_ddim(
         x: Sample at ``times[0]``, ``(B, C, H, W)``; standard normal noise if that is 1.
         times: Decreasing times in [0, 1], ``(num_steps + 1,)``.
         eta: 0 is deterministic, 1 equals DDPM.
+        last: What is returned: the last estimate of x0, or the sample at ``times[-1]``, as SD's
+            DDIM has it, whose last time is the first timestep.
         randn_like: Source of fresh noise when ``eta > 0``.
         on_step: Called after each step.
 
     Returns:
-        The last estimate of x0, float32, same shape as ``x``.
+        See ``last``; float32, same shape as ``x``.
 
     Reference: Song et al., 2021, arXiv:2010.02502, eq. 12 and 16.
     """
@@ -84,7 +90,7 @@ def sample_ddim(
         (alpha, sigma), (alpha_next, sigma_next) = _scales(schedule, t, t_next, x)
         if on_step is not None:
             on_step(StepInfo(index, num_steps, float(t), x, x0))
-        if index + 1 == num_steps:
+        if index + 1 == num_steps and last == "x0":
             break
         noise = (x - alpha * x0) / sigma
         # Standard deviation of the fresh noise: eq. 16 times eta.
@@ -95,7 +101,7 @@ def sample_ddim(
         x = alpha_next * x0 + kept * noise
         if eta > 0:
             x = x + fresh * randn_like(x)
-    return x0
+    return x0 if last == "x0" else x
 
 
 def sample_ddpm(
@@ -170,6 +176,33 @@ def sample_dpmpp_2m(
             slope = x0 + (x0 - previous[0]) / (2.0 * ratio)
         x = (sigma_next / sigma) * x - alpha_next * torch.expm1(-step) * slope
         previous = (x0, step)
+    return x0
+
+
+def sample_lcm(
+    denoise: Denoise,
+    schedule: Schedule,
+    x: Tensor,
+    times: Tensor,
+    *,
+    randn_like: RandnLike = torch.randn_like,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Jump to the estimate of x0 and noise it afresh, again and again: few-step sampling.
+
+    Arguments and result are those of ``sample_ddim``; ``denoise`` is a consistency model.
+
+    Reference: Song et al., 2023, arXiv:2303.01469, algorithm 1.
+    """
+    x0 = x
+    num_steps = len(times) - 1
+    for index, (t, t_next) in enumerate(pairwise(times)):
+        x0 = denoise(x, t)
+        if on_step is not None:
+            on_step(StepInfo(index, num_steps, float(t), x, x0))
+        if index + 1 < num_steps:
+            _, (alpha_next, sigma_next) = _scales(schedule, t, t_next, x)
+            x = alpha_next * x0 + sigma_next * randn_like(x)
     return x0
 
 

@@ -8,7 +8,6 @@ Reference: Pernias et al., 2023, Wuerstchen, arXiv:2306.00637.
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -27,11 +26,11 @@ from cascade.pipelines.plan import Plan, Request, Settings, make_plan
 from cascade.pipelines.prompts import PromptStates, batches_of
 from cascade.pipelines.results import (
     CascadeOutput,
-    Interrupted,
-    Picture,
+    CascadePicture,
     Reconstruction,
     collect,
     describe,
+    gather,
     join,
 )
 from cascade.pipelines.sampling import sample_stage_b, sample_stage_c
@@ -204,21 +203,14 @@ class CascadePipeline(LoadedCascade):
         preview_every: int = 4,
     ) -> CascadeOutput:
         """Make all pictures of a plan; the arguments and errors are those of a call."""
-        finished: list[Picture] = []
-        try:
-            for picture in self.run(
-                plan,
-                batch_size=batch_size,
-                progress=progress,
-                on_preview=on_preview,
-                preview_every=preview_every,
-            ):
-                finished.append(picture)
-        except KeyboardInterrupt as error:
-            # Whoever keeps the error, as an interactive Python does, would keep what was on the
-            # device in that moment.
-            traceback.clear_frames(error.__traceback__)
-            raise Interrupted(finished, len(plan.requests)) from error
+        pictures = self.run(
+            plan,
+            batch_size=batch_size,
+            progress=progress,
+            on_preview=on_preview,
+            preview_every=preview_every,
+        )
+        finished = gather(pictures, len(plan.requests))
         return collect(finished, plan.notices)
 
     def run(
@@ -229,7 +221,7 @@ class CascadePipeline(LoadedCascade):
         progress: bool | None = None,
         on_preview: OnPreview | None = None,
         preview_every: int = 4,
-    ) -> Iterator[Picture]:
+    ) -> Iterator[CascadePicture]:
         """Make a plan's pictures one after the other and give each as soon as it is finished.
 
         Raises:
@@ -338,7 +330,7 @@ class CascadePipeline(LoadedCascade):
     @torch.inference_mode()
     def _make_batch(
         self, plan: Plan, states: tuple[PromptStates, PromptStates], given: Given, watch: Watch
-    ) -> list[Picture]:
+    ) -> list[CascadePicture]:
         """Run one batch through all stages."""
         requests = [plan.requests[index] for index in watch.batch]
         seeds = [request.seed for request in requests]
@@ -388,7 +380,7 @@ class CascadePipeline(LoadedCascade):
         check_not_black(pixels, self.dtypes.stage_a)
         seconds = {name: value / len(requests) for name, value in clock.seconds.items()}
         return [
-            Picture(
+            CascadePicture(
                 image=image,
                 pixels=pixels[row],
                 prompt=request.prompt,

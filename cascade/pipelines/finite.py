@@ -50,12 +50,13 @@ def check_finite(
     raise NonFiniteError(f"{where} ({name}): {share:.1%} of the values are not finite; {cure}")
 
 
-def check_not_black(pixels: Tensor, dtype: torch.dtype) -> None:
+def check_not_black(pixels: Tensor, dtype: torch.dtype, decoder: str = "Stage A") -> None:
     """Let pictures with any light in them pass.
 
     Args:
         pixels: ``(B, 3, H, W)`` in [0, 1].
         dtype: Number format that the last network ran in.
+        decoder: Name of that network, for the message.
 
     Raises:
         BlankPictureError: If a picture would be entirely black in 8 bits.
@@ -64,5 +65,6 @@ def check_not_black(pixels: Tensor, dtype: torch.dtype) -> None:
     if bool((brightest < 0.5 / 255).any()):
         name = str(dtype).removeprefix("torch.")
         raise BlankPictureError(
-            f"Stage A ({name}): the picture is entirely black; try another seed, or --dtype float32"
+            f"{decoder} ({name}): the picture is entirely black; try another seed, or --dtype "
+            "float32"
         )

@@ -22,7 +22,7 @@ from cascade.pipelines.finite import check_finite
 from cascade.pipelines.fit import check_fit
 from cascade.pipelines.memory import NO_PICTURE, PictureWork
 from cascade.pipelines.memory_plan import MemoryPlan
-from cascade.pipelines.offload import Memory, check_request
+from cascade.pipelines.offload import CascadeMemory, check_request
 from cascade.pipelines.parts import Dialect, Extra, Source, open_source
 from cascade.pipelines.placement import DtypeChoice, pick_device, pick_dtypes
 from cascade.pipelines.plan import Plan
@@ -87,7 +87,7 @@ class LoadedCascade:
                 f"Stage A and Stage B together need multiples of {cell} pixels"
             )
 
-        self.memory = Memory(self._parts, self.device, self.dtypes)
+        self.memory = CascadeMemory(self._parts, self.device, self.dtypes)
         self.place(offload=offload, vram=vram)
 
     @classmethod

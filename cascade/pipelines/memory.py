@@ -127,19 +127,19 @@ def footprints(
         return _decoding(twin_a, dtypes.stage_a, workload, tile)
 
     sizes = {
-        name: Footprint(*_weights(encoder.model), _encoding(encoder, workload))
+        name: Footprint(*weight_bytes(encoder.model), encoding_bytes(encoder, workload.text_length))
         for name, encoder in encoders.items()
     }
     text = encoders["text"]
     text_b = encoders.get("text_b", text)
     sizes["stage_c"] = Footprint(
-        *_weights(stage_c), _drawing_c(_twin(stage_c, dtypes.stage_c), text, workload)
+        *weight_bytes(stage_c), _drawing_c(_twin(stage_c, dtypes.stage_c), text, workload)
     )
     sizes["stage_b"] = Footprint(
-        *_weights(stage_b), _drawing_b(_twin(stage_b, dtypes.stage_b), text_b, workload)
+        *weight_bytes(stage_b), _drawing_b(_twin(stage_b, dtypes.stage_b), text_b, workload)
     )
     sizes["stage_a"] = Footprint(
-        *_weights(stage_a), decode(None), {tile: decode(tile) for tile in tiles}
+        *weight_bytes(stage_a), decode(None), {tile: decode(tile) for tile in tiles}
     )
     if workload.picture == NO_PICTURE:
         return sizes
@@ -164,7 +164,7 @@ def _drawing_c(twin: Any, text: TextEncoder, workload: Workload) -> int:
             start=_start(workload, "stage_c", (channels, *workload.stage_c_size)),
         )
     )
-    return in_a_step + _between_steps((channels, *workload.stage_c_size))
+    return in_a_step + kept_between_steps((channels, *workload.stage_c_size))
 
 
 def _drawing_b(twin: Any, text: TextEncoder, workload: Workload) -> int:
@@ -181,7 +181,7 @@ def _drawing_b(twin: Any, text: TextEncoder, workload: Workload) -> int:
             start=_start(workload, "stage_b", workload.latent_shape),
         )
     )
-    return in_a_step + _between_steps(workload.latent_shape)
+    return in_a_step + kept_between_steps(workload.latent_shape)
 
 
 def _start(workload: Workload, stage: str, shape: tuple[int, ...]) -> Start | None:
@@ -197,7 +197,7 @@ def _one_step(sampling: StageSampling) -> StageSampling:
     return replace(sampling, steps=1, times=(), sampler="ddpm")
 
 
-def _between_steps(latent_shape: tuple[int, int, int]) -> int:
+def kept_between_steps(latent_shape: tuple[int, int, int]) -> int:
     """Bytes that a sampler keeps from the steps before: x, x0, noise, a mean; float32."""
     return 4 * 4 * math.prod(latent_shape)
 
@@ -217,14 +217,14 @@ def _decoding(twin: Any, dtype: torch.dtype, workload: Workload, tile: int | Non
     return whole_latents + of_tile
 
 
-def _encoding(encoder: TextEncoder, workload: Workload) -> int:
-    """Bytes of encoding one prompt, from above: all states at once.
+def encoding_bytes(encoder: TextEncoder, length: int) -> int:
+    """Bytes of encoding one prompt of so many tokens, from above: all states at once.
 
     A CLIP keeps the hidden states of every layer; a layer works on its input, queries, keys,
     values, the attention's scores and, twice, the wide middle of its MLP.
     """
     config: Any = encoder.model.config
-    length, width = workload.text_length, int(config.hidden_size)
+    width = int(config.hidden_size)
     states = (config.num_hidden_layers + 8) * length * width
     middle = 2 * length * config.intermediate_size
     scores = 2 * config.num_attention_heads * length * min(length, encoder.window)
@@ -243,23 +243,25 @@ def _reading(
     sizes: dict[str, Footprint] = {}
     if work.embedded is not None:
         encoder: Any = readers["image_encoder"]
-        sizes["image_encoder"] = Footprint(*_weights(encoder), _embedding(encoder, work.embedded))
+        sizes["image_encoder"] = Footprint(
+            *weight_bytes(encoder), _embedding(encoder, work.embedded)
+        )
     if work.compressed is not None:
         network, seen = readers["compressor"], work.compressed
         twin: Any = _twin(network, dtypes.of("compressor"))
         working = peak_bytes(lambda: twin.encode(_pixels(seen)).float())
-        sizes["compressor"] = Footprint(*_weights(network), working)
+        sizes["compressor"] = Footprint(*weight_bytes(network), working)
     if work.control is not None and work.controlled is not None:
         with torch.device("meta"):
             control = ControlNet(work.control).to(dtypes.stage_c).eval()
         sizes["controlnet"] = Footprint(
-            *_weights(control), _controlling(control, work.controlled, workload.stage_c_size)
+            *weight_bytes(control), _controlling(control, work.controlled, workload.stage_c_size)
         )
     if work.encoded is not None:
         twin_a, dtype, whole = _twin(stage_a, dtypes.stage_a), dtypes.stage_a, work.encoded
         cells = max(whole) // stage_a.downscale
         sizes["stage_a_encoder"] = Footprint(
-            *_weights(stage_a),
+            *weight_bytes(stage_a),
             _encoding_pixels(twin_a, dtype, whole, None),
             {
                 tile: _encoding_pixels(twin_a, dtype, whole, tile)
@@ -356,7 +358,7 @@ def _twin(network: nn.Module, dtype: torch.dtype) -> nn.Module:
         return type(network)(replace(config, **depths)).to(dtype).eval()
 
 
-def _weights(network: nn.Module) -> tuple[int, int]:
+def weight_bytes(network: nn.Module) -> tuple[int, int]:
     """Return the bytes of all weights, and of the most that are there at once layer by layer.
 
     Layer by layer, a module's own weights are there while it runs, its children's included.

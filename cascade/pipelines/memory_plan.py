@@ -28,6 +28,9 @@ _TITLES = {
     "stage_c": "Stage C",
     "stage_b": "Stage B",
     "stage_a": "Stage A",
+    "text_2": "the second text",
+    "unet": "the U-Net",
+    "autoencoder": "the autoencoder",
     "image_encoder": "the CLIP image encoder",
     "compressor": "the semantic compressor",
     "controlnet": "the ControlNet",
@@ -330,7 +333,7 @@ def _describe(
         chosen += "" if len(layered) == len(running) else ", the rest stage by stage"
     elif plan.offload == "none":
         chosen = "everything stays on the device"
-    elif ways["stage_c"] == "stay":
+    elif any(ways.get(part) == "stay" for part in ("stage_c", "unet")):
         chosen = "the text encoder first and then away, the stages stay"
     else:
         chosen = "stage by stage on the device, the text encoder first and then away"

@@ -7,7 +7,7 @@ pictures before and after.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from cascade.errors import UserError
 from cascade.pipelines.memory import (
     NO_PICTURE,
     WHOLE_BLOCKS,
+    Footprint,
     PictureWork,
     Workload,
     footprints,
@@ -33,7 +34,7 @@ from cascade.pipelines.memory_plan import (
 )
 from cascade.pipelines.parts import CascadeParts
 from cascade.pipelines.placement import Dtypes
-from cascade.pipelines.plan import Plan
+from cascade.pipelines.plan import PicturePlan, Plan
 from cascade.pipelines.prompts import PromptStates
 from cascade.text.encoder import TextEncoder
 
@@ -227,22 +228,20 @@ def _clear_cache(device: torch.device) -> None:
 class Memory:
     """The memory of one pipeline: what was asked for, and the placement that keeps to it."""
 
-    def __init__(self, parts: CascadeParts, device: torch.device, dtypes: Dtypes) -> None:
-        """Take the loaded parts."""
-        self._parts = parts
-        self._dtypes = dtypes
-        self._encoders = {"text": parts.text}
-        if parts.text_b is not None:
-            self._encoders["text_b"] = parts.text_b
-        networks: dict[str, nn.Module] = {
-            name: encoder.model for name, encoder in self._encoders.items()
-        }
-        networks |= {"stage_c": parts.stage_c, "stage_b": parts.stage_b, "stage_a": parts.stage_a}
-        self._placement = Placement(device, networks)
+    def __init__(
+        self,
+        networks: Mapping[str, nn.Module],
+        encoders: Mapping[str, TextEncoder],
+        device: torch.device,
+    ) -> None:
+        """Take the loaded parts by name; text encoders bring theirs."""
+        self._encoders = dict(encoders)
+        texts: dict[str, nn.Module] = {name: one.model for name, one in encoders.items()}
+        self._placement = Placement(device, texts | dict(networks))
         self._device = device
         self._offload: Offload | None = None
         self._budget: int | None = None
-        self._arranged: tuple[object, ...] | None = None
+        self._arranged: object = None
 
     @property
     def device(self) -> torch.device:
@@ -292,6 +291,79 @@ class Memory:
         waiting: Offload = "none" if self._budget is None else "model"
         self._placement.apply(preset(self._offload or waiting, str(self._device)))
 
+    def keep_to_budget(
+        self,
+        workload: object,
+        sizes: Callable[[Mapping[str, nn.Module]], Mapping[str, Footprint]],
+        batches: Sequence[int],
+        *,
+        what: str,
+        cell: int,
+    ) -> MemoryPlan:
+        """Pick and apply the memory plan for a run; without a budget the mode's is kept.
+
+        Args:
+            workload: What is worked on; of an equal one the plan is known.
+            sizes: Computes what each part takes, of all parts by name.
+            batches: Numbers of pictures to run together, best first.
+            what: The picture, for the line.
+            cell: Pixels along a side of a latent cell, for the line.
+
+        Raises:
+            UserError: If nothing fits.
+        """
+        self._placement.settle()
+        wanted = (workload, *batches)
+        if self._budget is not None and wanted != self._arranged:
+            picked = pick_plan(
+                sizes(self._placement.parts),
+                self._budget,
+                batches,
+                offload=self._offload,
+                what=what,
+                cell=cell,
+            )
+            self._arranged = None  # an interrupted plan is none
+            self._placement.apply(picked)
+            self._arranged = wanted
+        return self.plan
+
+    def text_length(self, plan: PicturePlan) -> int:
+        """Return the tokens of a plan's longest prompt, over all its windows."""
+        prompts = (*{request.prompt for request in plan.requests}, plan.negative_prompt)
+        return max(
+            encoder.num_windows(prompt) * encoder.length
+            for encoder in self._encoders.values()
+            for prompt in prompts
+        )
+
+    def prompt_states(
+        self, name: str, encoder: TextEncoder, prompts: Sequence[str]
+    ) -> PromptStates:
+        """Return the states of a run's prompts; an encoder that leaves encodes all at once."""
+        ahead = prompts if self._placement.moves(name) else ()
+        return PromptStates(encoder, visit=partial(self.on, name), ahead=ahead)
+
+
+def batches_up_to(most: int, plan: PicturePlan, batch_size: int | None) -> list[int]:
+    """Return the numbers of pictures that may run together, best first."""
+    together = min(most, len(plan.requests))
+    return [batch_size] if batch_size else list(range(together, 0, -1))
+
+
+class CascadeMemory(Memory):
+    """The memory of a cascade."""
+
+    def __init__(self, parts: CascadeParts, device: torch.device, dtypes: Dtypes) -> None:
+        """Take the loaded parts."""
+        self._parts = parts
+        self._dtypes = dtypes
+        encoders = {"text": parts.text}
+        if parts.text_b is not None:
+            encoders["text_b"] = parts.text_b
+        networks = {"stage_c": parts.stage_c, "stage_b": parts.stage_b, "stage_a": parts.stage_a}
+        super().__init__(networks, encoders, device)
+
     def arrange(
         self,
         plan: Plan,
@@ -314,50 +386,27 @@ class Memory:
         Raises:
             UserError: If nothing fits.
         """
-        self._placement.settle()
-        if self._budget is None:
-            return self.plan
-        prompts = (*{request.prompt for request in plan.requests}, plan.negative_prompt)
-        text_length = max(
-            encoder.num_windows(prompt) * encoder.length
-            for encoder in self._encoders.values()
-            for prompt in prompts
-        )
-        workload = Workload(
-            plan.stage_c, plan.stage_b, stage_c_size, latent_shape, text_length, picture
-        )
-        together = min(most, len(plan.requests))
-        batches = [batch_size] if batch_size else list(range(together, 0, -1))
-        wanted = (workload, *batches)
-        if wanted != self._arranged:
-            parts = self._parts
-            sizes = footprints(
-                parts.stage_c,
-                parts.stage_b,
-                parts.stage_a,
+        length = self.text_length(plan) if self.has_budget else 0
+        workload = Workload(plan.stage_c, plan.stage_b, stage_c_size, latent_shape, length, picture)
+        own = self._parts
+
+        def sizes(parts: Mapping[str, nn.Module]) -> Mapping[str, Footprint]:
+            return footprints(
+                own.stage_c,
+                own.stage_b,
+                own.stage_a,
                 self._encoders,
                 self._dtypes,
                 workload,
-                self._placement.parts,
+                parts,
             )
-            mode = "" if plan.picture is None else f" {plan.picture.mode}"
-            control = "" if plan.control is None else " with a ControlNet"
-            picked = pick_plan(
-                sizes,
-                self._budget,
-                batches,
-                offload=self._offload,
-                what=f"{plan.width}x{plan.height}{mode}{control}",
-                cell=parts.stage_a.downscale,
-            )
-            self._arranged = None  # an interrupted plan is none
-            self._placement.apply(picked)
-            self._arranged = wanted
-        return self.plan
 
-    def prompt_states(
-        self, name: str, encoder: TextEncoder, prompts: Sequence[str]
-    ) -> PromptStates:
-        """Return the states of a run's prompts; an encoder that leaves encodes all at once."""
-        ahead = prompts if self._placement.moves(name) else ()
-        return PromptStates(encoder, visit=partial(self.on, name), ahead=ahead)
+        mode = "" if plan.picture is None else f" {plan.picture.mode}"
+        control = "" if plan.control is None else " with a ControlNet"
+        return self.keep_to_budget(
+            workload,
+            sizes,
+            batches_up_to(most, plan, batch_size),
+            what=f"{plan.width}x{plan.height}{mode}{control}",
+            cell=own.stage_a.downscale,
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,9 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 STABLE_CASCADE = "stable-cascade"
 """Name that Stable Cascade's weights have here, published or converted."""
 STAGES = ("stage_c", "stage_b", "stage_a")
-"""The networks that have a number format of their own."""
+"""The networks of a cascade that have a number format of their own."""
+UNET_PARTS = ("unet", "autoencoder")
+"""The same of a U-Net's pipeline."""
 
 DtypeChoice = str | torch.dtype | Mapping[str, str | torch.dtype]
 """One number format for all stages, or one by stage; those left out are "auto"."""
@@ -52,6 +54,25 @@ class Dtypes:
         if len(set(names.values())) == 1:
             return names["stage_c"]
         return ",".join(f"{stage}={name}" for stage, name in names.items())
+
+
+@dataclass(frozen=True)
+class UNetDtypes:
+    """The number format of each part of a U-Net's pipeline."""
+
+    unet: torch.dtype
+    """The U-Net."""
+    autoencoder: torch.dtype
+    """Its autoencoder."""
+    text: torch.dtype
+    """Its text encoders."""
+
+    def __str__(self) -> str:
+        """Return the one name, or ``unet=...,autoencoder=...``, as ``--dtype`` does."""
+        unet, autoencoder = (
+            str(one).removeprefix("torch.") for one in (self.unet, self.autoencoder)
+        )
+        return unet if unet == autoencoder else f"unet={unet},autoencoder={autoencoder}"
 
 
 def pick_device(name: str) -> torch.device:
@@ -116,35 +137,72 @@ def pick_dtypes(choice: DtypeChoice, device: torch.device) -> Dtypes:
     Raises:
         UserError: For a stage or a format that there is not.
     """
-    if isinstance(choice, str) and "=" in choice:
-        choice = _parse_by_stage(choice)
-    if isinstance(choice, Mapping):
-        for name in choice:
-            if name not in STAGES:
-                guess = nearest(str(name), STAGES)
-                hint = f"did you mean {guess!r}? " if guess else ""
-                raise UserError(f"dtype of {name!r}: {hint}valid: {', '.join(STAGES)}")
-        by_stage = {stage: pick_dtype(choice.get(stage, "auto"), device) for stage in STAGES}
-    else:
-        by_stage = dict.fromkeys(STAGES, pick_dtype(choice, device))
+    by_stage = pick_by_part(choice, device, STAGES)
     text = torch.float32 if device.type == "cpu" else by_stage["stage_c"]
     return Dtypes(**by_stage, text=text)
 
 
-def _parse_by_stage(text: str) -> dict[str, str]:
+def pick_unet_dtypes(
+    choice: DtypeChoice, device: torch.device, *, autoencoder_in_float16: bool = True
+) -> tuple[UNetDtypes, list[str]]:
+    """Return the number format of every part of a U-Net's pipeline, and what to tell of it.
+
+    Args:
+        choice: As of ``pick_dtypes``, of the parts "unet" and "autoencoder".
+        device: Where they compute. On a CPU text encoders stay in float32; elsewhere they have the
+            U-Net's format.
+        autoencoder_in_float16: Whether the autoencoder does not overflow in float16; else it runs
+            in float32 there, unless its own format was named.
+
+    Raises:
+        UserError: For a part or a format that there is not.
+    """
+    by_part = pick_by_part(choice, device, UNET_PARTS)
+    named = isinstance(choice, Mapping) or (isinstance(choice, str) and "=" in choice)
+    named = named and "autoencoder" in choice  # type: ignore[operator]
+    notices = []
+    if by_part["autoencoder"] == torch.float16 and not autoencoder_in_float16 and not named:
+        by_part["autoencoder"] = torch.float32
+        notices.append(
+            "the autoencoder runs in float32: SDXL's overflows in float16, and pictures turn black"
+        )
+    text = torch.float32 if device.type == "cpu" else by_part["unet"]
+    return UNetDtypes(**by_part, text=text), notices
+
+
+def pick_by_part(
+    choice: DtypeChoice, device: torch.device, parts: Sequence[str]
+) -> dict[str, torch.dtype]:
+    """Return the number format of every part of a model; see ``pick_dtypes``.
+
+    Raises:
+        UserError: For a part or a format that there is not.
+    """
+    if isinstance(choice, str) and "=" in choice:
+        choice = _parse_by_part(choice, parts)
+    if not isinstance(choice, Mapping):
+        return dict.fromkeys(parts, pick_dtype(choice, device))
+    for name in choice:
+        if name not in parts:
+            guess = nearest(str(name), parts)
+            hint = f"did you mean {guess!r}? " if guess else ""
+            raise UserError(f"dtype of {name!r}: {hint}valid: {', '.join(parts)}")
+    return {part: pick_dtype(choice.get(part, "auto"), device) for part in parts}
+
+
+def _parse_by_part(text: str, parts: Sequence[str]) -> dict[str, str]:
     """Parse ``stage_c=bfloat16,stage_b=float32``."""
-    by_stage: dict[str, str] = {}
-    for part in text.split(","):
-        stage, equals, name = (piece.strip() for piece in part.partition("="))
-        if not equals or not name or stage in by_stage:
-            wrong = f"no stage for {stage!r}"
+    named: dict[str, str] = {}
+    for piece in text.split(","):
+        part, equals, name = (word.strip() for word in piece.partition("="))
+        if not equals or not name or part in named:
+            wrong = f"no stage for {part!r}"
             if equals:
-                wrong = f"{stage} comes twice" if name else f"no format for {stage!r}"
-            raise UserError(
-                f"dtype {text!r}: {wrong}; write one format, or stage_c=bfloat16,stage_b=float32"
-            )
-        by_stage[stage] = name
-    return by_stage
+                wrong = f"{part} comes twice" if name else f"no format for {part!r}"
+            example = f"{parts[0]}=bfloat16,{parts[1]}=float32"
+            raise UserError(f"dtype {text!r}: {wrong}; write one format, or {example}")
+        named[part] = name
+    return named
 
 
 def refuse_overflow(spec: CascadeSpec, dtypes: Dtypes, folder: Path) -> None:

@@ -54,8 +54,8 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Pictures to make, and the settings that they share."""
+class PicturePlan:
+    """Pictures to make, whatever makes them."""
 
     requests: tuple[Request, ...]
     """Pictures in order: all pictures of the first prompt, then of the second."""
@@ -65,6 +65,12 @@ class Plan:
     """Width in pixels."""
     height: int
     """Height in pixels."""
+
+
+@dataclass(frozen=True)
+class Plan(PicturePlan):
+    """Pictures for a cascade to make, and the settings that they share."""
+
     stage_c: StageSampling
     """Sampling of Stage C, from noise; see ``stage_c_run``."""
     stage_b: StageSampling
@@ -112,14 +118,14 @@ def make_plan(
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     may_be_empty = picture is not None and picture.mode not in NEEDS_PROMPT
     for number, text in enumerate(prompts, start=1):
-        _check_text(text, f"prompt {number}" if len(prompts) > 1 else "the prompt")
+        check_text(text, f"prompt {number}" if len(prompts) > 1 else "the prompt")
         if not text.strip() and not may_be_empty:
             which = f"prompt {number} of {len(prompts)}" if len(prompts) > 1 else "the prompt"
             raise UserError(f"{which} is empty; say what the picture shows")
     if not prompts:
         raise UserError("no prompt given; say what the picture shows")
-    _check_text(wanted.negative_prompt, "the negative prompt")
-    _check_count("num_images", wanted.num_images, 1_000_000)
+    check_text(wanted.negative_prompt, "the negative prompt")
+    check_count("num_images", wanted.num_images, 1_000_000)
     task: PictureTask | None = None
     if picture is None:
         width, height, notices = fit_size(spec, wanted.width, wanted.height)
@@ -134,7 +140,7 @@ def make_plan(
     if wanted.negative_prompt.strip() and stage_c.guidance == 1 and stage_b.guidance == 1:
         notices.append("the negative prompt has no effect: guidance is off in both stages")
     return Plan(
-        requests=_requests(prompts, wanted.seed, wanted.seeds, wanted.num_images),
+        requests=make_requests(prompts, wanted.seed, wanted.seeds, wanted.num_images),
         negative_prompt=wanted.negative_prompt,
         width=width,
         height=height,
@@ -146,9 +152,14 @@ def make_plan(
     )
 
 
-def _requests(
+def make_requests(
     prompts: Sequence[str], seed: int | None, seeds: Sequence[int] | None, num_images: int
 ) -> tuple[Request, ...]:
+    """Return the pictures of prompts with their seeds.
+
+    Raises:
+        UserError: If the seeds do not fit.
+    """
     repeated = [prompt for prompt in prompts for _ in range(num_images)]
     if seeds is not None:
         if seed is not None:
@@ -177,16 +188,11 @@ def _override(
     sampler: str | None,
 ) -> StageSampling:
     if steps is not None:
-        _check_count(f"steps_{stage}", steps, MAX_STEPS)
+        check_count(f"steps_{stage}", steps, MAX_STEPS)
         sampling = replace(sampling, steps=steps, times=())
     if guidance is not None:
-        number = isinstance(guidance, Real) and not isinstance(guidance, bool)
-        if not number or not 1 <= guidance <= MAX_GUIDANCE:
-            raise UserError(
-                f"guidance_{stage} {guidance}: 1 switches guidance off, {MAX_GUIDANCE} is the "
-                f"strongest; this model's own is {sampling.guidance:g}"
-            )
-        sampling = replace(sampling, guidance=float(guidance))
+        own = sampling.guidance
+        sampling = replace(sampling, guidance=check_guidance(f"guidance_{stage}", guidance, own))
     if sampler is not None:
         if sampler not in SAMPLER_NAMES:
             guess = nearest(sampler, SAMPLER_NAMES)
@@ -197,12 +203,29 @@ def _override(
     return sampling
 
 
-def _check_count(name: str, value: int, largest: int) -> None:
+def check_guidance(name: str, value: float, own: float) -> float:
+    """Return a guidance scale.
+
+    Raises:
+        UserError: If it is none; it names the model's own.
+    """
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not number or not 1 <= value <= MAX_GUIDANCE:
+        raise UserError(
+            f"{name} {value}: 1 switches guidance off, {MAX_GUIDANCE} is the strongest; this "
+            f"model's own is {own:g}"
+        )
+    return float(value)
+
+
+def check_count(name: str, value: int, largest: int) -> None:
+    """Refuse what is no whole number from 1 to ``largest``."""
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
         raise UserError(f"{name} {value!r}: a whole number from 1 to {largest} is needed")
 
 
-def _check_text(text: str, which: str) -> None:
+def check_text(text: str, which: str) -> None:
+    """Refuse what is no text in Unicode."""
     if not isinstance(text, str):
         raise UserError(f"{which} is {text!r}; text is needed")
     try:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cascade.pipelines.finite import check_finite
-from cascade.pipelines.plan import Plan
+from cascade.pipelines.plan import PicturePlan
 from cascade.pipelines.sampling import Prompted
 from cascade.text.encoder import TextEncoder, TextFeatures
 
@@ -88,7 +88,7 @@ class PromptStates:
 
 
 def batches_of(
-    plan: Plan, states: tuple[PromptStates, PromptStates], batch_size: int
+    plan: PicturePlan, states: Sequence[PromptStates], batch_size: int
 ) -> Iterator[range]:
     """Cut the pictures into batches of prompts of one length.
 

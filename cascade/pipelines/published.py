@@ -172,7 +172,7 @@ class PublishedFiles:
         digest = hashlib.sha256(self.dialect.encode())
         for kind, part in sorted(self._parts.items()):
             if part is not None:
-                digest.update(f"{kind} {_sampled_hash(part.path)}\n".encode())
+                digest.update(f"{kind} {sampled_hash(part.path)}\n".encode())
         return digest.hexdigest()[:12]
 
     def metadata(self, name: str) -> dict[str, str]:
@@ -389,7 +389,7 @@ def _load_text(
     )
 
 
-def _sampled_hash(path: Path) -> str:
+def sampled_hash(path: Path) -> str:
     """Hash a file's size and 16 blocks spread over it."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from cascade.pipelines.picture_input import fingerprint
-from cascade.pipelines.plan import Plan
+from cascade.pipelines.plan import PicturePlan, Plan
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,6 @@ class Picture:
     """Its prompt."""
     seed: int
     """Its seed; alone, with the same settings, it gives the same picture."""
-    stage_c_latents: Tensor = field(repr=False)
-    """``(16, h, w)`` float32, what Stage C drew."""
-    stage_b_latents: Tensor = field(repr=False)
-    """``(4, H/4, W/4)`` float32, what Stage B drew and Stage A decoded."""
     seconds: dict[str, float]
     """Seconds by stage; a batch's seconds are shared out evenly among its pictures."""
     metadata: dict[str, str] = field(repr=False)
@@ -37,7 +35,28 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class CascadeOutput:
+class CascadePicture(Picture):
+    """A picture of a cascade."""
+
+    stage_c_latents: Tensor = field(repr=False)
+    """``(16, h, w)`` float32, what Stage C drew."""
+    stage_b_latents: Tensor = field(repr=False)
+    """``(4, H/4, W/4)`` float32, what Stage B drew and Stage A decoded."""
+
+
+@dataclass(frozen=True)
+class UNetPicture(Picture):
+    """A picture of a U-Net."""
+
+    latents: Tensor = field(repr=False)
+    """``(4, H/8, W/8)`` float32, what the U-Net drew and the autoencoder decoded."""
+
+
+P = TypeVar("P", bound=Picture)
+
+
+@dataclass(frozen=True)
+class Output:
     """All pictures of a call, in the order of its plan."""
 
     pictures: list[Image.Image]
@@ -48,10 +67,6 @@ class CascadeOutput:
     """The prompt of each picture."""
     seeds: list[int]
     """The seed of each picture."""
-    stage_c_latents: Tensor = field(repr=False)
-    """``(N, 16, h, w)`` float32, what Stage C drew."""
-    stage_b_latents: Tensor = field(repr=False)
-    """``(N, 4, H/4, W/4)`` float32, what Stage B drew and Stage A decoded."""
     seconds: dict[str, float]
     """Seconds by stage, all pictures together."""
     notices: list[str]
@@ -60,29 +75,77 @@ class CascadeOutput:
     """Text for each picture's PNG."""
 
 
-def collect(pictures: Sequence[Picture], notices: Sequence[str]) -> CascadeOutput:
+@dataclass(frozen=True)
+class CascadeOutput(Output):
+    """The pictures of a cascade."""
+
+    stage_c_latents: Tensor = field(repr=False)
+    """``(N, 16, h, w)`` float32, what Stage C drew."""
+    stage_b_latents: Tensor = field(repr=False)
+    """``(N, 4, H/4, W/4)`` float32, what Stage B drew and Stage A decoded."""
+
+
+@dataclass(frozen=True)
+class UNetPictures(Output):
+    """The pictures of a U-Net."""
+
+    latents: Tensor = field(repr=False)
+    """``(N, 4, H/8, W/8)`` float32, what the U-Net drew and the autoencoder decoded."""
+
+
+def collect(pictures: Sequence[CascadePicture], notices: Sequence[str]) -> CascadeOutput:
     """Put finished pictures of one size together; at least one is needed."""
-    stages = pictures[0].seconds
     return CascadeOutput(
+        **vars(_together(pictures, notices)),
+        stage_c_latents=torch.stack([picture.stage_c_latents for picture in pictures]),
+        stage_b_latents=torch.stack([picture.stage_b_latents for picture in pictures]),
+    )
+
+
+def collect_unet(pictures: Sequence[UNetPicture], notices: Sequence[str]) -> UNetPictures:
+    """Put finished pictures of one size together; at least one is needed."""
+    latents = torch.stack([picture.latents for picture in pictures])
+    return UNetPictures(**vars(_together(pictures, notices)), latents=latents)
+
+
+def _together(pictures: Sequence[Picture], notices: Sequence[str]) -> Output:
+    stages = pictures[0].seconds
+    return Output(
         pictures=[picture.image for picture in pictures],
         pixels=torch.stack([picture.pixels for picture in pictures]),
         prompts=[picture.prompt for picture in pictures],
         seeds=[picture.seed for picture in pictures],
-        stage_c_latents=torch.stack([picture.stage_c_latents for picture in pictures]),
-        stage_b_latents=torch.stack([picture.stage_b_latents for picture in pictures]),
         seconds={name: sum(picture.seconds[name] for picture in pictures) for name in stages},
         notices=list(notices),
         metadata=[picture.metadata for picture in pictures],
     )
 
 
+def gather(pictures: Iterable[P], num_wanted: int) -> list[P]:
+    """Take pictures as they are finished.
+
+    Raises:
+        Interrupted: On Ctrl-C; it holds the pictures that were finished.
+    """
+    finished: list[P] = []
+    try:
+        for picture in pictures:
+            finished.append(picture)
+    except KeyboardInterrupt as error:
+        # Whoever keeps the error, as an interactive Python does, would keep what was on the
+        # device in that moment.
+        traceback.clear_frames(error.__traceback__)
+        raise Interrupted(finished, num_wanted) from error
+    return finished
+
+
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C during a call: what was finished by then is kept."""
 
-    def __init__(self, finished: list[Picture], num_wanted: int) -> None:
+    def __init__(self, finished: Sequence[Picture], num_wanted: int) -> None:
         """Keep the finished pictures."""
         super().__init__(f"interrupted after {len(finished)} of {num_wanted} pictures")
-        self.finished = finished
+        self.finished = list(finished)
 
 
 @dataclass(frozen=True)
@@ -131,13 +194,7 @@ def describe(plan: Plan, index: int, *, model: str, weights: str, dtype: str) ->
         weights: Hash of its files.
         dtype: Number format that it ran in.
     """
-    request = plan.requests[index]
-    settings: dict[str, object] = {
-        "width": plan.width,
-        "height": plan.height,
-        "stage_b": asdict(plan.stage_b),
-        "dtype": dtype,
-    }
+    settings: dict[str, object] = {"stage_b": asdict(plan.stage_b)}
     if plan.picture is None or plan.picture.mode != "reconstruct":
         settings["stage_c"] = asdict(plan.stage_c)
     if plan.picture is not None:
@@ -148,6 +205,30 @@ def describe(plan: Plan, index: int, *, model: str, weights: str, dtype: str) ->
         }
     if plan.control is not None:
         settings["control"] = plan.control.described()
+    return text_of(plan, index, settings, model=model, weights=weights, dtype=dtype)
+
+
+def text_of(
+    plan: PicturePlan,
+    index: int,
+    settings: dict[str, object],
+    *,
+    model: str,
+    weights: str,
+    dtype: str,
+) -> dict[str, str]:
+    """Return the PNG text of any plan's picture.
+
+    Args:
+        plan: The plan.
+        index: Position of the picture in it.
+        settings: What else makes the picture.
+        model: Name of the model.
+        weights: Hash of its files.
+        dtype: Number format that it ran in.
+    """
+    request = plan.requests[index]
+    settings = {**settings, "width": plan.width, "height": plan.height, "dtype": dtype}
     return {
         "prompt": request.prompt,
         "negative_prompt": plan.negative_prompt,

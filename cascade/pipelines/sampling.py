@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from cascade.control import Maps
 from cascade.diffusion.denoiser import Denoiser
-from cascade.diffusion.guidance import Denoise, Guided, keeping, unguided
+from cascade.diffusion.guidance import Denoise, Guided, consistent, keeping, unguided
 from cascade.diffusion.prediction import Prediction
-from cascade.diffusion.samplers import SAMPLERS, OnStep, StepInfo, sample_ddpm
-from cascade.diffusion.schedules import diffuse, equal_times
+from cascade.diffusion.samplers import SAMPLERS, OnStep, Sampler, StepInfo, sample_ddpm
+from cascade.diffusion.schedules import NoiseSchedule, diffuse, equal_times
 from cascade.pipelines.finite import check_finite
 from cascade.pipelines.spec import StageSampling
 from cascade.placed import example_of
@@ -102,7 +102,10 @@ def sample_stage_c(
     guided = sampling.guidance != 1
     prepared = network.prepare(concat([cond, uncond]) if guided else cond)
     x = noise.randn((network.config.latent_channels, *latent_size))
-    return _sample("Stage C", network, sampling, cond, prepared, noise, x, start, on_step)
+    walk = walk_of(sampling)
+    return sample_latents(
+        "Stage C", network, walk, cond, prepared, noise, x, start=start, on_step=on_step
+    )
 
 
 def _show(
@@ -168,21 +171,78 @@ def sample_stage_b(
     guided = sampling.guidance != 1
     prepared = network.prepare(concat([cond, uncond]) if guided else cond, latent_shape[1:])
     x = noise.randn(latent_shape)
-    return _sample("Stage B", network, sampling, cond, prepared, noise, x, start, on_step)
+    walk = walk_of(sampling)
+    return sample_latents(
+        "Stage B", network, walk, cond, prepared, noise, x, start=start, on_step=on_step
+    )
 
 
-def _sample(
+@dataclass(frozen=True)
+class Walk:
+    """How a sampler walks from noise to latents, whatever the network."""
+
+    schedule: NoiseSchedule
+    prediction: Prediction
+    time_input: Literal["cosine", "raw"]
+    """See ``Denoiser``."""
+    sampler: Sampler
+    times: Tensor
+    """Decreasing, one more than steps."""
+    guidance: float
+    """1 is off."""
+    rescale: float = 0.0
+    """See ``Guided``."""
+    is_consistency: bool = False
+    """Whether the estimate of x0 is made a consistency function."""
+
+
+def walk_of(sampling: StageSampling) -> Walk:
+    """Return how a stage of the cascade is sampled."""
+    sampler = SAMPLERS[sampling.sampler]
+    if sampling.sampler == "ddpm":
+        sampler = partial(sample_ddpm, last=sampling.last_step)
+    return Walk(
+        schedule=sampling.noise_schedule(),
+        prediction=Prediction(sampling.prediction),
+        time_input=sampling.time_input,
+        sampler=sampler,
+        times=torch.tensor(sampling.times) if sampling.times else equal_times(sampling.steps),
+        guidance=sampling.guidance,
+        rescale=sampling.rescale,
+    )
+
+
+def sample_latents(
     stage: str,
     network: nn.Module,
-    sampling: StageSampling,
+    walk: Walk,
     cond: object,
     prepared: object,
     noise: PictureNoise,
     x: Tensor,
-    start: Start | None,
-    on_step: OnStep | None,
+    *,
+    start: Start | None = None,
+    on_step: OnStep | None = None,
 ) -> Tensor:
-    """Sample from noise ``x``; under guidance ``prepared`` is the pair [cond, uncond]."""
+    """Sample from noise ``x``, ``(B, C, h, w)``, with a check at every step.
+
+    Args:
+        stage: Name of the network, for messages.
+        network: The network; device and number format are those of its weights.
+        walk: How.
+        cond: The condition of B pictures.
+        prepared: The same as the network prepares it; under guidance the pair [cond, uncond].
+        noise: Source of fresh noise.
+        x: Where the walk starts.
+        start: A picture to start from instead.
+        on_step: Called after each step.
+
+    Returns:
+        ``(B, C, h, w)`` float32.
+
+    Raises:
+        NonFiniteError: Naming the step.
+    """
     weight = example_of(network)
 
     def check(info: StepInfo) -> None:
@@ -190,17 +250,13 @@ def _sample(
         if on_step is not None:
             on_step(info)
 
-    schedule = sampling.noise_schedule()
-    denoiser = Denoiser(
-        network, schedule, Prediction(sampling.prediction), sampling.time_input, weight.dtype
-    )
+    schedule, times = walk.schedule, walk.times
+    denoiser = Denoiser(network, schedule, walk.prediction, walk.time_input, weight.dtype)
     denoise: Denoise = unguided(denoiser, prepared)
-    if sampling.guidance != 1:
-        denoise = Guided(denoiser, cond, prepared, sampling.guidance, rescale=sampling.rescale)
-    sampler = SAMPLERS[sampling.sampler]
-    if sampling.sampler == "ddpm":
-        sampler = partial(sample_ddpm, last=sampling.last_step)
-    times = torch.tensor(sampling.times) if sampling.times else equal_times(sampling.steps)
+    if walk.guidance != 1:
+        denoise = Guided(denoiser, cond, prepared, walk.guidance, rescale=walk.rescale)
+    if walk.is_consistency:
+        denoise = consistent(denoise, schedule.network_time)
     x = x.to(weight.device)
     if start is not None:
         times = times * start.strength
@@ -208,7 +264,7 @@ def _sample(
         x = diffuse(latents, x, times[:1].to(x.device).expand(len(x)), schedule)
         if start.kept is not None:
             denoise = keeping(denoise, latents, start.kept.to(x))
-    return sampler(
+    return walk.sampler(
         denoise,
         schedule,
         x,

@@ -1,21 +1,44 @@
-"""Which picture sizes a cascade can make, and what to say about the others."""
+"""Which picture sizes a model can make, and what to say about the others."""
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from cascade.errors import UserError
-from cascade.pipelines.spec import CascadeSpec
 
 
-def fit_size(
-    spec: CascadeSpec, width: int | None, height: int | None
-) -> tuple[int, int, list[str]]:
-    """Turn a wanted size into one that the cascade makes.
+class Sized(Protocol):
+    """What a model says of the sizes of its pictures; all in pixels."""
+
+    @property
+    def image_size(self) -> int:
+        """Width and height that it was trained at."""
+        ...
+
+    @property
+    def size_multiple(self) -> int:
+        """Widths and heights are multiples of it."""
+        ...
+
+    @property
+    def min_size(self) -> int:
+        """Smallest side."""
+        ...
+
+    @property
+    def max_size(self) -> int:
+        """Largest side."""
+        ...
+
+
+def fit_size(spec: Sized, width: int | None, height: int | None) -> tuple[int, int, list[str]]:
+    """Turn a wanted size into one that the model makes.
 
     A size within the model's range is rounded to the nearest multiple, and the change is told; one
     outside is refused, since a picture of a much different size is not what was asked for.
 
     Args:
-        spec: The cascade.
+        spec: The model.
         width: Wanted width in pixels; None is the model's own.
         height: Wanted height in pixels; None is the model's own.
 
@@ -43,12 +66,12 @@ def fit_size(
     return fitted[0], fitted[1], notices
 
 
-def is_far(spec: CascadeSpec, width: int, height: int) -> bool:
+def is_far(spec: Sized, width: int, height: int) -> bool:
     """Tell whether a size is so far from the trained one that pictures come out odd."""
     return max(width, height) > 2 * spec.image_size or 2 * min(width, height) < spec.image_size
 
 
-def _fit_side(spec: CascadeSpec, name: str, wanted: int) -> int:
+def _fit_side(spec: Sized, name: str, wanted: int) -> int:
     if isinstance(wanted, bool) or not isinstance(wanted, int):
         raise UserError(f"{name} {wanted!r}: a whole number of pixels is needed")
     if not spec.min_size <= wanted <= spec.max_size:
@@ -61,7 +84,7 @@ def _fit_side(spec: CascadeSpec, name: str, wanted: int) -> int:
     return (wanted + spec.size_multiple // 2) // spec.size_multiple * spec.size_multiple
 
 
-def _sizes_near(spec: CascadeSpec, wanted: int) -> list[int]:
+def _sizes_near(spec: Sized, wanted: int) -> list[int]:
     """Return up to three valid sizes at the end of the range that is nearest to ``wanted``."""
     step = spec.size_multiple
     if wanted < spec.min_size:

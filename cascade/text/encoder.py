@@ -26,13 +26,16 @@ _log = logging.getLogger(__name__)
 class TextConfig:
     """What the networks read of a text model; it travels with the cascade's weights."""
 
-    hidden: Literal["pre_norm", "post_norm"] = "pre_norm"
-    """Hidden states before the final layer norm (Stable Cascade) or after it (Würstchen v2)."""
+    hidden: Literal["pre_norm", "post_norm", "penultimate"] = "pre_norm"
+    """Hidden states before the final layer norm (Stable Cascade), after it (Würstchen v2, SD), or
+    before the last layer (SDXL)."""
     overflow: Literal["warn", "chunk"] = "warn"
     """A prompt longer than the window: use its beginning and name the words that are dropped, or
     encode it in windows and join their states."""
     pad_to: int | None = None
     """Tokens that prompts are padded to; None: the model's window (77 for OpenAI's CLIP)."""
+    masks_padding: bool = True
+    """Whether padding is left out of the attention; SD and SDXL were trained with it in."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ class TextEncoder:
 
         projects = _projects(folder)
         try:
-            tokenizer = _load_tokenizer(tokens)
+            tokenizer = load_tokenizer(tokens)
             text_config = _text_config(folder)
             with on_meta():
                 model = (CLIPTextModelWithProjection if projects else CLIPTextModel)(text_config)
@@ -175,10 +178,11 @@ class TextEncoder:
         device = example_of(self.model).device
         tokens = torch.tensor([ids for ids, _ in flat], device=device)  # (B * windows, L)
         mask = torch.tensor([kept for _, kept in flat], device=device)
-        output = self.model(input_ids=tokens, attention_mask=mask, output_hidden_states=True)
+        masked = mask if self.config.masks_padding else None
+        output = self.model(input_ids=tokens, attention_mask=masked, output_hidden_states=True)
         hidden = output.last_hidden_state
-        if self.config.hidden == "pre_norm":
-            hidden = output.hidden_states[-1]
+        if self.config.hidden != "post_norm":
+            hidden = output.hidden_states[-1 if self.config.hidden == "pre_norm" else -2]
         hidden = hidden.reshape(len(rows), most * self.length, -1)  # (B, windows * L, D)
         # A text model without a projection (Würstchen v2) gives the state at the prompt's end.
         pooled = output.text_embeds if "text_embeds" in output else output.pooler_output
@@ -245,8 +249,12 @@ def _projects(folder: Path) -> bool:
     return values.get("architectures") != ["CLIPTextModel"]
 
 
-def _load_tokenizer(folder: Path) -> Any:
-    """Load a tokenizer from its one file, or from CLIP's vocabulary and merges."""
+def load_tokenizer(folder: Path) -> Any:
+    """Load a tokenizer from its one file, or from CLIP's vocabulary and merges.
+
+    Raises:
+        UserError: If the folder has neither.
+    """
     if (folder / "tokenizer.json").is_file():
         from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
 

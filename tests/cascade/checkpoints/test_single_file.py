@@ -55,7 +55,7 @@ def text_state(config: TextTowerConfig, seed: int) -> State:
 
 
 def networks(name: str) -> tuple[UNet, AutoencoderKL]:
-    return UNet(toy_of(PUBLISHED[name], 10)), AutoencoderKL(VAE)
+    return UNet(toy_of(PUBLISHED[name], 40)), AutoencoderKL(VAE)
 
 
 def single_file(name: str) -> tuple[State, dict[str, str], dict[str, State]]:
@@ -91,7 +91,7 @@ def assert_same(found: nn.Module, wanted: State) -> None:
         torch.testing.assert_close(one, wanted[key], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["sdxl", "koala_700m", "ssd_1b"])
+@pytest.mark.parametrize("name", ["koala_700m", "ssd_1b"])
 def test_an_sdxl_file_gives_four_networks(name: str, tmp_path: Path) -> None:
     file, metadata, ours = single_file(name)
     first, second = text_state(CLIP_L, 3), text_state(OPEN_CLIP, 4)
@@ -122,7 +122,7 @@ def test_both_key_layouts_of_transformers_are_read(flat: bool, tmp_path: Path) -
 def test_an_sd_1_file_with_averages_gives_the_averaged_u_net(tmp_path: Path) -> None:
     file, metadata, ours = single_file("bk_base")
     averaged = {key: one + 1 for key, one in ours["unet"].items()}
-    config = toy_of(PUBLISHED["bk_base"], 10)
+    config = toy_of(PUBLISHED["bk_base"], 40)
     for key, one in unet_to_original(averaged, config).items():
         file[f"model_ema.diffusion_model{key.replace('.', '')}"] = one
     file |= {"model_ema.decay": torch.ones(()), "betas": torch.ones(8)}

@@ -1,0 +1,342 @@
+"""A U-Net's pipeline on this disk: a folder of diffusers, or a single file; told by its content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from cascade.checkpoints.detect import Kind, Published
+from cascade.checkpoints.hub import ModelFiles
+from cascade.checkpoints.load import build, identify
+from cascade.checkpoints.readers import (
+    PICKLE_SUFFIXES,
+    Opened,
+    is_entry,
+    open_weights,
+    read_json,
+    weights_in,
+)
+from cascade.config import from_dict
+from cascade.errors import UserError
+from cascade.pipelines.placement import UNetDtypes
+from cascade.pipelines.published import sampled_hash
+from cascade.pipelines.spec import SPEC_FILE
+from cascade.pipelines.unet_published import advice_for, sampling_of
+from cascade.pipelines.unet_spec import UNET_SPEC_FILE, UNetSpec, load_unet_spec
+from cascade.text.encoder import TextConfig, TextEncoder, load_tokenizer
+from stages.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from stages.unet.config import UNetConfig
+from stages.unet.unet import UNet
+
+SPEC_KEY = "cascade_pipeline"
+"""Where a single file that was written here holds what ``pipeline.json`` holds in a folder."""
+INDEX_FILE = "model_index.json"
+_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+_SD_TEXT = TextConfig(hidden="post_norm", masks_padding=False)
+_SDXL_TEXT = TextConfig(hidden="penultimate", masks_padding=False)
+_SD_PAD = "!"
+"""What OpenCLIP's towers were padded with, whose token is 0."""
+
+
+@dataclass
+class UNetParts:
+    """What a pipeline runs."""
+
+    unet: UNet
+    autoencoder: AutoencoderKL
+    text: TextEncoder
+    """The one text encoder of SD, or SDXL's first."""
+    text_2: TextEncoder | None = None
+    """SDXL's second, whose pooled state the U-Net reads as well."""
+
+
+def is_unet(files: ModelFiles) -> bool:
+    """Tell whether a model is a U-Net's pipeline; only names and headers are read.
+
+    Raises:
+        UserError: If a file that has to be looked into is broken.
+    """
+    folder = files.folders[0]
+    if len(files.folders) > 1 or (folder / SPEC_FILE).is_file():
+        return False
+    if _named_file(files) is not None or (folder / UNET_SPEC_FILE).is_file():
+        return True
+    if (folder / INDEX_FILE).is_file():
+        return str(read_json(folder / INDEX_FILE).get("_class_name")).startswith("StableDiffusion")
+    return (folder / "unet" / "config.json").is_file() or bool(_single_files(folder))
+
+
+def open_unet_source(files: ModelFiles | str | Path, unet: Path | None = None) -> UNetSource:
+    """Find the parts of a U-Net's pipeline; only headers are read.
+
+    Args:
+        files: What ``resolve`` found, a folder, or a single file.
+        unet: A U-Net to run in place of the model's own: its file, or its folder.
+
+    Raises:
+        UserError: If a part is missing, or does not belong to the others.
+    """
+    if not isinstance(files, ModelFiles):
+        path = Path(files)
+        files = (
+            ModelFiles((path,))
+            if path.is_dir()
+            else ModelFiles((path.parent,), False, frozenset({path}))
+        )
+    single = _named_file(files)
+    folder = files.folders[0]
+    if single is None and not (folder / "unet").is_dir():
+        found = _single_files(folder)
+        if len(found) > 1:
+            names = ", ".join(path.name for path in found[:5])
+            raise UserError(f"{folder}: several models in it; name one of its files: {names}")
+        if not found:
+            raise UserError(f"{folder}: no U-Net in it, neither diffusers' folders nor a file")
+        single = found[0]
+    return UNetSource(folder, single, files, unet)
+
+
+class UNetSource:
+    """A model on this disk: its settings at once, its networks when asked."""
+
+    def __init__(
+        self, folder: Path, single: Path | None, files: ModelFiles, unet: Path | None
+    ) -> None:
+        """Look through the files; see ``open_unet_source``."""
+        self.folder = folder
+        self.where = str(single or folder)
+        self._files = files.files
+        self._single = single
+        self._parts = self._open_single(single) if single else self._open_folder()
+        if unet is not None:
+            self._parts["unet"] = _open_one(unet, "unet", str(unet))
+        for name in ("unet", "autoencoder"):
+            if name not in self._parts:
+                raise UserError(f"{self.where}: no {name} in it, which a picture needs")
+        config = self.unet_config
+        if config.in_channels != config.out_channels:
+            raise UserError(
+                f"{self._parts['unet'].opened.where}: a U-Net of {config.in_channels} channels "
+                "in, for inpainting or editing, which is not here"
+            )
+        self.is_sdxl = config.text_pooled_channels is not None
+        self.spec = self._make_spec(unet)
+
+    @property
+    def unet_config(self) -> UNetConfig:
+        """Sizes of the U-Net."""
+        return cast(UNetConfig, self._parts["unet"].published.config)
+
+    @property
+    def autoencoder_config(self) -> AutoencoderKLConfig:
+        """Sizes of the autoencoder."""
+        return cast(AutoencoderKLConfig, self._parts["autoencoder"].published.config)
+
+    def load(self, device: torch.device, dtypes: UNetDtypes) -> UNetParts:
+        """Load the networks.
+
+        Raises:
+            UserError: If one of them does not fit.
+        """
+
+        def network(name: str, dtype: torch.dtype) -> nn.Module:
+            part = self._parts[name]
+            return build(part.opened, part.published, device=device, dtype=dtype)
+
+        text = self._load_text("text_encoder", self.spec.text, device, dtypes.text)
+        text_2 = None
+        if self.spec.text_2 is not None:
+            text_2 = self._load_text("text_encoder_2", self.spec.text_2, device, dtypes.text)
+        return UNetParts(
+            unet=cast(UNet, network("unet", dtypes.unet)),
+            autoencoder=cast(AutoencoderKL, network("autoencoder", dtypes.autoencoder)),
+            text=text,
+            text_2=text_2,
+        )
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """12 hex digits that tell these weights from others; of large files a part is read."""
+        digest = hashlib.sha256()
+        for name, part in sorted(self._parts.items()):
+            digest.update(f"{name} {part.published.layout} {sampled_hash(part.path)}\n".encode())
+        return digest.hexdigest()[:12]
+
+    # Finding the parts
+
+    def _open_single(self, path: Path) -> dict[str, _Part]:
+        parts: dict[str, _Part] = {}
+        for opened in open_weights(path):
+            if opened.part is None:
+                raise UserError(
+                    f"{path}: one network alone, no whole model; name a model, and a U-Net with "
+                    "--unet"
+                )
+            parts[opened.part] = _Part(opened, identify(opened), path)
+        return parts
+
+    def _open_folder(self) -> dict[str, _Part]:
+        index = self._index
+        name = index.get("_class_name")
+        if name is not None and name not in _PIPELINES:
+            raise UserError(f"{self.folder}: a {name}; {' and '.join(_PIPELINES)} are known")
+        kinds: tuple[tuple[str, str, Kind], ...] = (
+            ("unet", "unet", "unet"),
+            ("autoencoder", "vae", "autoencoder_kl"),
+        )
+        return {
+            part: _open_one(self._entry(self.folder / inside), kind, f"{self.folder}: {inside}")
+            for part, inside, kind in kinds
+            if (self.folder / inside).is_dir()
+        }
+
+    def _entry(self, folder: Path) -> Path:
+        """Return where a part's weights are opened: of several variants the chosen one."""
+        chosen = [path for path in self._files or () if path.parent == folder and is_entry(path)]
+        return min(chosen, key=lambda path: len(path.name)) if chosen else weights_in(folder)
+
+    @cached_property
+    def _index(self) -> dict[str, Any]:
+        path = self.folder / INDEX_FILE
+        return read_json(path) if path.is_file() and self._single is None else {}
+
+    def _load_text(
+        self, name: str, config: TextConfig, device: torch.device, dtype: torch.dtype
+    ) -> TextEncoder:
+        tokens = name.replace("text_encoder", "tokenizer")
+        if self._single is None:
+            return TextEncoder.from_folder(
+                self.folder / name,
+                config,
+                tokenizer_folder=self.folder / tokens,
+                device=device,
+                dtype=dtype,
+            )
+        if name not in self._parts:
+            raise UserError(f"{self.where}: no {name} in it, which a picture needs")
+        part = self._parts[name]
+        model = build(part.opened, part.published, device=device, dtype=dtype)
+        folder = next(
+            (one for one in (self.folder / tokens, self.folder / "tokenizer") if one.is_dir()), None
+        )
+        if folder is None:
+            raise UserError(
+                f"{self.where}: single files hold no tokenizer; put one beside it, as with `hf "
+                f"download openai/clip-vit-large-patch14 vocab.json merges.txt --local-dir "
+                f"{self.folder / 'tokenizer'}`"
+            )
+        tokenizer = load_tokenizer(folder)
+        if part.published.config.activation == "gelu" and _SD_PAD in tokenizer.get_vocab():
+            tokenizer.pad_token = _SD_PAD
+        try:
+            return TextEncoder(tokenizer, model, config)
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from error
+
+    # Settings
+
+    def _make_spec(self, unet: Path | None) -> UNetSpec:
+        written = self._written_spec()
+        if written is not None and unet is None:
+            return written
+        name = " ".join(str(path) for path in (unet, self._single, self.folder) if path)
+        path = self.folder / "scheduler" / "scheduler_config.json"
+        scheduler = read_json(path) if path.is_file() and self._single is None else None
+        advice = advice_for(self.unet_config, name, scheduler)
+        sampling, notices = sampling_of(advice, self.is_sdxl, scheduler, str(path))
+        if written is not None:  # another U-Net in a model of ours
+            return replace(written, sampling=replace(sampling, steps=sampling.steps))
+        unsure = scheduler is None and self.unet_config.text_channels == 1024
+        if unsure and not self.is_sdxl and "base" not in Path(self.where).name:
+            # SD 2.x of 768 pixels and its base are the same network.
+            sampling = replace(sampling, prediction="v")
+            notices.append(
+                "no tensor tells an SD 2.x that predicts v from one that predicts epsilon: it is "
+                "taken for v, and for epsilon if its file's name has base in it"
+            )
+        cell = self.autoencoder_config.downscale
+        size = self._parts["unet"].opened.declared.get("sample_size")
+        default = 1024 if self.is_sdxl else 768 if sampling.prediction == "v" else 512
+        image_size = size * cell if isinstance(size, int) else default
+        if advice is not None and advice.image_size is not None:
+            image_size = advice.image_size
+        autoencoder = self._parts["autoencoder"].opened.declared
+        return UNetSpec(
+            name=self.folder.name if self._single is None else self._single.stem,
+            image_size=image_size,
+            size_multiple=cell,
+            min_size=min(64, image_size) // cell * cell,
+            max_size=max(4096, image_size) // cell * cell,
+            sampling=sampling,
+            empty_negative="zeros" if self._zeros() else "encoded",
+            autoencoder_in_float16=not (self.is_sdxl and autoencoder.get("force_upcast", True)),
+            text=_SDXL_TEXT if self.is_sdxl else _SD_TEXT,
+            text_2=_SDXL_TEXT if self.is_sdxl else None,
+            licence="" if advice is None else advice.licence,
+            notices=tuple(notices),
+        )
+
+    def _written_spec(self) -> UNetSpec | None:
+        """Return the settings of what was written here."""
+        if self._single is None:
+            there = (self.folder / UNET_SPEC_FILE).is_file()
+            return load_unet_spec(self.folder) if there else None
+        text = self._parts["unet"].opened.file_metadata.get(SPEC_KEY)
+        if text is None:
+            return None
+        try:
+            values: Mapping[str, object] = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{self.where}: its settings are not valid JSON ({error})") from error
+        return from_dict(UNetSpec, values, f"{self.where} (settings)")
+
+    def _zeros(self) -> bool:
+        return self.is_sdxl and bool(self._index.get("force_zeros_for_empty_prompt", True))
+
+
+@dataclass(frozen=True)
+class _Part:
+    opened: Opened
+    published: Published
+    path: Path
+    """The file that is hashed."""
+
+
+def _open_one(path: Path, kind: Kind, where: str) -> _Part:
+    """Open a network of a known kind: its file or folder, or a part of a single file."""
+    found = []
+    for opened in open_weights(path):
+        if opened.part in (None, "unet" if kind == "unet" else "autoencoder"):
+            found.append(
+                _Part(opened, identify(opened), weights_in(path) if path.is_dir() else path)
+            )
+    for part in found:
+        if part.published.kind == kind:
+            return part
+    held = found[0].published.kind if found else "no such network"
+    raise UserError(f"{where}: holds a {held}, but a {kind} is needed")
+
+
+def _named_file(files: ModelFiles) -> Path | None:
+    """Return the single file that was named as the model."""
+    if files.files is None or len(files.files) != 1:
+        return None
+    [path] = files.files
+    return path if path.suffix == ".safetensors" or path.suffix in PICKLE_SUFFIXES else None
+
+
+def _single_files(folder: Path) -> list[Path]:
+    """Return the files in a folder that hold a whole model; of pickles none is opened."""
+    found = []
+    for path in sorted(folder.glob("*.safetensors")):
+        if "-of-" not in path.name and any(one.part == "unet" for one in open_weights(path)):
+            found.append(path)
+    return found
