@@ -142,6 +142,18 @@ def pick_dtypes(choice: DtypeChoice, device: torch.device) -> Dtypes:
     return Dtypes(**by_stage, text=text)
 
 
+def check_dtype(choice: DtypeChoice, device: torch.device) -> None:
+    """Refuse what neither a cascade nor a U-Net's pipeline takes, before it is known which it is.
+
+    Raises:
+        UserError: For a part or a format that there is not.
+    """
+    if isinstance(choice, str) and any(part in choice for part in UNET_PARTS):
+        pick_unet_dtypes(choice, device)
+    else:
+        pick_dtypes(choice, device)
+
+
 def pick_unet_dtypes(
     choice: DtypeChoice, device: torch.device, *, autoencoder_in_float16: bool = True
 ) -> tuple[UNetDtypes, list[str]]:

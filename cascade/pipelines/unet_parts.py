@@ -234,7 +234,9 @@ class UNetSource:
                 f"{self.folder / 'tokenizer'}`"
             )
         tokenizer = load_tokenizer(folder)
-        if part.published.config.activation == "gelu" and _SD_PAD in tokenizer.get_vocab():
+        is_open_clip = part.published.config.activation == "gelu"
+        # A file that was written here has its own tokenizers beside it.
+        if is_open_clip and self._written_spec() is None and _SD_PAD in tokenizer.get_vocab():
             tokenizer.pad_token = _SD_PAD
         try:
             return TextEncoder(tokenizer, model, config)
@@ -321,8 +323,8 @@ def _open_one(path: Path, kind: Kind, where: str) -> _Part:
     for part in found:
         if part.published.kind == kind:
             return part
-    held = found[0].published.kind if found else "no such network"
-    raise UserError(f"{where}: holds a {held}, but a {kind} is needed")
+    held = found[0].published.kind if found else "nothing of the kind"
+    raise UserError(f"{where}: no {kind} but {held}; check the path")
 
 
 def _named_file(files: ModelFiles) -> Path | None:

@@ -24,13 +24,14 @@ def make_parser() -> Parser:
     describe.add_argument(
         "paths", nargs="+", type=Path, metavar="PATH", help="a file, or a folder to search"
     )
-    convert = commands.add_parser("convert", help="write a cascade in another layout")
-    convert.add_argument("model", type=Path, metavar="MODEL", help="the cascade's folder")
+    convert = commands.add_parser("convert", help="write a model in another layout")
+    convert.add_argument("model", type=Path, metavar="MODEL", help="its folder, or a single file")
     convert.add_argument(
         "--to",
         choices=("ours", "original", "diffusers"),
         required=True,
-        help="our model folder, the authors' single files (which ComfyUI reads), or diffusers",
+        help="our model folder, the authors' single files (which ComfyUI reads), or diffusers; of "
+        "U-Nets the first and the last are the same",
     )
     convert.add_argument("--out", type=Path, required=True, help="new folder")
     convert.add_argument(

@@ -1,11 +1,10 @@
-"""Writes a cascade in another layout: ours, the authors' single files, or folders of diffusers."""
+"""Writes a model in another layout: ours, the authors' single files, or folders of diffusers."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,15 +21,19 @@ from cascade.checkpoints.files import (
     finite_in,
     save_network,
 )
+from cascade.checkpoints.hub import ModelFiles
 from cascade.checkpoints.load import FAMILIES, Family
+from cascade.checkpoints.readers import open_weights
 from cascade.config import to_dict
 from cascade.diffusion.schedules import CosineSchedule
 from cascade.errors import UserError
 from cascade.pipelines.parts import CascadeParts, Source, open_source
-from cascade.pipelines.placement import Dtypes
+from cascade.pipelines.placement import Dtypes, UNetDtypes
 from cascade.pipelines.spec import CONVERTED_SPEC_FILE, StageSampling, save_spec
-from cascade.text.encoder import TextEncoder
+from cascade.pipelines.unet_parts import UNetSource, is_unet, open_unet_source
 from cascade.text.picture_encoder import PictureEncoder
+from cascade.tools.convert_unet import write_unet_file, write_unet_folder
+from cascade.tools.written import Written, write_text
 from stages.stage_a import StageA, StageAConfig
 from stages.stage_b import StageB, StageBConfig
 from stages.stage_b_v2 import StageBV2, StageBV2Config
@@ -56,16 +59,8 @@ _LITE = (StageBConfig.lite(), StageCConfig.lite())
 _CONV, _TIME, _ATTENTION = "SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock"
 
 
-@dataclass(frozen=True)
-class Written:
-    """What a conversion wrote, and what it could not carry over."""
-
-    files: tuple[Path, ...]
-    notices: tuple[str, ...]
-
-
 def convert(model: Path, target: Target, out: Path, dtype: torch.dtype) -> Written:
-    """Write the cascade in ``model`` to the folder ``out``, in another layout and number format.
+    """Write a model to the folder ``out``, in another layout and number format.
 
     The folder appears when all of it is written, or not at all.
 
@@ -75,6 +70,9 @@ def convert(model: Path, target: Target, out: Path, dtype: torch.dtype) -> Writt
     """
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out}: not empty; name a new folder")
+    found = _files_of(model)
+    if found is not None and is_unet(found):
+        return _convert_unet(open_unet_source(found), target, out, dtype)
     if model.is_file():
         raise UserError(f"{model}: a file; name the folder of the whole cascade")
     source = open_source(model)
@@ -84,6 +82,25 @@ def convert(model: Path, target: Target, out: Path, dtype: torch.dtype) -> Writt
         written = writers[target](source, parts, temporary, dtype)
     files = tuple(out / path.relative_to(temporary) for path in written.files)
     return Written(files, written.notices)
+
+
+def _files_of(model: Path) -> ModelFiles | None:
+    """Return a folder, or what may be a single file of SD or SDXL."""
+    if model.is_dir():
+        return ModelFiles((model,))
+    if not model.is_file() or not any(one.part == "unet" for one in open_weights(model)):
+        return None
+    return ModelFiles((model.parent,), files=frozenset({model}))
+
+
+def _convert_unet(source: UNetSource, target: Target, out: Path, dtype: torch.dtype) -> Written:
+    """Write a U-Net's pipeline; our layout of one is diffusers'."""
+    parts = source.load(torch.device("cpu"), UNetDtypes(dtype, dtype, torch.float32))
+    write = write_unet_file if target == "original" else write_unet_folder
+    with atomic_folder(out) as temporary:
+        written = write(source.spec, parts, temporary, dtype)
+    files = tuple(out / path.relative_to(temporary) for path in written.files)
+    return Written(files, (*source.spec.notices, *written.notices))
 
 
 def _networks(parts: CascadeParts) -> Iterator[tuple[str, nn.Module]]:
@@ -128,7 +145,7 @@ def _write_ours(source: Source, parts: CascadeParts, out: Path, dtype: torch.dty
         files.append(out / f"{name}.safetensors")
     for name, encoder in (("text", parts.text), ("text_b", parts.text_b)):
         if encoder is not None:
-            _write_text(encoder, out / name, out / name, dtype)
+            write_text(encoder, out / name, out / name, dtype)
             files.append(out / name)
     if "image_encoder" in parts.extras:
         _image_encoder(parts, dtype).save(out / "image_encoder")
@@ -207,9 +224,9 @@ def _write_diffusers(source: Source, parts: CascadeParts, out: Path, dtype: torc
     _write_network(decoder / "vqgan", parts.stage_a, dtype, _carried(source, "stage_a"))
     for folder, sampling in ((prior, spec.stage_c), (decoder, spec.stage_b)):
         _write_scheduler(folder / "scheduler", sampling)
-    _write_text(parts.text, prior / "text_encoder", prior / "tokenizer", dtype)
+    write_text(parts.text, prior / "text_encoder", prior / "tokenizer", dtype)
     encoder_b = parts.text_b or parts.text
-    _write_text(encoder_b, decoder / "text_encoder", decoder / "tokenizer", dtype)
+    write_text(encoder_b, decoder / "text_encoder", decoder / "tokenizer", dtype)
 
     text = ["transformers", type(parts.text.model).__name__]
     tokens = ["transformers", type(parts.text.tokenizer).__name__]
@@ -422,17 +439,3 @@ def discrete_betas(shift: float = 1.0) -> Tensor:
     signal = CosineSchedule(shift=shift).log_snr(times).double().sigmoid()  # alpha^2
     before = torch.cat([torch.ones(1, dtype=torch.float64), signal[:-1]])
     return 1.0 - signal / before
-
-
-def _write_text(encoder: TextEncoder, folder: Path, tokens: Path, dtype: torch.dtype) -> None:
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()  # this command prints what it wrote, and no more
-    model: Any = encoder.model
-    folder.mkdir(parents=True, exist_ok=True)
-    model.to(dtype)
-    for key, value in model.state_dict().items():
-        finite_in(value, dtype, f"{folder.name}, {key}")
-    model.save_pretrained(folder, safe_serialization=True)
-    model.to(torch.float32)
-    encoder.tokenizer.save_pretrained(tokens)

@@ -12,10 +12,14 @@ from typing import Any
 from torch import Tensor
 
 from cascade.checkpoints.detect import Published
+from cascade.checkpoints.detect_unet import autoencoder_kl_layout
+from cascade.checkpoints.files import CLASS_KEY
 from cascade.checkpoints.load import build, identify
 from cascade.checkpoints.readers import Opened, is_entry, open_weights, read_json
 from cascade.errors import UserError
 from cascade.pipelines.spec import CONVERTED_SPEC_FILE, SPEC_FILE, CascadeSpec, load_spec
+from cascade.pipelines.unet_published import advice_for
+from stages.autoencoder_kl import AutoencoderKLConfig
 from stages.semantic_compressor import CompressorConfig
 from stages.stage_a import StageAConfig
 
@@ -44,7 +48,27 @@ _PUBLISHED = {
 
 
 _NO_LICENCE = "unknown; ask whoever gave it to you"
-_TITLES = {"stage_a": "Stage A", "stage_b": "Stage B", "stage_c": "Stage C"}
+_SIZES = (
+    "channels",
+    "blocks",
+    "heads",
+    "repeats",
+    "size",
+    "depths",
+    "depth",
+    "layers",
+    "window",
+    "activation",
+    "scale",
+)
+_TITLES = {
+    "stage_a": "Stage A",
+    "stage_b": "Stage B",
+    "stage_c": "Stage C",
+    "unet": "U-Net",
+    "autoencoder_kl": "AutoencoderKL",
+    "text_encoder": "text encoder",
+}
 
 
 @dataclass(frozen=True)
@@ -112,7 +136,7 @@ def _describe(opened: Opened) -> Description:
     config = Path(opened.where).parent / "config.json"
     if config.is_file() and str(read_json(config).get("model_type", "")).startswith("clip"):
         return _describe_clip(opened, read_json(config))
-    published = identify(opened)
+    published, unknown = _identified(opened)
     parameters = count_parameters(opened.tensors)
     origin = "trained with Cascade" if opened.metadata.get("train_steps") else "unknown"
     licence = _NO_LICENCE
@@ -120,6 +144,9 @@ def _describe(opened: Opened) -> Description:
     if known is not None:
         origin = f"the published sizes: {known}"
         licence = LICENCES.get(published.generation or "", "MIT (code and weights of Würstchen)")
+    if published.kind == "unet" and (advice := advice_for(published.config, opened.where)):
+        origin = f"the published shape: {advice.title}"
+        licence = advice.licence or licence
     spec = _spec_of(Path(opened.where))
     if spec is not None:
         origin = spec.name if origin == "unknown" else f"{spec.name}, {origin}"
@@ -136,8 +163,20 @@ def _describe(opened: Opened) -> Description:
         megabytes=sum(one.num_bytes for one in opened.tensors.stored.values()) / 1e6,
         origin=origin,
         licence=licence,
-        problem=_problem(opened, published),
+        problem=_problem(opened, published) or unknown,
     )
+
+
+def _identified(opened: Opened) -> tuple[Published, str]:
+    """Tell what the tensors are, and what nobody tells of them: an autoencoder's scale."""
+    is_kl = autoencoder_kl_layout(opened.shapes) is not None
+    if not is_kl or opened.declared or CLASS_KEY in opened.metadata:
+        return identify(opened), ""
+    opened.declared["scaling_factor"] = AutoencoderKLConfig.sd().scale
+    published = identify(opened)
+    where = "no tensor tells its scale"
+    scales = f"{AutoencoderKLConfig.sd().scale} for SD, {AutoencoderKLConfig.sdxl().scale} for SDXL"
+    return published, f"{where}, which a config.json beside it would: {scales}"
 
 
 def _spec_of(file: Path) -> CascadeSpec | None:
@@ -211,17 +250,20 @@ def _sizes(config: Any) -> str:
     shown = [
         (field.name, getattr(config, field.name))
         for field in fields(config)
-        if field.name.endswith(("channels", "blocks", "heads", "repeats", "size"))
+        if field.name.endswith(_SIZES)
     ]
     return ", ".join(f"{name} {_short(value)}" for name, value in shown)
 
 
 def _short(value: Any) -> str:
-    return "/".join(str(part) for part in value) if isinstance(value, tuple) else str(value)
+    if not isinstance(value, tuple):
+        return str(value)
+    nested = any(isinstance(part, tuple) for part in value)
+    return (" " if nested else "/").join(_short(part) for part in value)
 
 
 def _compression(config: Any) -> str:
-    if isinstance(config, StageAConfig):
+    if isinstance(config, (StageAConfig, AutoencoderKLConfig)):
         return f"{config.downscale} pixels a latent cell along each side"
     if isinstance(config, CompressorConfig):
         side = 2 * math.prod(stage.stride for stage in config.stages) / config.input_fraction
