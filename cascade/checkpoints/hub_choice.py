@@ -1,4 +1,4 @@
-"""Which files of a repository make a cascade: no more than it needs, and each network once.
+"""Which files of a repository make a model: no more than it needs, and each network once.
 
 Only names are looked at. Published repositories hold each network in several sizes, number formats
 and file formats, and the authors' own large files beside the folders of diffusers.
@@ -46,6 +46,11 @@ _WITHOUT_WEIGHTS = ("tokenizer", "feature_extractor")
 _MAX_DEPTH = 2
 _SETTINGS_SUFFIXES = {".json", ".txt"}
 
+_UNET_NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
+_UNET_FOLDERS = (*_UNET_NETWORKS, "tokenizer", "tokenizer_2", "scheduler")
+_UNET_NEEDED = ("unet", "vae", "text_encoder", "tokenizer")
+"""Folders of diffusers' pipelines of SD and SDXL."""
+
 _SHARD = r"(?:-\d{5}-of-(?P<count>\d{5}))?"
 _WEIGHTS = re.compile(
     rf"(?P<base>[^.]+?)(?:\.(?P<mark>[^.]+?))?{_SHARD}(?:\.(?P<late>[^.]+))?"
@@ -75,7 +80,7 @@ def choose(
     lite: bool = False,
     variant: str | None = None,
 ) -> list[list[str]]:
-    """Choose the files of a cascade, which may lie in several repositories.
+    """Choose the files of a cascade, which may lie in several repositories, or of a U-Net.
 
     Args:
         repositories: For each, the paths of its files with what identifies their content (equal
@@ -88,8 +93,10 @@ def choose(
         The chosen paths of each repository.
 
     Raises:
-        UserError: If that is no cascade, or there is no such size or variant.
+        UserError: If that is no such model, or there is no such size or variant.
     """
+    if len(repositories) == 1 and _is_unet(repositories[0]):
+        return [_choose_unet(repositories[0], where, lite=lite, variant=variant)]
     if any(OWN_SETTINGS in files for files in repositories):
         if lite or variant is not None:
             asked = ":lite" if lite else f"variant {variant!r}"
@@ -131,6 +138,46 @@ def choose(
         others = ", ".join(sorted(marks - {""})) or "none but the unmarked one"
         raise UserError(f"{where}: no variant {variant!r} in it; it has: {others}")
     return chosen
+
+
+def _is_unet(files: Iterable[str]) -> bool:
+    return any(name.startswith("unet/") for name in files) and "model_index.json" in files
+
+
+def _choose_unet(
+    files: Mapping[str, str], where: str, *, lite: bool, variant: str | None
+) -> list[str]:
+    """Choose the files of a pipeline of SD or SDXL; safety checkers and the like stay there."""
+    if lite:
+        raise UserError(f"{where}: a U-Net, which has no smaller stages; leave :lite out")
+    names = [name for name in files if "/" not in name and _is_unet_top(name)]
+    marks: set[str] = set()
+    for folder in _UNET_FOLDERS:
+        inside = [name for name in files if _parent(name) == folder]
+        if folder in _UNET_NETWORKS and inside:
+            # Flax and others beside them have formats of their own; ONNX lies deeper.
+            sets = [one for one in _weight_sets(inside) if not _is_foreign(one)]
+            marks |= {one.mark for one in sets}
+            names += _best(sets, variant, f"{where}: {folder}").files
+        names += [name for name in inside if _is_settings(name)]
+    missing = [one for one in _UNET_NEEDED if not any(_parent(name) == one for name in names)]
+    if missing:
+        raise UserError(f"{where}: no {' and no '.join(missing)} in it, which a U-Net needs")
+    if variant is not None and variant not in marks:
+        others = ", ".join(sorted(marks - {""})) or "none but the unmarked one"
+        raise UserError(f"{where}: no variant {variant!r} in it; it has: {others}")
+    return sorted(names)
+
+
+def _is_foreign(one: _Set) -> bool:
+    bases = ("diffusion_pytorch_model", "model", "pytorch_model")
+    return not all(
+        PurePosixPath(name).name.split(".")[0].split("-")[0] in bases for name in one.files
+    )
+
+
+def _is_unet_top(name: str) -> bool:
+    return name in ("model_index.json", "pipeline.json") or _is_licence(name)
 
 
 def _choose_own(files: Mapping[str, str], where: str) -> list[str]:

@@ -211,12 +211,13 @@ def _written_config(opened: Opened, config: type[C]) -> C:
 def _layout(family: Family, config: Any, opened: Opened) -> Any:
     """Find the layout whose names are the file's: ours first."""
     own = build_on_meta(family.network, config, opened.where).state_dict()
-    if 2 * len(own.keys() & opened.tensors.keys()) > len(opened.tensors):
+    there = opened.tensors.keys()
+    if 2 * len(own.keys() & there) > len(there):
         return "ours"
-    for layout, rename in family.to_layout.items():
-        if 2 * len(rename(own, config).keys() & opened.tensors.keys()) > len(opened.tensors):
-            return layout
-    return "ours"  # whose loading then names what is missing and what is left over
+    names = {layout: rename(own, config).keys() for layout, rename in family.to_layout.items()}
+    # Of damaged files the nearest: their loading then names what is missing and left over.
+    nearest = max(names, key=lambda layout: (names[layout] == there, len(names[layout] & there)))
+    return nearest if names[nearest] & there else "ours"
 
 
 def family_of(published: Published) -> Family:

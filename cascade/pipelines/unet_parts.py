@@ -104,6 +104,22 @@ def open_unet_source(files: ModelFiles | str | Path, unet: Path | None = None) -
     return UNetSource(folder, single, files, unet)
 
 
+def written_in(opened: Opened) -> UNetSpec | None:
+    """Return the settings in the metadata of a single file, if it was written here.
+
+    Raises:
+        UserError: If they are not valid.
+    """
+    text = opened.file_metadata.get(SPEC_KEY)
+    if text is None:
+        return None
+    try:
+        values: Mapping[str, object] = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{opened.where}: its settings are not valid JSON ({error})") from error
+    return from_dict(UNetSpec, values, f"{opened.where} (settings)")
+
+
 class UNetSource:
     """A model on this disk: its settings at once, its networks when asked."""
 
@@ -291,14 +307,7 @@ class UNetSource:
         if self._single is None:
             there = (self.folder / UNET_SPEC_FILE).is_file()
             return load_unet_spec(self.folder) if there else None
-        text = self._parts["unet"].opened.file_metadata.get(SPEC_KEY)
-        if text is None:
-            return None
-        try:
-            values: Mapping[str, object] = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{self.where}: its settings are not valid JSON ({error})") from error
-        return from_dict(UNetSpec, values, f"{self.where} (settings)")
+        return written_in(self._parts["unet"].opened)
 
     def _zeros(self) -> bool:
         return self.is_sdxl and bool(self._index.get("force_zeros_for_empty_prompt", True))

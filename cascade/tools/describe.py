@@ -18,7 +18,9 @@ from cascade.checkpoints.load import build, identify
 from cascade.checkpoints.readers import Opened, is_entry, open_weights, read_json
 from cascade.errors import UserError
 from cascade.pipelines.spec import CONVERTED_SPEC_FILE, SPEC_FILE, CascadeSpec, load_spec
+from cascade.pipelines.unet_parts import written_in
 from cascade.pipelines.unet_published import advice_for
+from cascade.pipelines.unet_spec import UNET_SPEC_FILE, UNetSpec, load_unet_spec
 from stages.autoencoder_kl import AutoencoderKLConfig
 from stages.semantic_compressor import CompressorConfig
 from stages.stage_a import StageAConfig
@@ -147,7 +149,7 @@ def _describe(opened: Opened) -> Description:
     if published.kind == "unet" and (advice := advice_for(published.config, opened.where)):
         origin = f"the published shape: {advice.title}"
         licence = advice.licence or licence
-    spec = _spec_of(Path(opened.where))
+    spec = _spec_of(opened)
     if spec is not None:
         origin = spec.name if origin == "unknown" else f"{spec.name}, {origin}"
         licence = spec.licence or licence
@@ -179,14 +181,18 @@ def _identified(opened: Opened) -> tuple[Published, str]:
     return published, f"{where}, which a config.json beside it would: {scales}"
 
 
-def _spec_of(file: Path) -> CascadeSpec | None:
-    """Return the settings of the model that a file belongs to, if they lie near it."""
-    folders = list(file.absolute().parents)[:3]
+def _spec_of(opened: Opened) -> CascadeSpec | UNetSpec | None:
+    """Return the settings of the model that weights belong to: in their file, or near it."""
+    if (written := written_in(opened)) is not None:
+        return written
+    folders = list(Path(opened.where).absolute().parents)[:3]
     for depth, folder in enumerate(folders):
         names = (SPEC_FILE, CONVERTED_SPEC_FILE) if depth < 2 else (CONVERTED_SPEC_FILE,)
         for name in names:
             if (folder / name).is_file():
                 return load_spec(folder, name)
+        if depth == 1 and (folder / UNET_SPEC_FILE).is_file():
+            return load_unet_spec(folder)
     return None
 
 
@@ -211,7 +217,7 @@ def _describe_clip(opened: Opened, config: Mapping[str, Any]) -> Description:
         for name in ("hidden_size", "num_hidden_layers", "max_position_embeddings", "image_size")
         if name in tower
     ]
-    spec = _spec_of(Path(opened.where))
+    spec = _spec_of(opened)
     return Description(
         where=opened.where,
         network=network,

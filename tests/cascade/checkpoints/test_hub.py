@@ -24,7 +24,11 @@ from cascade.checkpoints.readers import open_weights
 from cascade.errors import UserError
 from cascade.pipelines.cascade import CascadePipeline
 from cascade.pipelines.parts import OwnFolder, open_source
+from cascade.pipelines.unet import UNetPipeline
+from cascade.pipelines.unet_parts import is_unet
+from cascade.pipelines.unet_plan import UNetSettings
 from cascade.tools.convert import convert
+from tests.unet_models import save_tiny
 
 V3, V3_PRIOR = "stabilityai/stable-cascade", "stabilityai/stable-cascade-prior"
 COMMIT = "1" * 40
@@ -271,11 +275,16 @@ def test_a_slip_in_the_name_of_a_local_folder_asks_nothing_of_the_network(
     assert not hub.asked
 
 
-def test_a_file_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
+def test_a_file_is_refused_unless_it_holds_weights(tmp_path: Path) -> None:
+    path = tmp_path / "model.json"
     path.touch()
     with pytest.raises(UserError, match="name the model's folder"):
         resolve(path)
+    weights_file = tmp_path / "model.safetensors"
+    weights_file.touch()
+    assert resolve(weights_file) == ModelFiles((tmp_path,), files=frozenset({weights_file}))
+    with pytest.raises(UserError, match="which has no revision, variant or size"):
+        resolve(weights_file, variant="fp16")
 
 
 def test_the_home_of_nobody_is_one_line(hub: Hub) -> None:
@@ -667,3 +676,45 @@ def test_a_listing_that_is_none_is_one_line(own: Hub) -> None:
     with pytest.raises(UserError, match="does not answer as a hub does") as caught:
         resolve("someone/model")
     the_line(caught)
+
+
+# U-Nets
+
+
+def test_a_unets_repository_gives_its_networks_once_and_makes_a_picture(
+    hub: Hub, tmp_path: Path
+) -> None:
+    name = "someone/koala"
+    files = _read(save_tiny(tmp_path / "model", "sdxl"))
+    weights_file = "unet/diffusion_pytorch_model.safetensors"
+    others = {
+        "unet/diffusion_pytorch_model.fp16.safetensors": files[weights_file],
+        "unet/diffusion_pytorch_model.bin": b"pickle",
+        "unet/openvino_model.bin": b"foreign",
+        "vae/diffusion_flax_model.msgpack": b"flax",
+        "safety_checker/model.safetensors": b"another network",
+        "sd_xl_base_1.0.safetensors": b"the same again",
+        "README.md": b"card",
+    }
+    hub.repositories[name] = {**files, **others}
+    found = resolve(name)
+    assert found.files is not None
+    [folder] = found.folders
+    assert {path.relative_to(folder).as_posix() for path in found.files} == set(files)
+    assert is_unet(found)
+    output = UNetPipeline.from_pretrained(name, device="cpu")("a red apple", UNetSettings(seed=1))
+    alone = UNetPipeline(tmp_path / "model", device="cpu")("a red apple", UNetSettings(seed=1))
+    assert torch.equal(output.pixels, alone.pixels)
+
+    marked = resolve(name, variant="fp16")
+    assert marked.files is not None
+    names = {path.relative_to(folder).as_posix() for path in marked.files}
+    assert "unet/diffusion_pytorch_model.fp16.safetensors" in names and weights_file not in names
+    assert "vae/diffusion_pytorch_model.safetensors" in names
+    with pytest.raises(UserError, match="no variant 'bf16' in it; it has: fp16"):
+        resolve(name, variant="bf16")
+    with pytest.raises(UserError, match=f"{name}: a U-Net, which has no smaller stages"):
+        resolve(f"{name}:lite")
+    del hub.repositories[name]["vae/diffusion_pytorch_model.safetensors"]
+    with pytest.raises(UserError, match=f"{name}: vae: not all parts|no vae"):
+        resolve(name)

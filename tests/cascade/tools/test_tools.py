@@ -21,7 +21,9 @@ from cascade.pipelines.spec import load_spec, save_spec
 from cascade.tools.__main__ import main
 from cascade.tools.convert import TRAIN_TIMES, discrete_betas
 from cascade.tools.describe import describe_path
+from stages.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from stages.stage_c import StageC
+from tests.unet_models import save_tiny
 
 NAMES = {"stage_a", "stage_b", "stage_c", "effnet_encoder", "previewer"}
 
@@ -154,7 +156,7 @@ def test_a_conversion_that_ends_early_leaves_nothing(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("cascade.tools.convert._write_text", fail)
+    monkeypatch.setattr("cascade.tools.convert.write_text", fail)
     expected = UserError if isinstance(error, OSError) else KeyboardInterrupt
     with pytest.raises(expected):
         convert(tiny_model, tmp_path / "new" / "out", "diffusers")
@@ -303,3 +305,24 @@ def test_what_is_no_network_is_one_line(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "x.safetensors").write_bytes(b"nothing")
     assert run_main(lambda: main(["describe", str(tmp_path / "x.safetensors")])) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_unets_folder_and_file_are_described(tmp_path: Path) -> None:
+    single = save_tiny(tmp_path / "single", "sdxl", single=True)
+    for path in (single, save_tiny(tmp_path / "folder", "sdxl")):
+        described = describe_path(path)
+        networks = [one.network for one in described]
+        assert sorted(networks) == ["AutoencoderKL", "U-Net", "text encoder", "text encoder"]
+        assert {one.licence for one in described} == {"Apache-2.0"}
+        assert {one.problem for one in described} == {""}
+        assert {one.origin for one in described} == {"tiny-sdxl"}
+    [unet] = [one for one in described if one.network == "U-Net"]
+    assert "mid_depth 1, up_depths 1/2 0/0" in unet.sizes
+
+
+def test_an_autoencoder_alone_is_described_with_what_nobody_tells(tmp_path: Path) -> None:
+    config = AutoencoderKLConfig(channels=(32, 64), blocks_per_level=1)
+    save_file(AutoencoderKL(config).state_dict(), tmp_path / "vae.safetensors")
+    [described] = describe_path(tmp_path / "vae.safetensors")
+    assert described.network == "AutoencoderKL"
+    assert "no tensor tells its scale" in described.problem
