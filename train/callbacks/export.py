@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from cascade.checkpoints.files import save_network
+from cascade.checkpoints.files import read_tensors, save_network
 from cascade.errors import UserError
 from train.callbacks.ema import WeightAverage, exported_networks
 from train.callbacks.ledger import Ledger
@@ -63,9 +63,24 @@ class Export(Callback):
             return
         self._written_step = trainer.global_step
         with self.ledger.clock.within("checkpoint"), self.errors.kept():
-            self._write(trainer, system)
+            self._write(trainer, system, self.out)
+        _log.info("exported %s to %s", ", ".join(exported_networks(system)), self.out)
 
-    def _write(self, trainer: Trainer, system: LightningModule) -> None:
+    def rehearse(self, trainer: Trainer, system: LightningModule, folder: Path) -> None:
+        """Write all exported networks elsewhere and read their files back.
+
+        Raises:
+            UserError: One can't be written, or reads back otherwise.
+        """
+        with self.ledger.clock.within("checkpoint"), self.errors.kept():
+            self._write(trainer, system, folder)
+            for path in sorted(folder.rglob("*.safetensors")):
+                tensors = read_tensors(path)
+                for key in tensors:
+                    if not bool(tensors[key].isfinite().all()):
+                        raise UserError(f"{path}: {key} reads back with values not finite")
+
+    def _write(self, trainer: Trainer, system: LightningModule, out: Path) -> None:
         metadata = {
             "weights": "ema",
             "train_steps": str(steps_done(system, trainer)),
@@ -83,7 +98,7 @@ class Export(Callback):
             averaged.load_state_dict(average)
             own = getattr(system, "export_metadata", None)
             more = own(name) if own is not None else {}
-            export_one(self.out, name, averaged, system, self.dtype, metadata | more)
+            export_one(out, name, averaged, system, self.dtype, metadata | more)
 
 
 def export_one(
@@ -100,4 +115,3 @@ def export_one(
         own_export(out, name, network, dtype, metadata)
     else:
         save_network(out / f"{name}.safetensors", network, dtype=dtype, metadata=metadata)
-    _log.info("exported %s to %s", name, out)
