@@ -20,14 +20,18 @@ class DiffusionConfig:
 
     prediction: Literal["epsilon", "v", "x0"] = "epsilon"
     """What the network outputs (epsilon in all published stages)."""
-    weight: Literal["p2", "min_snr", "constant"] = "p2"
-    """Loss weight over log-SNR (p2 in the papers)."""
+    weight: Literal["p2", "min_snr", "constant", "adaptive"] = "p2"
+    """Loss weight over log-SNR (p2 in the papers; adaptive, 1 over the loss's own average at that
+    noise level, in Stable Cascade's trainers)."""
     draw: Literal["uniform", "logit_normal", "official", "noisy"] = "uniform"
     """Distribution of the diffusion time."""
     stratified: bool = True
     """Spread the times of a batch evenly over the distribution: less noise in the gradient."""
     shift: float = 1.0
     """Resolution shift of the schedule in training."""
+    time_input: Literal["cosine", "raw"] = "cosine"
+    """The time that the network is told: where the unshifted cosine has this noise (v3), or the
+    time itself (Würstchen v2). Sampling has the same option."""
 
     def schedule(self) -> CosineSchedule:
         """Return the noise schedule of training."""
@@ -45,13 +49,16 @@ class Noised:
     t: Tensor  # (B,)
 
 
-def noise_batch(x0: Tensor, config: DiffusionConfig, draws: StepDraws) -> Noised:
+def noise_batch(
+    x0: Tensor, config: DiffusionConfig, draws: StepDraws, noise: Tensor | None = None
+) -> Noised:
     """Draw times and noise for a batch of clean latents.
 
     Args:
         x0: Clean latents, shape ``(B, C, H, W)``.
         config: Schedule, prediction and weight.
         draws: Of this micro-batch; on the CPU, so that every device sees the same.
+        noise: Noise of the shape of ``x0``; None: white.
     """
     schedule, prediction = config.schedule(), Prediction(config.prediction)
 
@@ -59,7 +66,9 @@ def noise_batch(x0: Tensor, config: DiffusionConfig, draws: StepDraws) -> Noised
         return weighting.draw_t(count, generator, config.draw, stratified=config.stratified)
 
     t = draws.share("t", len(x0), draw).to(x0.device)  # (B,)
-    noise = draws.normal("noise", x0.shape).to(x0.device)
+    if noise is None:
+        noise = draws.normal("noise", x0.shape)
+    noise = noise.to(x0.device)
     alpha, sigma = (value.view(-1, 1, 1, 1) for value in schedule(t))  # (B, 1, 1, 1)
     log_snr = schedule.log_snr(t)
     if config.weight == "p2":
@@ -70,11 +79,16 @@ def noise_batch(x0: Tensor, config: DiffusionConfig, draws: StepDraws) -> Noised
         weight = torch.ones_like(log_snr)
     return Noised(
         x_t=alpha * x0 + sigma * noise,
-        network_time=schedule.network_time(t),
+        network_time=t if config.time_input == "raw" else schedule.network_time(t),
         target=target(prediction, x0, noise, alpha, sigma),
         weight=weight,
         t=t,
     )
+
+
+def errors_by_sample(predicted: Tensor, noised: Noised) -> Tensor:
+    """Return each sample's mean squared error (B,), in float32, without a gradient."""
+    return (predicted.detach().float() - noised.target).square().flatten(1).mean(dim=1)
 
 
 def denoising_loss(predicted: Tensor, noised: Noised) -> tuple[Tensor, Tensor]:

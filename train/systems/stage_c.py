@@ -11,10 +11,13 @@ from torch import Tensor, nn
 
 from cascade.text.encoder import TextConfig
 from stages.stage_c import StageC, StageCCondition, StageCConfig
+from stages.stage_c_v2 import StageCV2, StageCV2Condition, StageCV2Config
 from train.callbacks.pictures import PicturesConfig
 from train.data.cached import CachedBatch
 from train.data.config import DataConfig
 from train.draws import StepDraws, step_draws
+from train.initial import check_architecture
+from train.losses.adaptive import AdaptiveWeight
 from train.losses.denoising import DiffusionConfig, denoising_loss, errors_by_noise, noise_batch
 from train.optim import make_optimizer
 from train.settings import OptimConfig, RunConfig
@@ -26,11 +29,16 @@ class StageCRun:
 
     run: RunConfig
     data: DataConfig
-    model: StageCConfig
     text: str
-    """Text encoder's folder; the cache must come from it."""
+    """Text encoder's folder, or a model with one; a cache must come from it."""
     compressor: str
-    """Semantic compressor's file; the cache must come from it."""
+    """Semantic compressor's file, or a model with one; a cache must come from it."""
+    model: StageCConfig | None = None
+    """Sizes of Stage C."""
+    model_v2: StageCV2Config | None = None
+    """Sizes of Würstchen v2's Stage C instead. Neither: those of ``init_from``."""
+    image: str | None = None
+    """CLIP's picture tower, or a model with one, for ``image_share``; null: ``text`` has it."""
     text_states: TextConfig = field(default_factory=TextConfig)
     """Which hidden states the network reads; the cache must hold these, and the model folder's
     ``model.json`` must name them under ``text``."""
@@ -46,15 +54,27 @@ class StageCRun:
     pictures: PicturesConfig | None = None
     """Pictures of fixed prompts while it learns; null draws none."""
     init_from: str | None = None
-    """Exported Stage C file whose weights the run starts with."""
+    """Stage C that the run starts with: a file or folder in any layout, a model, or a hub id."""
 
     def __post_init__(self) -> None:
-        """Refuse a picture for a network that takes none."""
-        if self.image_share > 0 and self.model.image_channels is None:
+        """Refuse two networks, or a picture for a network that takes none."""
+        check_architecture(self)
+        if self.image_share > 0 and self.model_v2 is not None:
+            raise ValueError(
+                f"image_share is {self.image_share} but Stage C of Würstchen v2 takes no picture"
+            )
+        if self.image_share > 0 and self.model is not None and self.model.image_channels is None:
             raise ValueError(
                 f"image_share is {self.image_share} but model.image_channels is null: the network "
                 "takes no picture"
             )
+
+    @property
+    def sizes(self) -> StageCConfig | StageCV2Config:
+        """The network's, once they are known."""
+        sizes = self.model_v2 if self.model is None else self.model
+        assert sizes is not None, "with_architecture comes first"
+        return sizes
 
 
 class StageCSystem(LightningModule):
@@ -67,7 +87,11 @@ class StageCSystem(LightningModule):
         """Build the network; ``null_text`` is the hidden (L, D) and pooled (P,) of ""."""
         super().__init__()
         self.config = config
-        self.network = StageC(config.model)
+        sizes = config.sizes
+        self.network: StageC | StageCV2 = (
+            StageCV2(sizes) if isinstance(sizes, StageCV2Config) else StageC(sizes)
+        )
+        self.adaptive = AdaptiveWeight() if config.diffusion.weight == "adaptive" else None
         self.register_buffer("null_hidden", null_text[0].float(), persistent=False)
         self.register_buffer("null_pooled", null_text[1].float(), persistent=False)
 
@@ -75,7 +99,9 @@ class StageCSystem(LightningModule):
         """Return what is averaged and exported."""
         return {"stage_c": self.network}
 
-    def condition(self, batch: CachedBatch, draws: StepDraws) -> StageCCondition:
+    def condition(
+        self, batch: CachedBatch, draws: StepDraws
+    ) -> StageCCondition | StageCV2Condition:
         """Build the condition; each sample loses its caption, or its picture, on its own draw."""
         config = self.config
         hidden, pooled = batch.require("text_hidden"), batch.require("text_pooled")
@@ -88,9 +114,12 @@ class StageCSystem(LightningModule):
             embeds = batch.require("image_embeds")
             image = (given.to(embeds)[:, None] * embeds)[:, None]  # (B, 1, E)
         drop = drop.to(hidden.device)
+        hidden = torch.where(drop[:, None, None], self.null_hidden, hidden)
+        if isinstance(self.network, StageCV2):
+            return StageCV2Condition(text_hidden=hidden)
         return StageCCondition(
             image=image,
-            text_hidden=torch.where(drop[:, None, None], self.null_hidden, hidden),
+            text_hidden=hidden,
             text_pooled=torch.where(drop[:, None], self.null_pooled, pooled),
         )
 
@@ -100,12 +129,23 @@ class StageCSystem(LightningModule):
         noised = noise_batch(batch.require("stage_c_latents"), self.config.diffusion, draws)
         cond = self.condition(batch, draws)
         predicted = self.network(noised.x_t, noised.network_time, cond)
+        if self.adaptive is not None:
+            noised = self.adaptive.reweigh(
+                noised,
+                predicted,
+                self.config.diffusion.schedule().log_snr(noised.t),
+                ends_step=draws.micro == draws.micros - 1,
+                summed=self._summed,
+            )
         loss, mse = denoising_loss(predicted, noised)
         self.log("loss", loss, prog_bar=True, sync_dist=True)
         self.log("mse", mse, sync_dist=True)
         if (self.global_step + 1) % self.config.run.log_every_steps == 0:
             self.log_dict(errors_by_noise(predicted, noised))
         return loss
+
+    def _summed(self, part: Tensor) -> Tensor:
+        return self.trainer.strategy.reduce(part, reduce_op="sum")  # type: ignore[return-value]
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer with its per-step schedule."""
