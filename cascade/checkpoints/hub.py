@@ -137,9 +137,11 @@ def _from_hub(
         ) from error
     for listing, paths in zip(listings, chosen, strict=True):
         fetch(listing, paths)
-    pairs = zip(listings, chosen, strict=True)
+    pairs = list(zip(listings, chosen, strict=True))
     files = frozenset(listing.folder / path for listing, paths in pairs for path in paths)
-    return ModelFiles(tuple(listing.folder for listing in listings), lite, files)
+    # Of a part, the other repository may have nothing, and no folder here.
+    folders = tuple(listing.folder for listing, paths in pairs if paths or part is None)
+    return ModelFiles(folders, lite, files)
 
 
 def _repositories(name: str) -> list[str]:
