@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal, get_args
 
-Phase = Literal["setup", "data", "step", "checkpoint", "pictures", "end"]
+Phase = Literal["setup", "data", "step", "checkpoint", "pictures", "validation", "end"]
 """``setup``: before the first batch is asked for. ``data``: waiting for batches, and logging.
 ``step``: forward, backward, optimizer, average. ``checkpoint``: writing checkpoints and exports.
-``pictures``: making sample pictures. ``end``: after the last step."""
+``pictures``: making sample pictures. ``validation``: looking at held-out pictures. ``end``: after
+the last step."""
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
 

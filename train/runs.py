@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +19,8 @@ from stages.stage_b_v2 import StageBV2Config
 from stages.stage_c import StageCConfig
 from stages.stage_c_v2 import StageCV2Config
 from train.callbacks.pictures import SamplePictures
+from train.callbacks.posthoc_ema import PosthocEma
+from train.callbacks.validation import Validation
 from train.data.cached import Cache
 from train.data.open import TrainingData, open_data, remember_data
 from train.encode import FrozenPaths
@@ -83,7 +87,8 @@ def train_stage_b(config: StageBRun, *, resume: bool) -> None:
         compressor=config.frozen_compressor,
         compressor_input=config.compressor_input,
     )
-    data = open_data(config.data, frozen, pixels=config.compressor is not None)
+    pixels = config.compressor is not None
+    data = open_data(config.data, frozen, pixels=pixels)
     assert data.null_text is not None, "open_data gives the null text with the text part"
     if isinstance(sizes, StageBV2Config):
         _fits("model_v2.text_channels", sizes.text_channels, data.null_text[0].shape[-1])
@@ -108,7 +113,7 @@ def train_stage_b(config: StageBRun, *, resume: bool) -> None:
                 f"init_from {folder}: no compressor.safetensors in it, and the compressor learns "
                 "too; name its weights as compressor_init_from"
             )
-    _fit(system, data, config, prepared)
+    _fit(system, data, config, prepared, _validation(config, frozen, prepared, pixels=pixels))
 
 
 def train_stage_c(config: StageCRun, *, resume: bool) -> None:
@@ -135,7 +140,9 @@ def train_stage_c(config: StageCRun, *, resume: bool) -> None:
         _fits("model.text_pooled_channels", sizes.text_pooled_channels, pooled_channels)
     system = StageCSystem(config, data.null_text)
     _start(system.network, config.init_from, "stage_c", prepared, section)
-    _fit(system, data, config, prepared)
+    # Held-out pictures are judged by their captions alone.
+    judged = replace(frozen, image=None)
+    _fit(system, data, config, prepared, _validation(config, judged, prepared, pixels=False))
 
 
 def train_previewer(config: PreviewerRun, *, resume: bool) -> None:
@@ -148,18 +155,34 @@ def train_previewer(config: PreviewerRun, *, resume: bool) -> None:
     _fit(system, data, config, prepared)
 
 
+def _validation(
+    config: StageBRun | StageCRun, frozen: FrozenPaths, prepared: Prepared, *, pixels: bool
+) -> list[pl.Callback]:
+    """Return what judges the run on held-out pictures, if it asks for that."""
+    if config.validation is None:
+        return []
+    held_out = open_data(config.validation.data(config.data), frozen, pixels=pixels)
+    return [Validation(config.validation, held_out, prepared.out, pixels=pixels)]
+
+
 def _fit(
-    system: pl.LightningModule, data: TrainingData, config: AnyRun, prepared: Prepared
+    system: pl.LightningModule,
+    data: TrainingData,
+    config: AnyRun,
+    prepared: Prepared,
+    last: Sequence[pl.Callback] = (),
 ) -> None:
     """Train on the data, with the frozen networks that they need."""
     remember_data(data, prepared.out, resume=prepared.newest is not None)
     callbacks = [data.encode] if data.encode is not None else []
-    last: list[pl.Callback] = []
+    last = list(last)
+    if isinstance(config, (StageBRun, StageCRun)) and config.posthoc_ema is not None:
+        last.append(PosthocEma(config.posthoc_ema, prepared.out))
     if isinstance(config, (StageBRun, StageCRun)) and config.pictures is not None:
         stage: Literal["stage_b", "stage_c"] = "stage_b"
         if isinstance(config, StageCRun):
             stage = "stage_c"
-        last.append(SamplePictures(config.pictures, prepared.out, stage))
+        last.append(SamplePictures(config.pictures, prepared.out, stage, config.diffusion))
     fit(
         system,
         data.loader_from,

@@ -27,7 +27,8 @@ from cascade.errors import UserError
 
 AVERAGE_KEY = "averaged_from"
 """Metadata: what a file is the mean of, a JSON list of {file, hash, weight}."""
-_DESCRIBING = (CLASS_KEY, CONFIG_KEY, "format")
+_OURS = "cascade_"
+"""What our metadata of a network begin with; the rest tells how one file was made."""
 
 
 def average(paths: Sequence[Path], weights: Sequence[float], out: Path) -> None:
@@ -52,12 +53,17 @@ def average(paths: Sequence[Path], weights: Sequence[float], out: Path) -> None:
     network = identify(first)
     for other in opened[1:]:
         _check_same_network(network, identify(other), first, other)
+        _check_same_training(first, other)
         _check_same_tensors(first, other)
     sources = [
         {"file": str(path), "hash": weights_hash(path), "weight": weight}
         for path, weight in zip(paths, weights, strict=True)
     ]
-    metadata = {key: first.metadata[key] for key in _DESCRIBING if key in first.metadata}
+    metadata = {
+        key: value
+        for key, value in first.metadata.items()
+        if key == "format" or key.startswith(_OURS)
+    }
     metadata[AVERAGE_KEY] = json.dumps(sources)
     tensors = {key: _mean([one.tensors[key] for one in opened], weights) for key in first.tensors}
     with atomic_path(out) as temporary:
@@ -81,6 +87,16 @@ def _check_same_network(one: Published, other: Published, first: Opened, second:
             raise UserError(
                 f"{second.where}: its {field.name} is {theirs}, but {mine} in {first.where}"
             )
+
+
+def _check_same_training(first: Opened, second: Opened) -> None:
+    """Refuse networks that must be sampled in different ways, which their files tell."""
+    for key in sorted({*first.metadata, *second.metadata}):
+        if not key.startswith(_OURS) or key in (CLASS_KEY, CONFIG_KEY):
+            continue
+        mine, theirs = first.metadata.get(key), second.metadata.get(key)
+        if mine != theirs and None not in (mine, theirs):
+            raise UserError(f"{second.where}: its {key} is {theirs}, but {mine} in {first.where}")
 
 
 def _check_same_tensors(first: Opened, second: Opened) -> None:

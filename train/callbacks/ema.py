@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -61,6 +63,28 @@ class WeightAverage(Callback):
         """Take the average back."""
         self.num_updates = state_dict["num_updates"]
         self.averages = state_dict["averages"]
+
+
+@contextlib.contextmanager
+def with_weights(
+    networks: dict[str, nn.Module], weights: dict[str, dict[str, Tensor]] | None
+) -> Iterator[None]:
+    """Put networks into evaluation mode, with other weights if given; then all of it back."""
+    modes = {one: one.training for network in networks.values() for one in network.modules()}
+    own: dict[str, dict[str, Tensor]] = {}
+    if weights is not None:
+        for name, network in networks.items():
+            own[name] = {key: value.clone() for key, value in network.state_dict().items()}
+            network.load_state_dict(weights[name])
+    for network in networks.values():
+        network.eval()
+    try:
+        yield
+    finally:
+        for name, state in own.items():
+            networks[name].load_state_dict(state)
+        for module, training in modes.items():
+            module.training = training
 
 
 def exported_networks(system: LightningModule) -> dict[str, nn.Module]:

@@ -81,7 +81,9 @@ class Export(Callback):
                 )
             averaged = copy.deepcopy(network)
             averaged.load_state_dict(average)
-            export_one(self.out, name, averaged, system, self.dtype, metadata)
+            own = getattr(system, "export_metadata", None)
+            more = own(name) if own is not None else {}
+            export_one(self.out, name, averaged, system, self.dtype, metadata | more)
 
 
 def export_one(

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from cascade.errors import UserError
 from cascade.images import image_grid, open_image, save_png
 from cascade.pipelines.cascade import CascadePipeline
-from train.callbacks.ema import WeightAverage
+from train.callbacks.ema import WeightAverage, with_weights
 from train.callbacks.ledger import Ledger
 from train.clock import PhaseClock
+from train.losses.denoising import DiffusionConfig
 from train.steps import ends_step
 
 _log = logging.getLogger(__name__)
@@ -62,8 +60,10 @@ class SamplePictures(Callback):
         config: PicturesConfig,
         out: Path,
         stage: Literal["stage_b", "stage_c"],
+        diffusion: DiffusionConfig,
     ) -> None:
-        """Take what to draw, the run's folder, and which stage of the model it trains."""
+        """Take what to draw, the run's folder, which stage of the model it trains, and how."""
+        self.diffusion = diffusion
         self.config = config
         self.folder = out / PICTURES_FOLDER
         self.stage = stage
@@ -86,6 +86,13 @@ class SamplePictures(Callback):
         with self._clock.within("pictures"):
             device = str(pl_module.device)
             self._pipeline = CascadePipeline.from_folder(self.config.model, device=device)
+            spec = self._pipeline.spec
+            sampling = self.diffusion.sampled(getattr(spec, self.stage))
+            # The model's own stage may have been trained otherwise than the one that learns.
+            if self.stage == "stage_b":
+                self._pipeline.spec = replace(spec, stage_b=sampling)
+            else:
+                self._pipeline.spec = replace(spec, stage_c=sampling)
             lent = getattr(self._pipeline, self.stage).config
             learning = getattr(pl_module.network, "config", None)
             for name in ("latent_channels", "text_pooled_channels"):
@@ -123,11 +130,11 @@ class SamplePictures(Callback):
         pipeline, network, prompts = self._pipeline, system.network, self.config.prompts
         assert pipeline is not None, "on_train_start comes first"
         assert isinstance(network, nn.Module), "a system's network is a module"
-        average = None
+        average: dict[str, dict[str, Tensor]] | None = None
         if kind == "ema":
             assert self._average is not None, "every run averages its weights"
-            average = self._average.averages[self.stage]
-        with _drawing(network, average):
+            average = {self.stage: self._average.averages[self.stage]}
+        with with_weights({self.stage: network}, average):
             lent = getattr(pipeline, self.stage)
             setattr(pipeline, self.stage, network)
             try:
@@ -157,21 +164,3 @@ class SamplePictures(Callback):
 
     def _part(self, kind: Weights, step: int, number: int) -> Path:
         return self.folder / f".step_{step:07d}_{kind}_{number:04d}.png"
-
-
-@contextlib.contextmanager
-def _drawing(network: nn.Module, average: dict[str, torch.Tensor] | None) -> Iterator[None]:
-    """Put a network into evaluation mode, with averaged weights if given; then all of it back."""
-    modes = {module: module.training for module in network.modules()}
-    own = None
-    if average is not None:
-        own = {key: value.clone() for key, value in network.state_dict().items()}
-        network.load_state_dict(average)
-    network.eval()
-    try:
-        yield
-    finally:
-        if own is not None:
-            network.load_state_dict(own)
-        for module, training in modes.items():
-            module.training = training

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from train.losses.denoising import Noised, errors_by_sample
+from train.losses.denoising import Noised
 
 _LOG_SNR_RANGE = (-10.0, 10.0)
 _BUCKETS = 300
@@ -46,7 +46,7 @@ class AdaptiveWeight(nn.Module):
     def reweigh(
         self,
         noised: Noised,
-        predicted: Tensor,
+        errors: Tensor,
         log_snr: Tensor,
         *,
         ends_step: bool,
@@ -56,13 +56,13 @@ class AdaptiveWeight(nn.Module):
 
         Args:
             noised: The batch.
-            predicted: What the network said of it.
+            errors: Of each sample without weights, (B,), detached.
             log_snr: Of each sample, (B,).
             ends_step: Whether this micro-batch is the last of its step.
             summed: Returns the sum of a tensor over all ranks.
         """
         weighted = replace(noised, weight=self(log_snr))
-        self.note(log_snr, errors_by_sample(predicted, noised))
+        self.note(log_snr, errors)
         if ends_step:
             self.follow(summed)
         return weighted

@@ -15,12 +15,21 @@ from stages.semantic_compressor import CompressorConfig, SemanticCompressor
 from stages.stage_b import StageB, StageBCondition, StageBConfig
 from stages.stage_b_v2 import StageBV2, StageBV2Condition, StageBV2Config
 from train.callbacks.pictures import PicturesConfig
+from train.callbacks.posthoc_ema import PosthocEmaConfig
+from train.callbacks.validation import ValidationConfig
 from train.data.cached import CachedBatch
 from train.data.config import DataConfig
 from train.draws import StepDraws, step_draws
 from train.initial import check_architecture
 from train.losses.adaptive import AdaptiveWeight
-from train.losses.denoising import DiffusionConfig, denoising_loss, errors_by_noise, noise_batch
+from train.losses.denoising import (
+    DiffusionConfig,
+    denoising_loss,
+    errors_by_noise,
+    errors_by_sample,
+    noise_batch,
+    published_errors,
+)
 from train.losses.pyramid import pyramid_noise
 from train.optim import make_optimizer
 from train.settings import OptimConfig, RunConfig
@@ -76,6 +85,10 @@ class StageBRun:
     """Largest diffusion time of that noise."""
     pictures: PicturesConfig | None = None
     """Pictures of fixed prompts while it learns; null draws none."""
+    validation: ValidationConfig | None = None
+    """Held-out pictures on which the run is judged while it learns; null judges on none."""
+    posthoc_ema: PosthocEmaConfig | None = None
+    """Snapshots from which ``python -m train.posthoc_ema`` makes averages of any length."""
     init_from: str | None = None
     """What the run starts with: a run's folder with stage_b.safetensors and, if the compressor
     learns too, compressor.safetensors; or weights of Stage B alone in any layout, a model, or a
@@ -149,31 +162,47 @@ class StageBSystem(LightningModule):
             return {"stage_b": self.network}
         return {"stage_b": self.network, "compressor": self.compressor}
 
+    def export_metadata(self, name: str) -> dict[str, str]:
+        """Return what a network's file says beside its sizes."""
+        return self.config.diffusion.metadata() if name == "stage_b" else {}
+
     def condition(
         self, batch: CachedBatch, draws: StepDraws
     ) -> StageBCondition | StageBV2Condition:
         """Compress the pictures, then noise and drop the result sample by sample."""
-        if self.compressor is None:
-            latents = batch.require("stage_c_latents")  # (B, 16, h, w)
-        else:
-            latents = self.compressor.encode(batch.require("pixels")).float()
-        if isinstance(self.network, StageBV2):  # told raw values, as by the pipeline
-            assert self.latents_of is not None, "a run has a compressor"
-            latents = latents * self.latents_of.scale - self.latents_of.shift
         latents = corrupt_latents(
-            latents,
+            self.compressed(batch),
             drop=self.config.condition_dropout,
             noise=self.config.condition_noise,
             noise_t=self.config.condition_noise_t,
             draws=draws,
         )
         drop = draws.uniform("caption dropout", len(batch)) < self.config.caption_dropout
-        drop = drop.to(latents.device)
+        return self.told(batch, latents, drop.to(latents.device))
+
+    def compressed(self, batch: CachedBatch) -> Tensor:
+        """Return the compressor's latents (B, 16, h, w) as the network is told them."""
+        if self.compressor is None:
+            latents = batch.require("stage_c_latents")
+        else:
+            latents = self.compressor.encode(batch.require("pixels")).float()
+        if isinstance(self.network, StageBV2):  # raw values, as the pipeline tells them
+            assert self.latents_of is not None, "a run has a compressor"
+            latents = latents * self.latents_of.scale - self.latents_of.shift
+        return latents
+
+    def told(
+        self, batch: CachedBatch, latents: Tensor, drop: Tensor | None = None
+    ) -> StageBCondition | StageBV2Condition:
+        """Return the network's condition; samples of ``drop`` (B,) lose their caption."""
         if isinstance(self.network, StageBV2):
             hidden = batch.require("text_hidden")
-            hidden = torch.where(drop[:, None, None], self.null_hidden, hidden)
+            if drop is not None:
+                hidden = torch.where(drop[:, None, None], self.null_hidden, hidden)
             return StageBV2Condition(stage_c_latents=latents, text_hidden=hidden)
-        pooled = torch.where(drop[:, None], self.null_pooled, batch.require("text_pooled"))
+        pooled = batch.require("text_pooled")
+        if drop is not None:
+            pooled = torch.where(drop[:, None], self.null_pooled, pooled)
         return StageBCondition(stage_c_latents=latents, text_pooled=pooled)
 
     def training_step(self, batch: CachedBatch, batch_idx: int) -> Tensor:
@@ -189,8 +218,8 @@ class StageBSystem(LightningModule):
         if self.adaptive is not None:
             noised = self.adaptive.reweigh(
                 noised,
-                predicted,
-                self.config.diffusion.schedule().log_snr(noised.t),
+                errors_by_sample(predicted.detach(), noised),
+                self.config.diffusion.noise_schedule().log_snr(noised.t),
                 ends_step=draws.micro == draws.micros - 1,
                 summed=self._summed,
             )
@@ -203,6 +232,17 @@ class StageBSystem(LightningModule):
 
     def _summed(self, part: Tensor) -> Tensor:
         return self.trainer.strategy.reduce(part, reduce_op="sum")  # type: ignore[return-value]
+
+    def validation_errors(self, batch: CachedBatch, draws: StepDraws) -> tuple[Tensor, Tensor]:
+        """Return each sample's published loss and time, on whole and clean conditions."""
+        cond = self.told(batch, self.compressed(batch))
+
+        def network(x_t: Tensor, time: Tensor) -> Tensor:
+            return self.network(x_t, time, cond)
+
+        return published_errors(
+            network, batch.require("stage_a_latents"), self.config.diffusion, draws
+        )
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer with its per-step schedule."""

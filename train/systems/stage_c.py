@@ -13,12 +13,21 @@ from cascade.text.encoder import TextConfig
 from stages.stage_c import StageC, StageCCondition, StageCConfig
 from stages.stage_c_v2 import StageCV2, StageCV2Condition, StageCV2Config
 from train.callbacks.pictures import PicturesConfig
+from train.callbacks.posthoc_ema import PosthocEmaConfig
+from train.callbacks.validation import ValidationConfig
 from train.data.cached import CachedBatch
 from train.data.config import DataConfig
 from train.draws import StepDraws, step_draws
 from train.initial import check_architecture
 from train.losses.adaptive import AdaptiveWeight
-from train.losses.denoising import DiffusionConfig, denoising_loss, errors_by_noise, noise_batch
+from train.losses.denoising import (
+    DiffusionConfig,
+    denoising_loss,
+    errors_by_noise,
+    errors_by_sample,
+    noise_batch,
+    published_errors,
+)
 from train.optim import make_optimizer
 from train.settings import OptimConfig, RunConfig
 
@@ -51,18 +60,34 @@ class StageCRun:
     Stable Cascade); the others see zeros. It is what picture variations need."""
     image_caption_dropout: float = 0.5
     """Share of those that see the null prompt beside it."""
+    mask_share: float = 0.0
+    """Share of the positions of each sample that the network does not see and is not asked for
+    (masked-token training). Convolutions still run over all of them: it saves no compute here."""
+    mask_until: float = 0.8
+    """Part of the run after which nothing is masked, so that the network ends on whole inputs."""
     pictures: PicturesConfig | None = None
     """Pictures of fixed prompts while it learns; null draws none."""
+    validation: ValidationConfig | None = None
+    """Held-out pictures on which the run is judged while it learns; null judges on none."""
+    posthoc_ema: PosthocEmaConfig | None = None
+    """Snapshots from which ``python -m train.posthoc_ema`` makes averages of any length."""
     init_from: str | None = None
     """Stage C that the run starts with: a file or folder in any layout, a model, or a hub id."""
 
     def __post_init__(self) -> None:
-        """Refuse two networks, or a picture for a network that takes none."""
+        """Refuse two networks, what a network does not take, and masks that hide all."""
         check_architecture(self)
-        if self.image_share > 0 and self.model_v2 is not None:
+        if not (0 <= self.mask_share < 1 and 0 <= self.mask_until <= 1):
             raise ValueError(
-                f"image_share is {self.image_share} but Stage C of Würstchen v2 takes no picture"
+                f"mask_share={self.mask_share} lies in [0, 1), mask_until={self.mask_until} in "
+                "[0, 1]"
             )
+        for name in ("image_share", "mask_share"):
+            if getattr(self, name) > 0 and self.model_v2 is not None:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)} but Stage C of Würstchen v2 takes no "
+                    f"{name.removesuffix('_share').replace('image', 'picture')}"
+                )
         if self.image_share > 0 and self.model is not None and self.model.image_channels is None:
             raise ValueError(
                 f"image_share is {self.image_share} but model.image_channels is null: the network "
@@ -91,6 +116,7 @@ class StageCSystem(LightningModule):
         self.network: StageC | StageCV2 = (
             StageCV2(sizes) if isinstance(sizes, StageCV2Config) else StageC(sizes)
         )
+        self.patch_size = 1 if isinstance(sizes, StageCV2Config) else sizes.patch_size
         self.adaptive = AdaptiveWeight() if config.diffusion.weight == "adaptive" else None
         self.register_buffer("null_hidden", null_text[0].float(), persistent=False)
         self.register_buffer("null_pooled", null_text[1].float(), persistent=False)
@@ -98,6 +124,10 @@ class StageCSystem(LightningModule):
     def exported_networks(self) -> dict[str, nn.Module]:
         """Return what is averaged and exported."""
         return {"stage_c": self.network}
+
+    def export_metadata(self, name: str) -> dict[str, str]:
+        """Return what a network's file says beside its sizes."""
+        return self.config.diffusion.metadata() if name == "stage_c" else {}
 
     def condition(
         self, batch: CachedBatch, draws: StepDraws
@@ -115,29 +145,56 @@ class StageCSystem(LightningModule):
             image = (given.to(embeds)[:, None] * embeds)[:, None]  # (B, 1, E)
         drop = drop.to(hidden.device)
         hidden = torch.where(drop[:, None, None], self.null_hidden, hidden)
+        return self.told(hidden, torch.where(drop[:, None], self.null_pooled, pooled), image)
+
+    def told(
+        self, hidden: Tensor, pooled: Tensor, image: Tensor | None
+    ) -> StageCCondition | StageCV2Condition:
+        """Return the network's condition; that of v2 is told the hidden states alone."""
         if isinstance(self.network, StageCV2):
             return StageCV2Condition(text_hidden=hidden)
-        return StageCCondition(
-            image=image,
-            text_hidden=hidden,
-            text_pooled=torch.where(drop[:, None], self.null_pooled, pooled),
-        )
+        return StageCCondition(text_hidden=hidden, text_pooled=pooled, image=image)
+
+    def visible(self, latents: Tensor, draws: StepDraws) -> Tensor | None:
+        """Draw which positions the network sees: ``(B, 1, H, W)`` of 0 and 1; None: all.
+
+        Every sample hides the same number of positions, at least one stays.
+        """
+        share, until = self.config.mask_share, self.config.mask_until
+        if share == 0 or draws.step >= until * self.config.run.max_steps:
+            return None
+        side = self.patch_size
+        height, width = latents.shape[-2] // side, latents.shape[-1] // side
+        hidden = min(round(share * height * width), height * width - 1)
+        ranks = draws.share(
+            "mask",
+            len(latents),
+            lambda n, generator: torch.rand(n, height * width, generator=generator),
+        ).argsort(dim=1)
+        return (ranks >= hidden).to(latents).view(-1, 1, height, width)
 
     def training_step(self, batch: CachedBatch, batch_idx: int) -> Tensor:
         """Noise the latents, predict, compare."""
         draws = step_draws(self, self.config.run.seed, batch_idx)
         noised = noise_batch(batch.require("stage_c_latents"), self.config.diffusion, draws)
         cond = self.condition(batch, draws)
-        predicted = self.network(noised.x_t, noised.network_time, cond)
+        visible = self.visible(noised.x_t, draws)
+        if isinstance(self.network, StageC):
+            predicted = self.network(noised.x_t, noised.network_time, cond, visible)
+        else:
+            predicted = self.network(noised.x_t, noised.network_time, cond)
+        if visible is not None:  # by patch -> by position
+            visible = visible.repeat_interleave(self.patch_size, dim=2)
+            visible = visible.repeat_interleave(self.patch_size, dim=3)
         if self.adaptive is not None:
             noised = self.adaptive.reweigh(
                 noised,
-                predicted,
-                self.config.diffusion.schedule().log_snr(noised.t),
+                errors_by_sample(predicted.detach(), noised, visible),
+                self.config.diffusion.noise_schedule().log_snr(noised.t),
                 ends_step=draws.micro == draws.micros - 1,
                 summed=self._summed,
             )
-        loss, mse = denoising_loss(predicted, noised)
+        loss, mse = denoising_loss(predicted, noised, visible)
         self.log("loss", loss, prog_bar=True, sync_dist=True)
         self.log("mse", mse, sync_dist=True)
         if (self.global_step + 1) % self.config.run.log_every_steps == 0:
@@ -146,6 +203,17 @@ class StageCSystem(LightningModule):
 
     def _summed(self, part: Tensor) -> Tensor:
         return self.trainer.strategy.reduce(part, reduce_op="sum")  # type: ignore[return-value]
+
+    def validation_errors(self, batch: CachedBatch, draws: StepDraws) -> tuple[Tensor, Tensor]:
+        """Return each sample's published loss and time, with its caption and without a picture."""
+        cond = self.told(batch.require("text_hidden"), batch.require("text_pooled"), None)
+
+        def network(x_t: Tensor, time: Tensor) -> Tensor:
+            return self.network(x_t, time, cond)
+
+        return published_errors(
+            network, batch.require("stage_c_latents"), self.config.diffusion, draws
+        )
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer with its per-step schedule."""
