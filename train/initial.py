@@ -20,7 +20,7 @@ from cascade.checkpoints.found import FoundNetwork
 from cascade.checkpoints.load import build
 from cascade.checkpoints.part_files import find_network, title
 from cascade.checkpoints.readers import open_weights
-from cascade.config import from_dict
+from cascade.config import from_dict, to_dict
 from cascade.errors import UserError
 from stages.semantic_compressor import SemanticCompressor
 from stages.stage_b_v2 import StageBV2Config
@@ -91,7 +91,7 @@ def with_architecture(config: R, kind: Kind, *, resume: bool) -> R:
     if resume and newest_checkpoint(out, tidy=False) is not None:
         noted = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))
         sections = {name: noted[name] for name in ("model", "model_v2") if noted.get(name)}
-        whole = {**_plain(given), **sections}
+        whole = {**to_dict(given), **sections}
         return from_dict(type(config), whole, str(out / "config.yaml"))
     found = find_network(given.init_from, kind)
     if kind == "stage_a" and CLASS_KEY not in found.opened.metadata:
@@ -105,12 +105,6 @@ def with_architecture(config: R, kind: Kind, *, resume: bool) -> R:
         return dataclasses.replace(given, **{section: sizes})
     except ValueError as error:
         raise UserError(f"init_from {given.init_from}: {error}") from error
-
-
-def _plain(config: Any) -> dict[str, object]:
-    from cascade.config import to_dict
-
-    return to_dict(config)
 
 
 def start_from(network: nn.Module, name: str, kind: Kind, section: str = "model") -> None:

@@ -26,6 +26,7 @@ from cascade.checkpoints.hub_choice import Part
 from cascade.checkpoints.load import identify
 from cascade.checkpoints.readers import is_index, open_weights, read_json, weights_in
 from cascade.errors import UserError
+from cascade.text.picture_encoder import own_picture_encoder
 
 _TITLES = {"stage_a": "Stage A", "stage_b": "Stage B", "stage_c": "Stage C"}
 
@@ -108,8 +109,6 @@ def find_image_encoder(name: str | Path) -> Path:
     if (path / "config.json").is_file():
         return path
     files = _resolved(name, "image_encoder")
-    from cascade.text.picture_encoder import own_picture_encoder
-
     found = own_picture_encoder(files.folders[0]) or image_folder_in(files)
     if found is None:
         raise UserError(f"{name}: no CLIP picture tower in it; check the folder")

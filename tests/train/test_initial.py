@@ -80,6 +80,7 @@ def assert_started_from(run, network: torch.nn.Module) -> None:
         torch.testing.assert_close(exported.state_dict()[key], value, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["original", "diffusers"])
 @pytest.mark.parametrize("sizes", [STAGE_C, STAGE_C_V2], ids=["v3", "v2"])
 def test_a_run_takes_weights_and_sizes_of_others_layouts(layout, sizes, make_run, tmp_path):
@@ -165,6 +166,7 @@ def test_weights_of_another_network_are_one_line(make_run, tmp_path, tiny_model,
         ("runs/none/stage_c.safetensors", [], "no such file or folder; check the path"),
         (str(cut), [], "cut.safetensors"),
         (v2, ["--model", "null", "--image_share", "0.1"], "Stage C of Würstchen v2 takes no pict"),
+        (v2, ["--model", "null", "--mask_share", "0.1"], "Stage C of Würstchen v2 takes no mask"),
         ("null", ["--model", "null"], "model or model_v2 is missing: name the network's sizes"),
         ("null", ["--model_v2", "{}"], "model is given and model_v2 too"),
     ):

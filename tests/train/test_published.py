@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import tarfile
 from io import BytesIO
 from itertools import pairwise
@@ -17,8 +18,11 @@ from torch import nn
 
 from cascade.checkpoints.autoencoders import trunk
 from cascade.checkpoints.files import on_meta, read_metadata
+from cascade.checkpoints.load import build
+from cascade.checkpoints.part_files import find_network, find_text
 from cascade.checkpoints.weight_map import to_theirs
 from cascade.config import load_yaml
+from cascade.pipelines.cascade import CascadePipeline
 from cascade.text.picture_encoder import PictureEncoder
 from cascade.tools.__main__ import main as tools_main
 from cascade.tools.convert import convert, diffusers_config
@@ -291,6 +295,7 @@ def train(name: str, *more: str) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_the_recipe_of_v2_runs_from_stage_a_to_the_average(place: Path, on_hub: Hub) -> None:
     train("stage_a")
     for name in ("stage_b_v2_phase1", "stage_b_v2_phase2", *PHASES):
@@ -309,23 +314,40 @@ def test_the_recipe_of_v2_runs_from_stage_a_to_the_average(place: Path, on_hub: 
         assert any(not torch.equal(value, two[key]) for key, value in one.items())
     fetched = {name.split(":")[1] for name in on_hub.content()}
     assert all(path.startswith(("text_encoder/", "tokenizer/")) for path in fetched)
+    assert_makes_a_picture(place)
 
 
+def assert_makes_a_picture(place: Path) -> None:
+    """What the recipe of v2 trained is a cascade as soon as it lies in one folder."""
+    model = place / "v2"
+    model.mkdir()
+    (place / "stage_c_v2.safetensors").rename(model / "stage_c.safetensors")
+    trained = place / "runs" / "published"
+    for path in ("stage_a/stage_a", "stage_b_v2_phase2/stage_b", "stage_b_v2_phase2/compressor"):
+        shutil.copy(trained / f"{path}.safetensors", model)
+    encoder = find_text(V2_PRIOR)
+    for folder in (encoder.folder, encoder.tokenizer):
+        shutil.copytree(folder, model / folder.name)
+    pipeline = CascadePipeline.from_folder(model, device="cpu")
+    assert pipeline.spec.generation == "v2"
+    output = pipeline("a red apple", seed=0, width=128, height=128)
+    assert output.pictures[0].size == (128, 128)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in LENGTHS if "_v3_" in n] + ["previewer_v3"])
 def test_a_recipe_of_v3_runs(name: str, place: Path, on_hub: Hub) -> None:
     out = train(name)
     assert (out / f"{kind_of(name)}.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_published_weights_are_fine_tuned_at_their_own_size(place: Path, on_hub: Hub) -> None:
     out = train("finetune_stage_c_lite", "--optim.lr", "1e-9")
     tuned = load_file(out / "stage_c.safetensors")
     assert read_metadata(out / "stage_c.safetensors")["cascade_class"] == "StageC"
     fetched = {name.split(":")[1] for name in on_hub.content()}
     assert not any(path.startswith(("prior/", "decoder/", "vqgan/")) for path in fetched)
-    from cascade.checkpoints.load import build
-    from cascade.checkpoints.part_files import find_network
-
     found = find_network("stabilityai/stable-cascade:lite", "stage_c")
     assert found.published.config.num_heads == (2, 2)
     weights = build(found.opened, found.published).state_dict()

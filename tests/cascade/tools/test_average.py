@@ -85,11 +85,20 @@ def test_what_is_no_pair_is_one_line_and_writes_nothing(
     shutil.copy(first, tmp_path / "cut.safetensors")
     with open(tmp_path / "cut.safetensors", "r+b") as file:
         file.truncate(1000)
+    told = {"cascade_diffusion": '{"prediction": "epsilon"}'}
+    network = load_network(first, expect=StageC)
+    save_network(tmp_path / "epsilon.safetensors", network, metadata={**told, "train_steps": "3"})
+    told["cascade_diffusion"] = told["cascade_diffusion"].replace("epsilon", "v")
+    save_network(tmp_path / "v.safetensors", network, metadata=told)
     half = ["--weights", 0.5, 0.5]
     for words, message in (
         ([first, tiny_model / "stage_b.safetensors", *half], "a Stage B v3, but"),
         ([first, tmp_path / "small.safetensors", *half], "its cond_channels is 8, but 16 in"),
         ([first, tmp_path / "renamed.safetensors", *half], "lacks out.bias, which"),
+        (
+            [tmp_path / "epsilon.safetensors", tmp_path / "v.safetensors", *half],
+            "its cascade_diffusion is",
+        ),
         ([first, tmp_path / "none.safetensors", *half], "no such file"),
         ([first, tmp_path / "cut.safetensors", *half], "cut.safetensors"),
         ([first, other, "--weights", 0.5, 0.6], "they sum to 1.1, not to 1"),
