@@ -23,6 +23,8 @@ from cascade.checkpoints.part_files import find_network, find_text
 from cascade.checkpoints.weight_map import to_theirs
 from cascade.config import load_yaml
 from cascade.pipelines.cascade import CascadePipeline
+from cascade.pipelines.spec import CascadeSpec, StageSampling, save_spec
+from cascade.text.encoder import TextConfig
 from cascade.text.picture_encoder import PictureEncoder
 from cascade.tools.__main__ import main as tools_main
 from cascade.tools.convert import convert, diffusers_config
@@ -326,11 +328,26 @@ def assert_makes_a_picture(place: Path) -> None:
     for path in ("stage_a/stage_a", "stage_b_v2_phase2/stage_b", "stage_b_v2_phase2/compressor"):
         shutil.copy(trained / f"{path}.safetensors", model)
     encoder = find_text(V2_PRIOR)
-    for folder in (encoder.folder, encoder.tokenizer):
-        shutil.copytree(folder, model / folder.name)
+    for name in ("text", "text_b"):
+        shutil.copytree(encoder.folder, model / name)
+        shutil.copytree(encoder.tokenizer, model / name, dirs_exist_ok=True)
+    sampling = StageSampling(steps=2, guidance=2.0, time_input="raw", last_step="mean")
+    spec = CascadeSpec(
+        name="tiny-v2",
+        image_size=128,
+        pixels_per_stage_c_cell=42.67,
+        size_multiple=64,
+        generation="v2",
+        stage_c_scale=42.0,
+        stage_c_shift=1.0,
+        stage_c=sampling,
+        stage_b=sampling,
+        text=TextConfig(hidden="post_norm"),
+        text_b=TextConfig(hidden="post_norm"),
+    )
+    save_spec(spec, model)
     pipeline = CascadePipeline.from_folder(model, device="cpu")
-    assert pipeline.spec.generation == "v2"
-    output = pipeline("a red apple", seed=0, width=128, height=128)
+    output = pipeline("a red apple", seed=0)
     assert output.pictures[0].size == (128, 128)
 
 
