@@ -44,6 +44,7 @@ from train.memory import keep_freed_memory
 from train.rank_errors import RankErrors
 from train.settings import OptimConfig, RunConfig
 from train.steps import steps_done
+from train.trainer_options import check_trainer_options
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -95,6 +96,7 @@ def prepare(run: RunConfig, config: object, *, resume: bool) -> Prepared:
             that can't be made.
     """
     _quiet()
+    check_trainer_options(run.trainer)
     clock = PhaseClock()
     out = Path(run.out)
     newest = newest_checkpoint(out, tidy=_global_rank() == 0)
@@ -317,8 +319,9 @@ def _trainer(
         enable_model_summary=False,
     )
     try:
-        return pl.Trainer(**arguments)
-    except MisconfigurationException as error:
+        return pl.Trainer(**{**arguments, **run.trainer})
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        passed = f", run.trainer {run.trainer}" if run.trainer else ""
         raise UserError(
-            f"run.accelerator {run.accelerator}, {run.devices} device(s): {error}"
+            f"run.accelerator {run.accelerator}, {run.devices} device(s){passed}: {error}"
         ) from error

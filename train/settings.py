@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -47,6 +47,9 @@ class RunConfig:
     by any split into devices and micro-batches, gives the same steps up to rounding."""
     export_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Number format of the exported weights."""
+    trainer: dict[str, bool | int | float | str | None] = field(default_factory=dict)
+    """Further options of Lightning's Trainer by its names, such as ``profiler: simple`` or
+    ``deterministic: true``. What another key of the run decides is refused here."""
 
     def __post_init__(self) -> None:
         """Check the values that would fail late."""
