@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 from torch import nn
@@ -20,6 +17,8 @@ from cascade.pipelines.cascade import CascadePipeline
 from train.callbacks.ema import WeightAverage
 from train.callbacks.ledger import Ledger
 from train.clock import PhaseClock
+from train.networks import plain_copy
+from train.sharding import gathered
 from train.steps import ends_step
 
 _log = logging.getLogger(__name__)
@@ -54,7 +53,7 @@ class SamplePictures(Callback):
     """Writes ``OUT/pictures/step_N_raw.png`` and ``step_N_ema.png``, a grid of all prompts each.
 
     The prompts are spread over the ranks. Drawing changes nothing of the training: the pictures'
-    noise has generators of its own, and weights and modes are put back.
+    noise has generators of its own, and what draws is a copy that shares the weights.
     """
 
     def __init__(
@@ -123,19 +122,19 @@ class SamplePictures(Callback):
         pipeline, network, prompts = self._pipeline, system.network, self.config.prompts
         assert pipeline is not None, "on_train_start comes first"
         assert isinstance(network, nn.Module), "a system's network is a module"
-        average = None
-        if kind == "ema":
-            assert self._average is not None, "every run averages its weights"
-            average = self._average.averages[self.stage]
-        with _drawing(network, average):
-            lent = getattr(pipeline, self.stage)
-            setattr(pipeline, self.stage, network)
-            try:
-                for number in range(trainer.global_rank, len(prompts), trainer.world_size):
-                    picture = self._picture(pipeline, number)
-                    save_png(picture, self._part(kind, step, number))
-            finally:
-                setattr(pipeline, self.stage, lent)
+        assert self._average is not None, "every run averages its weights"
+        # Under FSDP each rank draws with the whole network: it needs not keep step with the others.
+        state = self._average.whole(self.stage) if kind == "ema" else gathered(network.state_dict())
+        state = {key: value.to(system.device) for key, value in state.items()}
+        drawing = plain_copy(network, state).eval()
+        lent = getattr(pipeline, self.stage)
+        setattr(pipeline, self.stage, drawing)
+        try:
+            for number in range(trainer.global_rank, len(prompts), trainer.world_size):
+                picture = self._picture(pipeline, number)
+                save_png(picture, self._part(kind, step, number))
+        finally:
+            setattr(pipeline, self.stage, lent)
         trainer.strategy.barrier()
         if trainer.is_global_zero:
             parts = [self._part(kind, step, number) for number in range(len(prompts))]
@@ -157,21 +156,3 @@ class SamplePictures(Callback):
 
     def _part(self, kind: Weights, step: int, number: int) -> Path:
         return self.folder / f".step_{step:07d}_{kind}_{number:04d}.png"
-
-
-@contextlib.contextmanager
-def _drawing(network: nn.Module, average: dict[str, torch.Tensor] | None) -> Iterator[None]:
-    """Put a network into evaluation mode, with averaged weights if given; then all of it back."""
-    modes = {module: module.training for module in network.modules()}
-    own = None
-    if average is not None:
-        own = {key: value.clone() for key, value in network.state_dict().items()}
-        network.load_state_dict(average)
-    network.eval()
-    try:
-        yield
-    finally:
-        if own is not None:
-            network.load_state_dict(own)
-        for module, training in modes.items():
-            module.training = training

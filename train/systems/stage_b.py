@@ -18,6 +18,7 @@ from train.data.cached import CachedBatch
 from train.data.config import DataConfig
 from train.draws import StepDraws, step_draws
 from train.losses.denoising import DiffusionConfig, denoising_loss, errors_by_noise, noise_batch
+from train.networks import configure_networks
 from train.optim import make_optimizer
 from train.settings import OptimConfig, RunConfig
 
@@ -118,6 +119,10 @@ class StageBSystem(LightningModule):
         if (self.global_step + 1) % self.config.run.log_every_steps == 0:
             self.log_dict(errors_by_noise(predicted, noised))
         return loss
+
+    def configure_model(self) -> None:
+        """Recompute, compile or cut the blocks, as ``run`` says."""
+        configure_networks(self, self.config.run)
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer with its per-step schedule."""
