@@ -99,6 +99,7 @@ def prepare(run: RunConfig, config: object, *, resume: bool) -> Prepared:
     """
     _quiet()
     check_trainer_options(run.trainer)
+    _check_processes(run)
     clock = PhaseClock()
     out = Path(run.out)
     newest = newest_checkpoint(out, tidy=_global_rank() == 0)
@@ -121,6 +122,20 @@ def prepare(run: RunConfig, config: object, *, resume: bool) -> Prepared:
     if _global_rank() == 0:
         note_start(out)
     return Prepared(out, newest, clock)
+
+
+def _check_processes(run: RunConfig) -> None:
+    """Refuse a launcher's processes that the run does not know of: each would train by itself.
+
+    Raises:
+        UserError: They are more or fewer than the run's devices.
+    """
+    started = int(os.environ.get("WORLD_SIZE", run.devices * run.num_nodes))
+    if started != run.devices * run.num_nodes:
+        raise UserError(
+            f"{started} processes were started but run.devices is {run.devices} and run.num_nodes "
+            f"{run.num_nodes}; set them to what torchrun has (--nproc_per_node, --nnodes)"
+        )
 
 
 def _global_rank() -> int:

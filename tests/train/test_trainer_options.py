@@ -60,3 +60,14 @@ def test_a_refused_option_is_one_line(make_run, capsys, option, value, message) 
     assert run_main(lambda: run.start(f"--run.trainer.{option}", value)) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+def test_processes_of_a_launcher_that_the_run_does_not_know_of_are_refused(
+    make_run, capsys, monkeypatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    run = make_run("previewer")
+    assert run_main(run.start) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "2 processes were started but run.devices is 1" in line
+    assert not run.out.exists()
