@@ -122,8 +122,15 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention of a picture's tokens to themselves and to a condition's."""
 
-    def __init__(self, channels: int, num_heads: int, dropout: float = 0.0) -> None:
-        """Take the width; ``num_heads`` must divide it."""
+    def __init__(
+        self, channels: int, num_heads: int, dropout: float = 0.0, qk_norm: bool = False
+    ) -> None:
+        """Take the width; ``num_heads`` must divide it.
+
+        ``qk_norm`` brings queries and keys of each head to unit mean square, times a learned gain:
+        logits can't grow without bound. Reference: Dehghani et al., 2023, arXiv:2302.05442,
+        section 3; RMS as in Esser et al., 2024, arXiv:2403.03206, section 5.3.2.
+        """
         super().__init__()
         if channels % num_heads:
             raise ValueError(f"num_heads={num_heads} does not divide channels={channels}")
@@ -132,6 +139,9 @@ class Attention(nn.Module):
         self.key_value = nn.Linear(channels, 2 * channels)
         self.out = nn.Linear(channels, channels)
         self.dropout = dropout
+        width = channels // num_heads
+        self.query_norm = nn.RMSNorm(width, eps=NORM_EPS) if qk_norm else None
+        self.key_norm = nn.RMSNorm(width, eps=NORM_EPS) if qk_norm else None
 
     def forward(self, tokens: Tensor, context: Tensor | None) -> Tensor:
         """Attend.
@@ -146,6 +156,9 @@ class Attention(nn.Module):
         query = self._heads(self.query(tokens))  # (B, N, L, C / N)
         asked = tokens if context is None else torch.cat([tokens, context.to(tokens.dtype)], dim=1)
         key, value = (self._heads(part) for part in self.key_value(asked).chunk(2, dim=-1))
+        if self.query_norm is not None and self.key_norm is not None:
+            query = self.query_norm(query.float()).to(value.dtype)
+            key = self.key_norm(key.float()).to(value.dtype)
         dropout = self.dropout if self.training else 0.0
         attended = attend(query, key, value, dropout)
         return self.out(attended.transpose(1, 2).flatten(2))
@@ -195,12 +208,13 @@ class AttnBlock(nn.Module):
         num_heads: int,
         dropout: float = 0.0,
         self_attention: bool = True,
+        qk_norm: bool = False,
     ) -> None:
         """Take the widths of the picture's and of the condition's tokens."""
         super().__init__()
         self.norm = LayerNorm2d(channels)
         self.cond_mapper = nn.Linear(cond_channels, channels)
-        self.attention = Attention(channels, num_heads, dropout)
+        self.attention = Attention(channels, num_heads, dropout, qk_norm)
         self.self_attention = self_attention
 
     def forward(self, x: Tensor, cond_tokens: Tensor) -> Tensor:

@@ -65,6 +65,8 @@ class StageCConfig:
     """Dropout in training."""
     time_conds: tuple[str, ...] = ("sca", "crp")
     """Extra scalar conditions of every time modulation; published: scale and crop."""
+    qk_norm: bool = False
+    """Norm the queries and keys of every head; no published checkpoint does."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that do not fit together."""
@@ -157,7 +159,11 @@ class StageCBlock(nn.Module):
         self.residual = ResBlock(width, skip_channels, config.kernel_size, config.dropout)
         self.modulation = TimestepBlock(width, config.time_channels, config.time_conds)
         self.attention = AttnBlock(
-            width, config.cond_channels, config.num_heads[level], config.dropout
+            width,
+            config.cond_channels,
+            config.num_heads[level],
+            config.dropout,
+            qk_norm=config.qk_norm,
         )
 
     def forward(self, x: Tensor, skip: Tensor | None, times: Tensor, tokens: Tensor) -> Tensor:
@@ -309,13 +315,21 @@ class StageC(nn.Module):
             rows.append(time_embedding(value, config.time_channels))
         return torch.stack(rows, dim=1)  # (B, num_extra, time_channels)
 
-    def forward(self, x: Tensor, t: Tensor, cond: StageCCondition | StageCPrepared) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        cond: StageCCondition | StageCPrepared,
+        visible: Tensor | None = None,
+    ) -> Tensor:
         """Predict.
 
         Args:
             x: Noised Stage C latents, ``(B, 16, h, w)``.
             t: Diffusion time, ``(B,)``, float32.
             cond: A condition, or the result of ``prepare``.
+            visible: ``(B, 1, h / patch, w / patch)``, 0 where the network must guess what lies
+                there (masked training); None shows everything.
 
         Returns:
             The raw prediction (epsilon in the published checkpoints), ``(B, 16, h, w)``.
@@ -326,6 +340,8 @@ class StageC(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last)
         x = F.pixel_unshuffle(x, self.config.patch_size)
         x = self.in_norm(self.embedding(x))
+        if visible is not None:  # a normed position is never 0, so 0 says "hidden"
+            x = x * visible.to(x.dtype)
 
         control = iter(prepared.control or (None,) * len(self.config.block_channels))
         skips: list[Tensor] = []

@@ -6,6 +6,7 @@ then copies them into the model folder, each file whole or not at all.
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from torch import nn
 
-from cascade.checkpoints.files import atomic_path, load_network
+from cascade.checkpoints.files import atomic_path, load_network, read_metadata
 from cascade.command import Parser
 from cascade.config import load_yaml, parse_overrides
 from cascade.errors import UserError, run_main
@@ -26,6 +27,7 @@ from stages.semantic_compressor import SemanticCompressor
 from stages.stage_a import StageA
 from stages.stage_b import StageB
 from stages.stage_c import StageC
+from train.losses.denoising import DIFFUSION_KEY
 
 _log = logging.getLogger(__name__)
 
@@ -76,6 +78,7 @@ def assemble(config: AssembleConfig, out: Path) -> float:
     sources = {f"{name}.safetensors": Path(getattr(config, name)) for name in NETWORKS}
     for name, network in NETWORKS.items():
         load_network(getattr(config, name), expect=network)
+    _check_sampling(config)
     sources |= {f"text/{name}": Path(config.text) / name for name in TEXT_FILES}
     for path in sources.values():
         if not path.is_file():
@@ -91,6 +94,20 @@ def assemble(config: AssembleConfig, out: Path) -> float:
     pipeline = CascadePipeline.from_folder(out, device="cpu")
     _ = (pipeline.compressor, pipeline.previewer)  # loaded on first use: here, to check them
     return total_mb
+
+
+def _check_sampling(config: AssembleConfig) -> None:
+    """Refuse to sample a stage in another way than it was trained for."""
+    for stage in ("stage_b", "stage_c"):
+        path: str = getattr(config, stage)
+        trained = read_metadata(path).get(DIFFUSION_KEY)
+        sampling = getattr(config.spec, stage)
+        for name, value in json.loads(trained or "{}").items():
+            if getattr(sampling, name) != value:
+                raise UserError(
+                    f"{path}: trained with {name} {value}, but spec.{stage}.{name} is "
+                    f"{getattr(sampling, name)}; set it to {value}"
+                )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal, get_args
 
-Phase = Literal["setup", "data", "step", "compile", "checkpoint", "pictures", "end"]
+Phase = Literal["setup", "data", "step", "compile", "checkpoint", "pictures", "validation", "end"]
 """``setup``: before the first batch is asked for. ``data``: waiting for batches, and logging.
 ``step``: forward, backward, optimizer, average. ``compile``: torch.compile at work.
-``checkpoint``: writing checkpoints and exports. ``pictures``: making sample pictures. ``end``:
-after the last step."""
+``checkpoint``: writing checkpoints and exports. ``pictures``: making sample pictures.
+``validation``: looking at held-out pictures. ``end``: after the last step."""
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
 

@@ -71,6 +71,7 @@ class FrozenEncoders:
             UserError: A file is missing or is another network's.
         """
         self.paths = paths
+        self.device = torch.device(device)
         self.text: TextEncoder | None = None
         self.stage_a: StageA | None = None
         self.compressor: SemanticCompressor | None = None
@@ -132,16 +133,30 @@ class EncodeBatch(Callback):
         self.paths = paths
         self.encoders: FrozenEncoders | None = None
 
+    def load(self, device: torch.device) -> None:
+        """Load the networks onto a device."""
+        self.encoders = FrozenEncoders(self.paths, device)
+
+    def unload(self) -> None:
+        """Let go of the networks."""
+        self.encoders = None
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Load the networks."""
-        self.encoders = FrozenEncoders(self.paths, pl_module.device)
+        self.load(pl_module.device)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        """Encode the batch of the step."""
+        assert isinstance(batch, CachedBatch)
+        self.fill(batch)
+
+    def fill(self, batch: CachedBatch) -> None:
         """Encode; under no autocast, as a cache is made."""
-        assert isinstance(batch, CachedBatch) and self.encoders is not None
-        parts = self.encoders.encode_pixels(batch.require("pixels"))
+        assert self.encoders is not None, "load() comes first"
+        device = self.encoders.device
+        parts = self.encoders.encode_pixels(batch.require("pixels").to(device))
         for name, tensor in {**parts, **self.encoders.encode_captions(batch.captions)}.items():
             # A tensor of inference mode can't take part in a step; a copy can.
-            setattr(batch, name, tensor.clone().to(pl_module.device))
+            setattr(batch, name, tensor.clone().to(device))

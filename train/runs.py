@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import lightning.pytorch as pl
@@ -12,6 +14,8 @@ from cascade.checkpoints.files import load_network
 from cascade.errors import UserError
 from cascade.text.tokenizer import train_tokenizer
 from train.callbacks.pictures import SamplePictures
+from train.callbacks.posthoc_ema import PosthocEma
+from train.callbacks.validation import Validation
 from train.data.cached import Cache
 from train.data.open import TrainingData, open_data, remember_data
 from train.encode import FrozenPaths
@@ -70,7 +74,8 @@ def train_stage_b(config: StageBRun, *, resume: bool) -> None:
         stage_a=config.stage_a,
         compressor=config.frozen_compressor,
     )
-    data = open_data(config.data, frozen, pixels=config.compressor is not None)
+    pixels = config.compressor is not None
+    data = open_data(config.data, frozen, pixels=pixels)
     assert data.null_text is not None, "open_data gives the null text with the text part"
     pooled_channels = data.null_text[1].shape[-1]
     _fits("model.text_pooled_channels", config.model.text_pooled_channels, pooled_channels)
@@ -79,7 +84,7 @@ def train_stage_b(config: StageBRun, *, resume: bool) -> None:
         _start_from(system.network, f"{config.init_from}/stage_b.safetensors")
         if system.compressor is not None:
             _start_from(system.compressor, f"{config.init_from}/compressor.safetensors")
-    _fit(system, data, config, prepared)
+    _fit(system, data, config, prepared, _validation(config, frozen, prepared, pixels=pixels))
 
 
 def train_stage_c(config: StageCRun, *, resume: bool) -> None:
@@ -101,7 +106,9 @@ def train_stage_c(config: StageCRun, *, resume: bool) -> None:
     _fits("model.text_pooled_channels", config.model.text_pooled_channels, pooled_channels)
     system = StageCSystem(config, data.null_text)
     _start_from(system.network, config.init_from)
-    _fit(system, data, config, prepared)
+    # Held-out pictures are judged by their captions alone.
+    judged = replace(frozen, image=None)
+    _fit(system, data, config, prepared, _validation(config, judged, prepared, pixels=False))
 
 
 def train_previewer(config: PreviewerRun, *, resume: bool) -> None:
@@ -113,18 +120,34 @@ def train_previewer(config: PreviewerRun, *, resume: bool) -> None:
     _fit(system, data, config, prepared)
 
 
+def _validation(
+    config: StageBRun | StageCRun, frozen: FrozenPaths, prepared: Prepared, *, pixels: bool
+) -> list[pl.Callback]:
+    """Return what judges the run on held-out pictures, if it asks for that."""
+    if config.validation is None:
+        return []
+    held_out = open_data(config.validation.data(config.data), frozen, pixels=pixels)
+    return [Validation(config.validation, held_out, prepared.out, pixels=pixels)]
+
+
 def _fit(
-    system: pl.LightningModule, data: TrainingData, config: AnyRun, prepared: Prepared
+    system: pl.LightningModule,
+    data: TrainingData,
+    config: AnyRun,
+    prepared: Prepared,
+    last: Sequence[pl.Callback] = (),
 ) -> None:
     """Train on the data, with the frozen networks that they need."""
     remember_data(data, prepared.out, resume=prepared.newest is not None)
     callbacks = [data.encode] if data.encode is not None else []
-    last: list[pl.Callback] = []
+    last = list(last)
+    if isinstance(config, (StageBRun, StageCRun)) and config.posthoc_ema is not None:
+        last.append(PosthocEma(config.posthoc_ema, prepared.out))
     if isinstance(config, (StageBRun, StageCRun)) and config.pictures is not None:
         stage: Literal["stage_b", "stage_c"] = "stage_b"
         if isinstance(config, StageCRun):
             stage = "stage_c"
-        last.append(SamplePictures(config.pictures, prepared.out, stage))
+        last.append(SamplePictures(config.pictures, prepared.out, stage, config.diffusion))
     fit(
         system,
         data.loader_from,

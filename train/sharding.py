@@ -139,11 +139,11 @@ def part_like(whole: Tensor, own: Tensor) -> Tensor:
     return distribute_tensor(whole, own.device_mesh, own.placements, src_data_rank=None)
 
 
-def whole_like(part: Tensor, own: Tensor) -> Tensor:
-    """Put the ranks' parts of a tensor together as ``own`` is cut; all ranks must take part."""
+def cut_like(part: Tensor, own: Tensor) -> Tensor:
+    """Return the tensor whose part this rank has, cut as ``own`` is; nothing is sent."""
     if not isinstance(own, DTensor):
         return part
-    cut = DTensor.from_local(
+    return DTensor.from_local(
         part.to(own.to_local().device),
         own.device_mesh,
         own.placements,
@@ -151,7 +151,6 @@ def whole_like(part: Tensor, own: Tensor) -> Tensor:
         shape=own.shape,
         stride=own.stride(),
     )
-    return cut.full_tensor().cpu()
 
 
 def gathered(tree: Any) -> Any:

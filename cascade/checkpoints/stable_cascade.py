@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cascade.checkpoints.blocks import Layout, attn_block, res_block, timestep_block
 from cascade.checkpoints.files import on_meta
 from cascade.checkpoints.weight_map import State, Table, layer, to_ours, to_theirs
+from cascade.errors import UserError
 from stages.stage_b import StageB, StageBConfig
 from stages.stage_c import StageC, StageCConfig
 
@@ -47,6 +48,11 @@ def _meta_stage_c(config: StageCConfig) -> nn.Module:
 
 
 def _stage_c(config: StageCConfig, layout: Layout) -> Table:
+    if config.qk_norm:
+        raise UserError(
+            "this Stage C was trained with qk_norm, which the published layouts have no keys for; "
+            "write our own layout"
+        )
     yield from layer("text_mapper", "clip_txt_mapper")
     yield from layer("pooled_mapper", "clip_txt_pooled_mapper")
     if config.image_channels is not None:

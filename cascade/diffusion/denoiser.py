@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cascade.diffusion.prediction import Prediction, to_x0
-from cascade.diffusion.schedules import CosineSchedule
+from cascade.diffusion.schedules import NoiseSchedule
 
 Network = Callable[[Tensor, Tensor, Any], Tensor]
 """Maps (noised latents, network time (B,) float32, condition) to its raw prediction."""
@@ -21,10 +21,10 @@ class Denoiser:
     """Turns whatever a network predicts into an estimate of x0, in float32."""
 
     network: Network
-    schedule: CosineSchedule
+    schedule: NoiseSchedule
     prediction: Prediction = Prediction.EPSILON
     time_input: Literal["cosine", "raw"] = "cosine"
-    """The time the network is told: where the unshifted cosine has this noise (v3), or t (v2)."""
+    """The time the network is told: the schedule's ``network_time`` (v3), or t (v2)."""
     dtype: torch.dtype = torch.float32
     """Number format of the latents that the network is given."""
 

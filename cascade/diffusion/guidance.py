@@ -78,9 +78,16 @@ class Guided:
     def _rescaled(self, guided: Tensor, x0_cond: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """Rescale in epsilon, as published, but with each picture's own deviation."""
         alpha, sigma = self.denoiser.schedule(t.to(x_t.device))
+        if alpha == 0:  # pure noise says nothing of x0 through epsilon
+            ratio = self._deviation(x0_cond) / self._deviation(guided)
+            return torch.lerp(guided, guided * ratio, self.rescale)
         eps = from_x0(guided, x_t, alpha, sigma, Prediction.EPSILON)
         eps_cond = from_x0(x0_cond, x_t, alpha, sigma, Prediction.EPSILON)
-        axes = tuple(range(1, x_t.dim()))
-        ratio = eps_cond.std(dim=axes, keepdim=True) / eps.std(dim=axes, keepdim=True)
+        ratio = self._deviation(eps_cond) / self._deviation(eps)
         eps = self.rescale * eps * ratio + (1.0 - self.rescale) * eps
         return to_x0(eps, x_t, alpha, sigma, Prediction.EPSILON)
+
+    @staticmethod
+    def _deviation(x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, 1, 1, 1)."""
+        return x.std(dim=tuple(range(1, x.dim())), keepdim=True)

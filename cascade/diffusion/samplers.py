@@ -88,7 +88,9 @@ def sample_ddim(
             break
         noise = (x - alpha * x0) / sigma
         # Standard deviation of the fresh noise: eq. 16 times eta.
-        fresh = eta * (sigma_next / sigma) * (1.0 - (alpha / alpha_next).square()).clamp(0).sqrt()
+        fresh = (
+            eta * (sigma_next / sigma) * _step_variance(alpha, sigma, alpha_next, sigma_next).sqrt()
+        )
         kept = (sigma_next.square() - fresh.square()).clamp(0).sqrt()
         x = alpha_next * x0 + kept * noise
         if eta > 0:
@@ -123,7 +125,7 @@ def sample_ddpm(
         if index + 1 == num_steps and last == "x0":
             break
         step_alpha = alpha / alpha_next  # x_t = step_alpha x_s + sqrt(step_variance) noise
-        step_variance = (1.0 - step_alpha.square()).clamp(0)
+        step_variance = _step_variance(alpha, sigma, alpha_next, sigma_next)
         variance = step_variance * (sigma_next / sigma).square()
         mean = (
             alpha_next * step_variance * x0 + step_alpha * sigma_next.square() * x
@@ -177,6 +179,11 @@ def _scales(
     """Return (alpha, sigma) at both ends of a step, as scalars on the device of ``like``."""
     alpha, sigma = schedule(torch.stack([t, t_next]).to(like.device))
     return (alpha[0], sigma[0]), (alpha[1], sigma[1])
+
+
+def _step_variance(alpha: Tensor, sigma: Tensor, alpha_next: Tensor, sigma_next: Tensor) -> Tensor:
+    """Return the variance that the forward process adds between two times, on any schedule."""
+    return (sigma.square() - (alpha / alpha_next * sigma_next).square()).clamp(0)
 
 
 SAMPLERS: dict[str, Sampler] = {

@@ -31,6 +31,8 @@ def min_snr(
         return clipped / snr
     if prediction is Prediction.V:
         return clipped / (snr + 1.0)
+    if prediction is Prediction.FLOW:
+        return clipped / (snr.sqrt() + 1.0).square()
     return clipped
 
 

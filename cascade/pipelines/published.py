@@ -191,7 +191,14 @@ class PublishedFiles:
         def sampled(own: StageSampling, there: StageSampling) -> StageSampling:
             # What predicts no epsilon is sampled with DDIM there.
             sampler = own.sampler if there.prediction == "epsilon" else "ddim"
-            return replace(own, prediction=there.prediction, shift=there.shift, sampler=sampler)
+            return replace(
+                own,
+                prediction=there.prediction,
+                schedule=there.schedule,
+                zero_terminal_snr=there.zero_terminal_snr,
+                shift=there.shift,
+                sampler=sampler,
+            )
 
         return replace(
             declared,

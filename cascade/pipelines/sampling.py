@@ -14,7 +14,7 @@ from cascade.diffusion.denoiser import Denoiser
 from cascade.diffusion.guidance import Denoise, Guided, keeping, unguided
 from cascade.diffusion.prediction import Prediction
 from cascade.diffusion.samplers import SAMPLERS, OnStep, StepInfo, sample_ddpm
-from cascade.diffusion.schedules import CosineSchedule, diffuse
+from cascade.diffusion.schedules import diffuse, equal_times
 from cascade.pipelines.finite import check_finite
 from cascade.pipelines.spec import StageSampling
 from cascade.placed import example_of
@@ -190,7 +190,7 @@ def _sample(
         if on_step is not None:
             on_step(info)
 
-    schedule = CosineSchedule(shift=sampling.shift)
+    schedule = sampling.noise_schedule()
     denoiser = Denoiser(
         network, schedule, Prediction(sampling.prediction), sampling.time_input, weight.dtype
     )
@@ -200,7 +200,7 @@ def _sample(
     sampler = SAMPLERS[sampling.sampler]
     if sampling.sampler == "ddpm":
         sampler = partial(sample_ddpm, last=sampling.last_step)
-    times = torch.tensor(sampling.times) if sampling.times else schedule.times(sampling.steps)
+    times = torch.tensor(sampling.times) if sampling.times else equal_times(sampling.steps)
     x = x.to(weight.device)
     if start is not None:
         times = times * start.strength

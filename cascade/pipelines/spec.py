@@ -17,6 +17,7 @@ from typing import Literal
 
 from cascade.checkpoints.files import atomic_write_text, file_hash
 from cascade.config import from_dict, to_dict
+from cascade.diffusion.schedules import NoiseSchedule, check_schedule, make_schedule
 from cascade.errors import UserError
 from cascade.text.encoder import TextConfig
 
@@ -45,8 +46,12 @@ class StageSampling:
     """Share of the guided prediction that is brought back to the conditional one's spread."""
     shift: float = 1.0
     """Resolution shift of the noise schedule; 1 is none."""
-    prediction: Literal["epsilon", "v", "x0"] = "epsilon"
+    prediction: Literal["epsilon", "v", "x0", "flow"] = "epsilon"
     """What the network was trained to predict."""
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """Path from data to noise that it was trained on; "linear" is flow matching's."""
+    zero_terminal_snr: bool = False
+    """Whether its cosine ends at pure noise instead of the published ``alpha^2 = 1e-4``."""
     times: tuple[float, ...] = ()
     """Decreasing times in [0, 1], one more than steps; empty: equally spaced."""
     time_input: Literal["cosine", "raw"] = "cosine"
@@ -73,6 +78,11 @@ class StageSampling:
             raise ValueError(f"rescale is {self.rescale}; it lies in [0, 1]")
         if not 0 < self.shift < math.inf:
             raise ValueError(f"shift is {self.shift}; it must be positive and finite")
+        check_schedule(self.schedule, self.prediction, self.zero_terminal_snr)
+
+    def noise_schedule(self) -> NoiseSchedule:
+        """Return the path that the samples walk back."""
+        return make_schedule(self.schedule, self.shift, zero_terminal_snr=self.zero_terminal_snr)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cascade.checkpoints.files import (
     CLASS_KEY,
     CONFIG_KEY,
+    atomic_folder,
     atomic_path,
     atomic_write_text,
     save_network,
@@ -65,16 +66,21 @@ class Written:
 def convert(model: Path, target: Target, out: Path, dtype: torch.dtype) -> Written:
     """Write the cascade in ``model`` to the folder ``out``, in another layout and number format.
 
+    The folder appears when all of it is written, or not at all.
+
     Raises:
-        UserError: If ``out`` holds anything already, or the cascade has no such layout.
+        UserError: If ``out`` holds anything already, can't be made, or the cascade has no such
+            layout.
     """
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out}: not empty; name a new folder")
     source = open_source(model)
     parts = source.load(torch.device("cpu"), Dtypes.same(dtype))
-    out.mkdir(parents=True, exist_ok=True)
     writers = {"ours": _write_ours, "original": _write_original, "diffusers": _write_diffusers}
-    return writers[target](source, parts, out, dtype)
+    with atomic_folder(out) as temporary:
+        written = writers[target](source, parts, temporary, dtype)
+    files = tuple(out / path.relative_to(temporary) for path in written.files)
+    return Written(files, written.notices)
 
 
 def _networks(parts: CascadeParts) -> Iterator[tuple[str, nn.Module]]:
@@ -359,6 +365,12 @@ def _vqgan_config(config: StageAConfig) -> dict[str, Any]:
 
 
 def _scheduler_class(sampling: StageSampling) -> str:
+    if sampling.schedule != "cosine" or sampling.prediction == "flow" or sampling.zero_terminal_snr:
+        raise UserError(
+            f"diffusers' pipelines can't sample this model: prediction {sampling.prediction}, "
+            f"schedule {sampling.schedule}, zero_terminal_snr {sampling.zero_terminal_snr}; write "
+            "our own layout, or the original one, which cascade.json beside it describes"
+        )
     return "DDPMWuerstchenScheduler" if sampling.prediction == "epsilon" else "DDIMScheduler"
 
 

@@ -124,6 +124,24 @@ def test_attention_equals_torch_multi_head_attention(num_context):
     torch.testing.assert_close(ours(tokens, context), expected)
 
 
+def test_normed_queries_and_keys_bound_the_logits_whatever_the_weights():
+    plain, normed = Attention(12, 3), Attention(12, 3, qk_norm=True)
+    assert {"query_norm.weight", "key_norm.weight"} == set(normed.state_dict()) - set(
+        plain.state_dict()
+    )
+    tokens, context = torch.randn(2, 4, 12), torch.randn(2, 5, 12)
+    with torch.no_grad():
+        for attention in (plain, normed):
+            attention.query.bias.zero_()
+        before = [attention(tokens, context) for attention in (plain, normed)]
+        for attention in (plain, normed):
+            attention.query.weight.mul_(50)
+        after = [attention(tokens, context) for attention in (plain, normed)]
+    torch.testing.assert_close(after[1], before[1], atol=1e-4, rtol=1e-3)
+    assert (after[0] - before[0]).abs().max() > 0.01
+    assert normed(tokens.bfloat16().float(), context).dtype == torch.float32
+
+
 def test_heads_that_do_not_divide_the_width_are_refused():
     with pytest.raises(ValueError, match="num_heads=5 does not divide channels=12"):
         Attention(12, 5)

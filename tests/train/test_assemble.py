@@ -71,3 +71,18 @@ def test_a_missing_text_file_is_refused_before_anything_is_written(
     assert assemble(config, tmp_path / "model", "--text", str(folder)) == 2
     assert "preprocessor.json: not there; train it first" in capsys.readouterr().err
     assert not (tmp_path / "model").exists()
+
+
+def test_a_stage_is_sampled_as_it_was_trained_or_not_at_all(config, make_run, tmp_path, capsys):
+    """The exported file says what it predicts; a model.json that says otherwise is refused."""
+    made = make_run("stage_c", diffusion={"prediction": "flow", "schedule": "linear"})
+    assert made.start() == 0
+    capsys.readouterr()
+    new = ["--stage_c", str(made.out / "stage_c.safetensors")]
+    assert assemble(config, tmp_path / "model", *new) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "trained with prediction flow, but spec.stage_c.prediction is" in line
+    flow = ["--spec.stage_c.prediction", "flow", "--spec.stage_c.schedule", "linear"]
+    assert assemble(config, tmp_path / "model", *new, *flow) == 0
+    pipeline = CascadePipeline.from_folder(tmp_path / "model", device="cpu")
+    assert pipeline("a red hat", seed=1, progress=False).pictures[0].size == (32, 32)

@@ -16,7 +16,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from cascade.errors import run_main
 from train.callbacks.checkpoints import newest_checkpoint
-from train.sharding import gathered, local_part, part_like, whole_like
+from train.sharding import cut_like, gathered, local_part, part_like
 
 ROOT = Path(__file__).parents[2]
 STEPS = 4
@@ -166,7 +166,7 @@ def test_the_average_on_the_cpu_and_parts_of_tensors_are_those_of_whole_ones() -
         whole = torch.randn(5, 3)
         own = distribute_tensor(whole, mesh, [Shard(0)])
         assert torch.equal(part_like(whole, own).to_local(), whole)
-        assert torch.equal(whole_like(local_part(own), own), whole)
+        assert torch.equal(gathered(cut_like(local_part(own), own)), whole)
         assert torch.equal(gathered({"a": [own, 3]})["a"][0], whole)
     finally:
         torch.distributed.destroy_process_group()

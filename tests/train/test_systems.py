@@ -11,6 +11,7 @@ import yaml
 from cascade.config import load_yaml
 from cascade.errors import UserError
 from stages.semantic_compressor import SemanticCompressor
+from stages.stage_c import StageCCondition
 from train.callbacks.checkpoints import newest_checkpoint
 from train.data.cached import CachedBatch
 from train.draws import StepDraws
@@ -70,6 +71,54 @@ def test_stage_c_is_told_of_its_own_picture_at_its_rate_half_of_them_without_a_c
     dropped = cond.text_pooled[:, 0] < 0
     assert not dropped[~given].any()
     assert shares(dropped[given], 0.5)
+
+
+def test_masks_hide_the_same_number_of_positions_until_their_end(make_run):
+    run = load_yaml(StageCRun, make_run("stage_c", mask_share=0.3, mask_until=0.5).config)
+    system = StageCSystem(run, null_text())
+    latents = torch.zeros(6, 16, 4, 5)
+    visible = system.visible(latents, StepDraws(0, 1))
+    assert visible.shape == (6, 1, 4, 5)
+    assert (visible == 0).flatten(1).sum(dim=1).tolist() == [6] * 6
+    assert len({tuple(one.flatten().tolist()) for one in visible}) == 6
+    parts = [system.visible(latents[:3], StepDraws(0, 1, rank=r, world=2)) for r in (0, 1)]
+    assert torch.equal(torch.cat(parts), visible)
+    assert system.visible(latents, StepDraws(0, 2)) is None  # of 4 steps, after half
+    small = system.visible(torch.zeros(2, 16, 1, 1), StepDraws(0, 0))
+    assert small.all(), "one position stays"
+
+
+def test_a_masked_position_says_nothing_of_its_input_but_its_neighbours_do(make_run):
+    run = load_yaml(StageCRun, make_run("stage_c").config)
+    system = StageCSystem(run, null_text()).eval()
+    torch.nn.init.normal_(system.network.out.weight)
+    x = torch.randn(1, 16, 4, 4, generator=generator())
+    other = x.clone()
+    other[..., 1, 2] += 3.0
+    cond = StageCCondition(torch.ones(1, 3, 16), torch.ones(1, 12))
+    t, visible = torch.tensor([0.5]), torch.ones(1, 1, 4, 4)
+    with torch.no_grad():
+        assert not torch.equal(system.network(x, t, cond), system.network(other, t, cond))
+        visible[..., 1, 2] = 0
+        hidden = [system.network(one, t, cond, visible) for one in (x, other)]
+    assert torch.equal(*hidden)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"mask_share": 0.5},
+        {"model": {"qk_norm": True}},
+        {"diffusion": {"prediction": "flow", "schedule": "linear", "draw": "logit_normal"}},
+        {"diffusion": {"prediction": "v", "zero_terminal_snr": True, "weight": "min_snr"}},
+    ],
+    ids=str,
+)
+def test_each_modern_switch_trains(sections, make_run):
+    made = make_run("stage_c", **sections)
+    assert made.start() == 0
+    losses = made.losses()
+    assert len(losses) == 4 and all(0 < loss < 100 for loss in losses)
 
 
 def test_a_picture_for_a_network_that_takes_none_is_refused(make_run):

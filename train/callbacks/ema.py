@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from train.sharding import local_part, part_like, whole_like
+from train.sharding import cut_like, gathered, local_part, part_like
 
 
 class WeightAverage(Callback):
@@ -72,8 +74,11 @@ class WeightAverage(Callback):
 
         Without FSDP these are the tensors that the average goes on in.
         """
-        state = self._networks[name].state_dict()
-        return {key: whole_like(part, state[key]) for key, part in self.averages[name].items()}
+        return gathered(self.loadable(name))
+
+    def loadable(self, name: str) -> dict[str, Tensor]:
+        """Return a network's average as its ``load_state_dict`` takes it, cut as it is."""
+        return cut_as(self._networks[name], self.averages[name])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the average for the resumable checkpoint."""
@@ -84,6 +89,34 @@ class WeightAverage(Callback):
         """Take the average back."""
         self.num_updates = state_dict["num_updates"]
         self.averages = state_dict["averages"]
+
+
+@contextlib.contextmanager
+def with_weights(
+    networks: dict[str, nn.Module], weights: dict[str, dict[str, Tensor]] | None
+) -> Iterator[None]:
+    """Put networks into evaluation mode, with other weights if given; then all of it back."""
+    modes = {one: one.training for network in networks.values() for one in network.modules()}
+    own: dict[str, dict[str, Tensor]] = {}
+    if weights is not None:
+        for name, network in networks.items():
+            own[name] = {key: value.clone() for key, value in network.state_dict().items()}
+            network.load_state_dict(weights[name])
+    for network in networks.values():
+        network.eval()
+    try:
+        yield
+    finally:
+        for name, state in own.items():
+            networks[name].load_state_dict(state)
+        for module, training in modes.items():
+            module.training = training
+
+
+def cut_as(network: nn.Module, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the state whose parts this rank has, as the network's own is cut."""
+    state = network.state_dict()
+    return {key: cut_like(part, state[key]) for key, part in parts.items()}
 
 
 def exported_networks(system: LightningModule) -> dict[str, nn.Module]:

@@ -85,7 +85,9 @@ class Export(Callback):
                     "not exported, the last checkpoint is kept; lower optim.lr"
                 )
             averaged = plain_copy(network, average)
-            export_one(self.out, name, averaged, system, self.dtype, metadata)
+            own = getattr(system, "export_metadata", None)
+            more = own(name) if own is not None else {}
+            export_one(self.out, name, averaged, system, self.dtype, metadata | more)
 
 
 def export_one(

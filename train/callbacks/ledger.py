@@ -56,6 +56,7 @@ class Ledger(Callback):
         self._device = torch.device("cpu")
         self._setup_s = 0.0
         self._before_compiling: Phase | None = None
+        self._looking_before_s = 0.0
         self._written: dict[str, Any] = {"seconds": {}, "flops": 0.0}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -136,6 +137,11 @@ class Ledger(Callback):
         seconds = sum(self.clock.seconds().values())
         return self.seconds + (seconds - self._setup_s if self._setup_s else 0.0)
 
+    def training_seconds(self) -> float:
+        """Return the seconds so far less those of looking: pictures and validation."""
+        looking = sum(self.clock.seconds()[phase] for phase in ("pictures", "validation"))
+        return self.total_seconds() - looking - self._looking_before_s
+
     def peak_memory_bytes(self) -> int:
         """Return the most memory so far of the device; on a CPU of the process, 0 if unknown."""
         if self._device.type == "cuda":
@@ -149,12 +155,17 @@ class Ledger(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts for the resumable checkpoint."""
-        return {"samples": self.samples, "seconds": self.total_seconds()}
+        return {
+            "samples": self.samples,
+            "seconds": self.total_seconds(),
+            "training_seconds": self.training_seconds(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the counts back."""
         self.samples = state_dict["samples"]
         self.seconds = state_dict["seconds"]
+        self._looking_before_s = self.seconds - state_dict.get("training_seconds", self.seconds)
 
     def _begin_compiling(self, event: CallbackArgs) -> None:
         self._before_compiling = self.clock.phase

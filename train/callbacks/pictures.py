@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from cascade.pipelines.cascade import CascadePipeline
 from train.callbacks.ema import WeightAverage
 from train.callbacks.ledger import Ledger
 from train.clock import PhaseClock
+from train.losses.denoising import DiffusionConfig
 from train.networks import plain_copy
 from train.sharding import gathered
 from train.steps import ends_step
@@ -61,8 +62,10 @@ class SamplePictures(Callback):
         config: PicturesConfig,
         out: Path,
         stage: Literal["stage_b", "stage_c"],
+        diffusion: DiffusionConfig,
     ) -> None:
-        """Take what to draw, the run's folder, and which stage of the model it trains."""
+        """Take what to draw, the run's folder, which stage of the model it trains, and how."""
+        self.diffusion = diffusion
         self.config = config
         self.folder = out / PICTURES_FOLDER
         self.stage = stage
@@ -85,6 +88,13 @@ class SamplePictures(Callback):
         with self._clock.within("pictures"):
             device = str(pl_module.device)
             self._pipeline = CascadePipeline.from_folder(self.config.model, device=device)
+            spec = self._pipeline.spec
+            sampling = self.diffusion.sampled(getattr(spec, self.stage))
+            # The model's own stage may have been trained otherwise than the one that learns.
+            if self.stage == "stage_b":
+                self._pipeline.spec = replace(spec, stage_b=sampling)
+            else:
+                self._pipeline.spec = replace(spec, stage_c=sampling)
             lent = getattr(self._pipeline, self.stage).config
             learning = getattr(pl_module.network, "config", None)
             for name in ("latent_channels", "text_pooled_channels"):

@@ -2,24 +2,46 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from cascade.diffusion import weighting
-from cascade.diffusion.prediction import Prediction, target
-from cascade.diffusion.schedules import CosineSchedule
+from cascade.diffusion.prediction import Prediction, target, to_x0
+from cascade.diffusion.schedules import (
+    CosineSchedule,
+    NoiseSchedule,
+    check_schedule,
+    make_schedule,
+)
+from cascade.pipelines.spec import StageSampling
 from train.draws import StepDraws
+
+LEVELS = 5
+"""Equal parts of the time in which errors are told apart."""
+
+
+DIFFUSION_KEY = "cascade_diffusion"
+"""Metadata of an exported file: what its network predicts, and on which schedule."""
+SAMPLED = ("prediction", "schedule", "zero_terminal_snr")
+"""What sampling must do as training did."""
 
 
 @dataclass(frozen=True)
 class DiffusionConfig:
     """How a stage is noised, what it predicts, how its loss is weighted."""
 
-    prediction: Literal["epsilon", "v", "x0"] = "epsilon"
+    prediction: Literal["epsilon", "v", "x0", "flow"] = "epsilon"
     """What the network outputs (epsilon in all published stages)."""
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """Path from data to noise; "linear" is flow matching's."""
+    zero_terminal_snr: bool = False
+    """Let the cosine end at pure noise instead of the published ``alpha^2 = 1e-4``. Sampling
+    begins there, and a network that never saw it keeps the picture's mean brightness near 0."""
     weight: Literal["p2", "min_snr", "constant"] = "p2"
     """Loss weight over log-SNR (p2 in the papers)."""
     draw: Literal["uniform", "logit_normal", "official", "noisy"] = "uniform"
@@ -29,9 +51,27 @@ class DiffusionConfig:
     shift: float = 1.0
     """Resolution shift of the schedule in training."""
 
-    def schedule(self) -> CosineSchedule:
+    def __post_init__(self) -> None:
+        """Refuse a schedule on which the prediction says nothing."""
+        check_schedule(self.schedule, self.prediction, self.zero_terminal_snr)
+
+    def sampled(self, sampling: StageSampling) -> StageSampling:
+        """Return how a network that was trained so must be sampled; the rest as given."""
+        return replace(
+            sampling,
+            prediction=self.prediction,
+            schedule=self.schedule,
+            zero_terminal_snr=self.zero_terminal_snr,
+        )
+
+    def metadata(self) -> dict[str, str]:
+        """Return what an exported file says of how it must be sampled."""
+        values = {name: getattr(self, name) for name in SAMPLED}
+        return {DIFFUSION_KEY: json.dumps(values)}
+
+    def noise_schedule(self) -> NoiseSchedule:
         """Return the noise schedule of training."""
-        return CosineSchedule(shift=self.shift)
+        return make_schedule(self.schedule, self.shift, zero_terminal_snr=self.zero_terminal_snr)
 
 
 @dataclass(frozen=True)
@@ -53,7 +93,7 @@ def noise_batch(x0: Tensor, config: DiffusionConfig, draws: StepDraws) -> Noised
         config: Schedule, prediction and weight.
         draws: Of this micro-batch; on the CPU, so that every device sees the same.
     """
-    schedule, prediction = config.schedule(), Prediction(config.prediction)
+    schedule, prediction = config.noise_schedule(), Prediction(config.prediction)
 
     def draw(count: int, generator: torch.Generator) -> Tensor:
         return weighting.draw_t(count, generator, config.draw, stratified=config.stratified)
@@ -77,14 +117,28 @@ def noise_batch(x0: Tensor, config: DiffusionConfig, draws: StepDraws) -> Noised
     )
 
 
-def denoising_loss(predicted: Tensor, noised: Noised) -> tuple[Tensor, Tensor]:
-    """Return (weighted loss, unweighted mean squared error), both scalars, in float32."""
-    squared = (predicted.float() - noised.target).square().flatten(1).mean(dim=1)  # (B,)
-    return (squared * noised.weight).mean(), squared.mean().detach()
+def denoising_loss(
+    predicted: Tensor, noised: Noised, visible: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return (weighted loss, unweighted mean squared error), both scalars, in float32.
+
+    Args:
+        predicted: What the network said, ``(B, C, H, W)``.
+        noised: What it was asked.
+        visible: ``(B, 1, H, W)``: where it is 0, the network did not see its input, and what it
+            says does not count.
+    """
+    squared = (predicted.float() - noised.target).square()
+    if visible is None:
+        error = squared.flatten(1).mean(dim=1)  # (B,)
+    else:
+        shown = visible.to(squared).expand_as(squared)
+        error = (squared * shown).flatten(1).sum(dim=1) / shown.flatten(1).sum(dim=1)  # (B,)
+    return (error * noised.weight).mean(), error.mean().detach()
 
 
 @torch.no_grad()
-def errors_by_noise(predicted: Tensor, noised: Noised, levels: int = 5) -> dict[str, Tensor]:
+def errors_by_noise(predicted: Tensor, noised: Noised, levels: int = LEVELS) -> dict[str, Tensor]:
     """Return the mean squared error by diffusion time, for curves that show where it is learned.
 
     Args:
@@ -103,3 +157,41 @@ def errors_by_noise(predicted: Tensor, noised: Noised, levels: int = 5) -> dict[
         for index in range(levels)
         if bool((level == index).any())
     }
+
+
+@torch.no_grad()
+def published_errors(
+    network: Callable[[Tensor, Tensor], Tensor],
+    x0: Tensor,
+    config: DiffusionConfig,
+    draws: StepDraws,
+) -> tuple[Tensor, Tensor]:
+    """Return the published loss of each sample, whatever the network predicts.
+
+    That is epsilon's squared error weighted by P2 on the unshifted cosine, at evenly spread times.
+    In terms of the estimate of x0 it is ``alpha^2 |x0_hat - x0|^2``, so any network can be asked:
+    it is given the same picture, noise and log-SNR on its own schedule.
+
+    Args:
+        network: Maps ``x_t (B, C, H, W)`` and its network time ``(B,)`` to a raw prediction.
+        x0: Clean latents, ``(B, C, H, W)``.
+        config: What the network was trained on.
+        draws: Of this batch.
+
+    Returns:
+        The losses and the cosine's times, both ``(B,)``.
+    """
+    cosine, own = CosineSchedule(), config.noise_schedule()
+
+    def spread(count: int, generator: torch.Generator) -> Tensor:
+        return weighting.draw_t(count, generator, stratified=True)
+
+    t = draws.share("validation t", len(x0), spread).to(x0.device)  # (B,)
+    noise = draws.normal("validation noise", x0.shape).to(x0.device)
+    own_t = own.time_from_log_snr(cosine.log_snr(t))
+    alpha, sigma = (value.view(-1, 1, 1, 1) for value in own(own_t))  # (B, 1, 1, 1)
+    x_t = alpha * x0 + sigma * noise
+    predicted = network(x_t, own.network_time(own_t)).float()
+    x0_hat = to_x0(predicted, x_t, alpha, sigma, Prediction(config.prediction))
+    error = (x0_hat - x0).square().flatten(1).mean(dim=1)  # (B,)
+    return cosine(t)[0].square() * error, t

@@ -14,10 +14,18 @@ from cascade.text.encoder import TextConfig
 from stages.semantic_compressor import CompressorConfig, SemanticCompressor
 from stages.stage_b import StageB, StageBCondition, StageBConfig
 from train.callbacks.pictures import PicturesConfig
+from train.callbacks.posthoc_ema import PosthocEmaConfig
+from train.callbacks.validation import ValidationConfig
 from train.data.cached import CachedBatch
 from train.data.config import DataConfig
 from train.draws import StepDraws, step_draws
-from train.losses.denoising import DiffusionConfig, denoising_loss, errors_by_noise, noise_batch
+from train.losses.denoising import (
+    DiffusionConfig,
+    denoising_loss,
+    errors_by_noise,
+    noise_batch,
+    published_errors,
+)
 from train.networks import configure_networks
 from train.optim import make_optimizer
 from train.settings import OptimConfig, RunConfig
@@ -57,6 +65,10 @@ class StageBRun:
     """Largest diffusion time of that noise."""
     pictures: PicturesConfig | None = None
     """Pictures of fixed prompts while it learns; null draws none."""
+    validation: ValidationConfig | None = None
+    """Held-out pictures on which the run is judged while it learns; null judges on none."""
+    posthoc_ema: PosthocEmaConfig | None = None
+    """Snapshots from which ``python -m train.posthoc_ema`` makes averages of any length."""
     init_from: str | None = None
     """Folder with exported stage_b and compressor files to start with."""
 
@@ -89,6 +101,10 @@ class StageBSystem(LightningModule):
         if self.compressor is None:
             return {"stage_b": self.network}
         return {"stage_b": self.network, "compressor": self.compressor}
+
+    def export_metadata(self, name: str) -> dict[str, str]:
+        """Return what a network's file says beside its sizes."""
+        return self.config.diffusion.metadata() if name == "stage_b" else {}
 
     def condition(self, batch: CachedBatch, draws: StepDraws) -> StageBCondition:
         """Compress the pictures, then noise and drop the result sample by sample."""
@@ -123,6 +139,22 @@ class StageBSystem(LightningModule):
     def configure_model(self) -> None:
         """Recompute, compile or cut the blocks, as ``run`` says."""
         configure_networks(self, self.config.run)
+
+    def validation_errors(self, batch: CachedBatch, draws: StepDraws) -> tuple[Tensor, Tensor]:
+        """Return each sample's published loss and time, on whole and clean conditions."""
+        latents = (
+            batch.require("stage_c_latents")
+            if self.compressor is None
+            else self.compressor.encode(batch.require("pixels")).float()
+        )
+        cond = StageBCondition(stage_c_latents=latents, text_pooled=batch.require("text_pooled"))
+
+        def network(x_t: Tensor, time: Tensor) -> Tensor:
+            return self.network(x_t, time, cond)
+
+        return published_errors(
+            network, batch.require("stage_a_latents"), self.config.diffusion, draws
+        )
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer with its per-step schedule."""

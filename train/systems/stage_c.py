@@ -12,10 +12,18 @@ from torch import Tensor, nn
 from cascade.text.encoder import TextConfig
 from stages.stage_c import StageC, StageCCondition, StageCConfig
 from train.callbacks.pictures import PicturesConfig
+from train.callbacks.posthoc_ema import PosthocEmaConfig
+from train.callbacks.validation import ValidationConfig
 from train.data.cached import CachedBatch
 from train.data.config import DataConfig
 from train.draws import StepDraws, step_draws
-from train.losses.denoising import DiffusionConfig, denoising_loss, errors_by_noise, noise_batch
+from train.losses.denoising import (
+    DiffusionConfig,
+    denoising_loss,
+    errors_by_noise,
+    noise_batch,
+    published_errors,
+)
 from train.networks import configure_networks
 from train.optim import make_optimizer
 from train.settings import OptimConfig, RunConfig
@@ -44,13 +52,27 @@ class StageCRun:
     Stable Cascade); the others see zeros. It is what picture variations need."""
     image_caption_dropout: float = 0.5
     """Share of those that see the null prompt beside it."""
+    mask_share: float = 0.0
+    """Share of the positions of each sample that the network does not see and is not asked for
+    (masked-token training). Convolutions still run over all of them: it saves no compute here."""
+    mask_until: float = 0.8
+    """Part of the run after which nothing is masked, so that the network ends on whole inputs."""
     pictures: PicturesConfig | None = None
     """Pictures of fixed prompts while it learns; null draws none."""
+    validation: ValidationConfig | None = None
+    """Held-out pictures on which the run is judged while it learns; null judges on none."""
+    posthoc_ema: PosthocEmaConfig | None = None
+    """Snapshots from which ``python -m train.posthoc_ema`` makes averages of any length."""
     init_from: str | None = None
     """Exported Stage C file whose weights the run starts with."""
 
     def __post_init__(self) -> None:
-        """Refuse a picture for a network that takes none."""
+        """Refuse a picture for a network that takes none, and masks that hide all."""
+        if not (0 <= self.mask_share < 1 and 0 <= self.mask_until <= 1):
+            raise ValueError(
+                f"mask_share={self.mask_share} lies in [0, 1), mask_until={self.mask_until} in "
+                "[0, 1]"
+            )
         if self.image_share > 0 and self.model.image_channels is None:
             raise ValueError(
                 f"image_share is {self.image_share} but model.image_channels is null: the network "
@@ -76,6 +98,10 @@ class StageCSystem(LightningModule):
         """Return what is averaged and exported."""
         return {"stage_c": self.network}
 
+    def export_metadata(self, name: str) -> dict[str, str]:
+        """Return what a network's file says beside its sizes."""
+        return self.config.diffusion.metadata() if name == "stage_c" else {}
+
     def condition(self, batch: CachedBatch, draws: StepDraws) -> StageCCondition:
         """Build the condition; each sample loses its caption, or its picture, on its own draw."""
         config = self.config
@@ -95,13 +121,35 @@ class StageCSystem(LightningModule):
             text_pooled=torch.where(drop[:, None], self.null_pooled, pooled),
         )
 
+    def visible(self, latents: Tensor, draws: StepDraws) -> Tensor | None:
+        """Draw which positions the network sees: ``(B, 1, H, W)`` of 0 and 1; None: all.
+
+        Every sample hides the same number of positions, at least one stays.
+        """
+        share, until = self.config.mask_share, self.config.mask_until
+        if share == 0 or draws.step >= until * self.config.run.max_steps:
+            return None
+        side = self.config.model.patch_size
+        height, width = latents.shape[-2] // side, latents.shape[-1] // side
+        hidden = min(round(share * height * width), height * width - 1)
+        ranks = draws.share(
+            "mask",
+            len(latents),
+            lambda n, generator: torch.rand(n, height * width, generator=generator),
+        ).argsort(dim=1)
+        return (ranks >= hidden).to(latents).view(-1, 1, height, width)
+
     def training_step(self, batch: CachedBatch, batch_idx: int) -> Tensor:
         """Noise the latents, predict, compare."""
         draws = step_draws(self, self.config.run.seed, batch_idx)
         noised = noise_batch(batch.require("stage_c_latents"), self.config.diffusion, draws)
         cond = self.condition(batch, draws)
-        predicted = self.network(noised.x_t, noised.network_time, cond)
-        loss, mse = denoising_loss(predicted, noised)
+        visible = self.visible(noised.x_t, draws)
+        predicted = self.network(noised.x_t, noised.network_time, cond, visible)
+        if visible is not None:  # by patch -> by position
+            visible = visible.repeat_interleave(self.config.model.patch_size, dim=2)
+            visible = visible.repeat_interleave(self.config.model.patch_size, dim=3)
+        loss, mse = denoising_loss(predicted, noised, visible)
         self.log("loss", loss, prog_bar=True, sync_dist=True)
         self.log("mse", mse, sync_dist=True)
         if (self.global_step + 1) % self.config.run.log_every_steps == 0:
@@ -111,6 +159,18 @@ class StageCSystem(LightningModule):
     def configure_model(self) -> None:
         """Recompute, compile or cut the blocks, as ``run`` says."""
         configure_networks(self, self.config.run)
+
+    def validation_errors(self, batch: CachedBatch, draws: StepDraws) -> tuple[Tensor, Tensor]:
+        """Return each sample's published loss and time, with its caption and without a picture."""
+        hidden, pooled = batch.require("text_hidden"), batch.require("text_pooled")
+        cond = StageCCondition(text_hidden=hidden, text_pooled=pooled)
+
+        def network(x_t: Tensor, time: Tensor) -> Tensor:
+            return self.network(x_t, time, cond)
+
+        return published_errors(
+            network, batch.require("stage_c_latents"), self.config.diffusion, draws
+        )
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer with its per-step schedule."""

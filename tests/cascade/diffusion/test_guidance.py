@@ -7,7 +7,7 @@ from torch import Tensor
 from cascade.diffusion.denoiser import Denoiser
 from cascade.diffusion.guidance import Guided, unguided
 from cascade.diffusion.prediction import Prediction, from_x0
-from cascade.diffusion.schedules import CosineSchedule
+from cascade.diffusion.schedules import CosineSchedule, LinearSchedule, NoiseSchedule
 
 T = torch.tensor(0.6)
 SCHEDULE = CosineSchedule()
@@ -133,3 +133,18 @@ def test_a_scale_may_depend_on_time(fake: Fake, cond: Tensor, uncond: Tensor, x_
         guided(x_t, torch.tensor(0.5)), x_t.tanh() + uncond + 2.0 * (cond - uncond)
     )
     torch.testing.assert_close(guided(x_t, torch.tensor(0.0)), x_t.tanh() + cond)
+
+
+@pytest.mark.parametrize("schedule", [CosineSchedule(smallest=0.0), LinearSchedule()], ids=str)
+def test_pure_noise_is_rescaled_in_x0(
+    schedule: NoiseSchedule, fake: Fake, cond: Tensor, uncond: Tensor, x_t: Tensor
+) -> None:
+    """Where no signal is left, an estimate of x0 has no epsilon."""
+    denoiser = Denoiser(fake, schedule, Prediction.X0)
+    pair = torch.cat([cond, uncond])
+    plain = Guided(denoiser, cond, pair, 5.0)(x_t, torch.tensor(1.0))
+    whole = Guided(denoiser, cond, pair, 5.0, rescale=1.0)(x_t, torch.tensor(1.0))
+    wanted = denoiser(x_t, torch.tensor(1.0), cond).std(dim=(1, 2, 3))
+    torch.testing.assert_close(whole.std(dim=(1, 2, 3)), wanted)
+    half = Guided(denoiser, cond, pair, 5.0, rescale=0.5)(x_t, torch.tensor(1.0))
+    torch.testing.assert_close(half, (plain + whole) / 2)

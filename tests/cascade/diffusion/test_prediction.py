@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cascade.diffusion.prediction import Prediction, from_x0, target, to_x0
-from cascade.diffusion.schedules import CosineSchedule
+from cascade.diffusion.schedules import CosineSchedule, LinearSchedule
 
 KINDS = st.sampled_from(list(Prediction))
 VALUES = st.floats(-5, 5, width=32)
@@ -64,6 +64,21 @@ def test_v_gives_x0_where_no_signal_is_left_unlike_epsilon() -> None:
     assert not to_x0(noise, noise, alpha, sigma, Prediction.EPSILON).isfinite()
 
 
+@given(x0=VALUES, noise=VALUES, t=st.floats(0.0, 1.0))
+def test_flow_is_the_velocity_of_the_straight_path_and_gives_x0_all_along_it(
+    x0: float, noise: float, t: float
+) -> None:
+    clean, gaussian = torch.tensor(x0), torch.tensor(noise)
+    alpha, sigma = LinearSchedule()(torch.tensor(t))
+    x_t = alpha * clean + sigma * gaussian
+    velocity = target(Prediction.FLOW, clean, gaussian, alpha, sigma)
+    later = LinearSchedule()(torch.tensor(t) + 0.125)
+    moved = later[0] * clean + later[1] * gaussian
+    torch.testing.assert_close((moved - x_t) / 0.125, velocity, atol=1e-4, rtol=1e-4)
+    estimate = to_x0(velocity, x_t, alpha, sigma, Prediction.FLOW)
+    torch.testing.assert_close(estimate, clean, atol=1e-4, rtol=1e-4)
+
+
 def test_scales_of_a_batch_broadcast() -> None:
     x0, noise = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4)
     alpha, sigma = (s.view(3, 1, 1, 1) for s in CosineSchedule()(torch.tensor([0.1, 0.5, 0.9])))
@@ -74,6 +89,6 @@ def test_scales_of_a_batch_broadcast() -> None:
         torch.testing.assert_close(estimate, x0, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["epsilon", "v", "x0"])
+@pytest.mark.parametrize("name", ["epsilon", "v", "x0", "flow"])
 def test_configurations_name_predictions(name: str) -> None:
     assert Prediction(name).value == name

@@ -16,14 +16,14 @@ from cascade.diffusion.samplers import (
     sample_ddpm,
     sample_dpmpp_2m,
 )
-from cascade.diffusion.schedules import CosineSchedule
+from cascade.diffusion.schedules import CosineSchedule, LinearSchedule, NoiseSchedule, equal_times
 from cascade.rng import PictureNoise
 
 ALL = pytest.mark.parametrize("name", sorted(SAMPLERS))
 DETERMINISTIC = pytest.mark.parametrize("sampler", [sample_ddim, sample_dpmpp_2m])
 
 
-def _oracle(schedule: CosineSchedule, mean: float, std: float) -> Denoise:
+def _oracle(schedule: NoiseSchedule, mean: float, std: float) -> Denoise:
     """The exact denoiser of N(mean, std^2): the posterior mean of x0 given x_t."""
 
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
@@ -44,17 +44,26 @@ def _source(seed: int):  # type: ignore[no-untyped-def]
 
 
 @ALL
-@pytest.mark.parametrize("shift", [1.0, 2.0])
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        CosineSchedule(),
+        CosineSchedule(shift=2.0),
+        CosineSchedule(smallest=0.0),
+        LinearSchedule(),
+        LinearSchedule(shift=3.0),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize(("mean", "std"), [(0.7, 0.3), (-1.5, 2.0)])
 def test_every_sampler_draws_the_gaussian_of_its_exact_denoiser(
-    name: str, shift: float, mean: float, std: float
+    name: str, schedule: NoiseSchedule, mean: float, std: float
 ) -> None:
-    schedule = CosineSchedule(shift=shift)
     x0 = SAMPLERS[name](
         _oracle(schedule, mean, std),
         schedule,
         _noise(64, 1, 16, 16),
-        schedule.times(250),
+        equal_times(250),
         randn_like=_source(1),
     )
     assert float(x0.mean()) == pytest.approx(mean, abs=0.03 * std + 0.01)
@@ -64,11 +73,11 @@ def test_every_sampler_draws_the_gaussian_of_its_exact_denoiser(
 def test_ddim_in_60_steps_and_ddpm_in_250_give_the_known_numbers() -> None:
     schedule = CosineSchedule()
     start = _noise(64, 1, 32, 32)
-    ddim = sample_ddim(_oracle(schedule, 0.7, 0.3), schedule, start, schedule.times(60))
+    ddim = sample_ddim(_oracle(schedule, 0.7, 0.3), schedule, start, equal_times(60))
     assert float(ddim.mean()) == pytest.approx(0.698, abs=0.004)
     assert float(ddim.std()) == pytest.approx(0.289, abs=0.004)
     ddpm = sample_ddpm(
-        *(_oracle(schedule, 0.7, 0.3), schedule, start, schedule.times(250)), randn_like=_source(1)
+        *(_oracle(schedule, 0.7, 0.3), schedule, start, equal_times(250)), randn_like=_source(1)
     )
     assert float(ddpm.mean()) == pytest.approx(0.700, abs=0.004)
     assert float(ddpm.std()) == pytest.approx(0.293, abs=0.004)
@@ -128,9 +137,9 @@ def test_2m_takes_the_estimate_at_the_middle_of_steps_of_unequal_length() -> Non
         torch.testing.assert_close(seen[i + 1].x_t, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_ddim_with_eta_one_equals_ddpm() -> None:
-    schedule = CosineSchedule()
-    arguments = (_oracle(schedule, 0.7, 0.3), schedule, _noise(4, 2, 4, 4), schedule.times(12))
+@pytest.mark.parametrize("schedule", [CosineSchedule(), LinearSchedule(shift=2.0)], ids=str)
+def test_ddim_with_eta_one_equals_ddpm(schedule: NoiseSchedule) -> None:
+    arguments = (_oracle(schedule, 0.7, 0.3), schedule, _noise(4, 2, 4, 4), equal_times(12))
     ddim = sample_ddim(*arguments, eta=1.0, randn_like=_source(1))
     ddpm = sample_ddpm(*arguments, randn_like=_source(1))
     torch.testing.assert_close(ddim, ddpm, atol=1e-5, rtol=1e-4)
@@ -140,13 +149,13 @@ def test_ddim_with_eta_one_equals_ddpm() -> None:
 def test_a_right_denoiser_of_one_picture_gives_that_picture(name: str) -> None:
     picture = _noise(2, 3, 4, 4, seed=5)
     schedule = CosineSchedule()
-    x0 = SAMPLERS[name](lambda x, t: picture, schedule, _noise(2, 3, 4, 4), schedule.times(5))
+    x0 = SAMPLERS[name](lambda x, t: picture, schedule, _noise(2, 3, 4, 4), equal_times(5))
     assert torch.equal(x0, picture)
 
 
 @ALL
 def test_each_step_costs_one_evaluation_and_is_reported(name: str) -> None:
-    schedule, times = CosineSchedule(), CosineSchedule().times(6)
+    schedule, times = CosineSchedule(), equal_times(6)
     asked: list[float] = []
     seen: list[StepInfo] = []
     oracle = _oracle(schedule, 0.7, 0.3)
@@ -168,7 +177,7 @@ def test_each_step_costs_one_evaluation_and_is_reported(name: str) -> None:
 def test_one_step_is_the_first_estimate(name: str) -> None:
     schedule, start = CosineSchedule(), _noise(2, 1, 4, 4)
     oracle = _oracle(schedule, 0.7, 0.3)
-    x0 = SAMPLERS[name](oracle, schedule, start, schedule.times(1), randn_like=_source(1))
+    x0 = SAMPLERS[name](oracle, schedule, start, equal_times(1), randn_like=_source(1))
     assert torch.equal(x0, oracle(start, torch.tensor(1.0)))
 
 
@@ -177,7 +186,7 @@ def test_one_step_is_the_first_estimate(name: str) -> None:
 def test_steps_within_a_clamped_end_of_the_schedule_stay_finite(name: str, shift: float) -> None:
     """A strong shift clamps several steps to one noise level: they have no length."""
     schedule = CosineSchedule(shift=shift)
-    times = schedule.times(400)
+    times = equal_times(400)
     log_snr = schedule.log_snr(times)
     assert (log_snr.diff() == 0).sum() > 1, "else this test shows nothing"
     x0 = SAMPLERS[name](
@@ -195,7 +204,7 @@ def test_the_same_seed_gives_the_same_sample_and_a_picture_ignores_its_batch(nam
     def draw(seeds: list[int]) -> Tensor:
         noise = PictureNoise(seeds, "stage_c")
         start = noise.randn((2, 4, 4))
-        arguments = (_oracle(schedule, 0.7, 0.3), schedule, start, schedule.times(10))
+        arguments = (_oracle(schedule, 0.7, 0.3), schedule, start, equal_times(10))
         return SAMPLERS[name](*arguments, randn_like=noise.randn_like)
 
     together = draw([3, 4, 5])
@@ -211,7 +220,7 @@ def test_deterministic_samplers_draw_no_noise(sampler: Sampler) -> None:
 
     schedule = CosineSchedule()
     x0 = sampler(
-        *(_oracle(schedule, 0.7, 0.3), schedule, _noise(1, 1, 4, 4), schedule.times(5)),
+        *(_oracle(schedule, 0.7, 0.3), schedule, _noise(1, 1, 4, 4), equal_times(5)),
         randn_like=refuse,
     )
     assert x0.isfinite().all()
@@ -227,7 +236,7 @@ def test_stochastic_samplers_draw_noise_from_their_source_alone(sampler: Sampler
 
     before = torch.get_rng_state()
     start = _noise(2, 1, 4, 4)
-    sampler(_oracle(schedule, 0.7, 0.3), schedule, start, schedule.times(5), randn_like=draw)
+    sampler(_oracle(schedule, 0.7, 0.3), schedule, start, equal_times(5), randn_like=draw)
     assert drawn == [start.shape] * 4, "the last step returns the estimate, without noise"
     assert torch.equal(before, torch.get_rng_state())
 
@@ -241,7 +250,7 @@ def test_ddpm_walks_the_path_of_diffusers() -> None:
 
     seen: list[StepInfo] = []
     x0 = sample_ddpm(
-        *(oracle, schedule, start, schedule.times(num_steps)),
+        *(oracle, schedule, start, equal_times(num_steps)),
         randn_like=_source(9),
         on_step=seen.append,
     )

@@ -7,7 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cascade.diffusion.schedules import CosineSchedule, diffuse
+from cascade.diffusion.schedules import (
+    CosineSchedule,
+    LinearSchedule,
+    check_schedule,
+    diffuse,
+    equal_times,
+)
 
 LIMIT = 9.2102
 SHIFTS = st.sampled_from([0.5, 1.0, 2.0, 4.0])
@@ -24,7 +30,7 @@ TIMES_SHIFT_1 = [0.9936, *[0.95 - 0.05 * i for i in range(19)], 0.0023]
 @pytest.mark.parametrize(("shift", "expected"), [(1.0, TIMES_SHIFT_1), (2.0, TIMES_SHIFT_2)])
 def test_the_network_is_told_the_published_times(shift: float, expected: list[float]) -> None:
     schedule = CosineSchedule(shift=shift)
-    told = schedule.network_time(schedule.times(20))
+    told = schedule.network_time(equal_times(20))
     torch.testing.assert_close(told, torch.tensor(expected), atol=6e-5, rtol=0)
 
 
@@ -96,10 +102,55 @@ def test_time_is_recovered_from_log_snr(t: float, shift: float) -> None:
 
 
 def test_times_fall_in_equal_steps_from_one_end_to_the_other() -> None:
-    times = CosineSchedule().times(8)
+    times = equal_times(8)
     torch.testing.assert_close(times, torch.arange(8, -1, -1) / 8)
-    partial = CosineSchedule().times(2, t_start=0.6, t_end=0.2)
+    partial = equal_times(2, t_start=0.6, t_end=0.2)
     torch.testing.assert_close(partial, torch.tensor([0.6, 0.4, 0.2]))
+
+
+def test_a_cosine_with_zero_terminal_snr_ends_at_pure_noise_and_is_the_same_elsewhere() -> None:
+    plain, zero = CosineSchedule(), CosineSchedule(smallest=0.0)
+    alpha, sigma = zero(torch.tensor([1.0]))
+    assert alpha == 0 and sigma == 1
+    assert zero.log_snr(torch.tensor(1.0)) == -math.inf
+    assert float(zero.network_time(torch.tensor(1.0))) == pytest.approx(1.0, abs=1e-6)
+    t = torch.linspace(0, 0.99, 50)
+    assert torch.equal(zero.log_snr(t), plain.log_snr(t))
+    shifted = CosineSchedule(shift=2.0, smallest=0.0)
+    assert shifted(torch.tensor(1.0))[0] == 0
+
+
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
+def test_the_linear_schedule_is_a_straight_line_whose_shift_lowers_log_snr(shift: float) -> None:
+    t = torch.linspace(0.02, 0.98, 49)
+    alpha, sigma = LinearSchedule(shift)(t)
+    torch.testing.assert_close(alpha + sigma, torch.ones(49))
+    schedule = LinearSchedule(shift)
+    torch.testing.assert_close(
+        schedule.log_snr(t), LinearSchedule().log_snr(t) - 2 * math.log(shift), atol=1e-4, rtol=1e-4
+    )
+    torch.testing.assert_close(schedule.log_snr(t), 2 * (alpha / sigma).log(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(schedule.time_from_log_snr(schedule.log_snr(t)), t)
+    ends = schedule(torch.tensor([0.0, 1.0]))
+    assert ends[0].tolist() == [1.0, 0.0] and ends[1].tolist() == [0.0, 1.0]
+    if shift == 1.0:
+        torch.testing.assert_close(sigma, t)
+
+
+@pytest.mark.parametrize(
+    ("name", "prediction", "zero", "message"),
+    [
+        ("cosine", "epsilon", True, "use v, flow or x0"),
+        ("linear", "epsilon", False, "use flow or x0"),
+        ("linear", "v", False, "use flow"),
+        ("linear", "flow", True, "zero_terminal_snr is for the cosine"),
+    ],
+)
+def test_schedules_on_which_a_prediction_says_nothing_are_refused(
+    name: str, prediction: str, zero: bool, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_schedule(name, prediction, zero)
 
 
 def test_half_precision_times_are_computed_in_float32() -> None:
@@ -122,9 +173,9 @@ def test_diffusing_gives_every_sample_its_own_noise_level() -> None:
     [
         ({"shift": 0.0}, "shift is 0.0"),
         ({"shift": -1.0}, "shift is -1.0"),
-        ({"smallest": 0.9, "largest": 0.1}, "0 < smallest < largest < 1"),
+        ({"smallest": 0.9, "largest": 0.1}, "0 <= smallest < largest < 1"),
         ({"largest": 1.0}, "largest=1.0"),
-        ({"smallest": 0.0}, "smallest=0.0"),
+        ({"smallest": -0.1}, "smallest=-0.1"),
     ],
 )
 def test_values_that_describe_no_schedule_are_refused(
@@ -137,7 +188,7 @@ def test_values_that_describe_no_schedule_are_refused(
 @pytest.mark.parametrize("num_steps", [0, -3])
 def test_no_steps_are_refused(num_steps: int) -> None:
     with pytest.raises(ValueError, match=f"number of steps is {num_steps}"):
-        CosineSchedule().times(num_steps)
+        equal_times(num_steps)
 
 
 @pytest.mark.reference

@@ -38,6 +38,7 @@ def test_min_snr_is_its_formula_for_each_prediction(log_snr: float, gamma: float
         Prediction.X0: min(snr, gamma),
         Prediction.EPSILON: min(snr, gamma) / snr,
         Prediction.V: min(snr, gamma) / (snr + 1),
+        Prediction.FLOW: min(snr, gamma) / (snr**0.5 + 1) ** 2,
     }
     for kind, value in expected.items():
         weight = float(min_snr(torch.tensor(log_snr), gamma, kind))
@@ -57,7 +58,7 @@ def test_min_snr_weighs_one_error_of_x0_alike_whatever_is_predicted(t: float, er
         )
         weight = min_snr(schedule.log_snr(time), prediction=kind)
         losses.append(float(weight * (said - wanted).square()))
-    assert losses == pytest.approx([losses[0]] * 3, rel=1e-2)
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-2)
 
 
 def test_uniform_times_are_uniform() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cascade.checkpoints.files import load_network
+from cascade.checkpoints.files import load_network, save_network
 from cascade.checkpoints.load import load_any
 from cascade.errors import UserError, run_main
 from cascade.pipelines.cascade import CascadePipeline
@@ -53,6 +53,46 @@ def test_the_authors_layout_comes_back_tensor_by_tensor(tiny_model: Path, tmp_pa
         name = {"effnet_encoder": "compressor"}.get(stem, stem)
         [(_, ours)] = load_any(tiny_model / f"{name}.safetensors")
         assert_same_weights(network, ours)
+
+
+@pytest.mark.parametrize(
+    "trained",
+    [
+        {"prediction": "flow", "schedule": "linear"},
+        {"prediction": "flow"},
+        {"prediction": "v", "zero_terminal_snr": True},
+    ],
+    ids=str,
+)
+def test_what_diffusers_can_t_sample_goes_out_in_the_other_layouts_alone(
+    trained: dict[str, object], tiny_model: Path, tmp_path: Path
+) -> None:
+    spec = load_spec(tiny_model)
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    save_spec(replace(spec, stage_c=replace(spec.stage_c, **trained)), model)
+    with pytest.raises(UserError, match="diffusers' pipelines can't sample this model"):
+        convert(model, tmp_path / "out", "diffusers")
+    assert not (tmp_path / "out").exists()
+    convert(model, tmp_path / "out", "original")
+    shutil.copytree(model / "text", tmp_path / "out" / "text")
+    before, after = (
+        CascadePipeline(folder, device="cpu", dtype="float32")("a red hat", seed=3)
+        for folder in (model, tmp_path / "out")
+    )
+    assert (before.pixels - after.pixels).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("to", ["diffusers", "original"])
+def test_normed_queries_stay_in_our_layout(tiny_model: Path, tmp_path: Path, to: str) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    file = model / "stage_c.safetensors"
+    network = StageC(replace(load_network(file, expect=StageC).config, qk_norm=True))
+    save_network(file, network)
+    with pytest.raises(UserError, match="qk_norm"):
+        convert(model, tmp_path / "out", to)
+    assert not (tmp_path / "out").exists()
+    convert(model, tmp_path / "out", "ours")
+    assert load_network(tmp_path / "out" / "stage_c.safetensors", expect=StageC).config.qk_norm
 
 
 @pytest.mark.parametrize("to", ["diffusers", "original"])
@@ -101,6 +141,23 @@ def test_the_number_format_is_asked_for_and_named_in_the_file(
     assert {parameter.dtype for parameter in network.parameters()} == {torch.bfloat16}
     ours = load_network(tiny_model / "stage_c.safetensors", expect=StageC, dtype=torch.bfloat16)
     assert_same_weights(network, ours)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_conversion_that_ends_early_leaves_nothing(
+    error: BaseException, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("cascade.tools.convert._write_text", fail)
+    expected = UserError if isinstance(error, OSError) else KeyboardInterrupt
+    with pytest.raises(expected):
+        convert(tiny_model, tmp_path / "new" / "out", "diffusers")
+    assert list((tmp_path / "new").iterdir()) == []
+    monkeypatch.undo()
+    (tmp_path / "new" / "out").mkdir()  # an empty folder is as good as none
+    assert convert(tiny_model, tmp_path / "new" / "out", "diffusers") == 0
 
 
 def test_nothing_that_is_there_is_overwritten(tiny_model: Path, tmp_path: Path) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from cascade.checkpoints.files import load_network
 from cascade.errors import UserError
 from cascade.images import open_image
 from cascade.pipelines.cascade import CascadePipeline
+from stages.stage_c import StageC
 
 PROMPTS = ["a red hat", "one fish, green", "a blue apple"]
 
@@ -37,9 +41,6 @@ def test_the_averaged_weights_pictures_are_those_of_the_export(make_run, tiny_mo
     run = make_run("stage_c", pictures=pictures)
     run.start()
     pipeline = CascadePipeline.from_folder(tiny_model, device="cpu")
-    from cascade.checkpoints.files import load_network
-    from stages.stage_c import StageC
-
     pipeline.stage_c = load_network(run.out / "stage_c.safetensors", expect=StageC)
     expected = pipeline(PROMPTS[0], seed=7, progress=False).pictures[0]
     drawn = open_image(run.out / "pictures" / "step_0000004_ema.png")
@@ -66,3 +67,20 @@ def test_a_picture_that_fails_is_grey_and_ends_nothing(make_run, tiny_model, mon
     assert run.start() == 0
     assert "no picture of 'a red hat': entirely black" in caplog.text
     assert open_image(run.out / "pictures" / "step_0000004_ema.png").getpixel((0, 0)) == (128,) * 3
+
+
+def test_a_stage_that_learns_otherwise_than_the_lent_one_is_sampled_its_own_way(
+    make_run, tiny_model
+):
+    pictures = {"model": str(tiny_model), "prompts": PROMPTS[:1], "seed": 7}
+    run = make_run(
+        "stage_c", pictures=pictures, diffusion={"prediction": "flow", "schedule": "linear"}
+    )
+    run.start()
+    pipeline = CascadePipeline.from_folder(tiny_model, device="cpu")
+    flow = replace(pipeline.spec.stage_c, prediction="flow", schedule="linear")
+    pipeline.spec = replace(pipeline.spec, stage_c=flow)
+    pipeline.stage_c = load_network(run.out / "stage_c.safetensors", expect=StageC)
+    expected = pipeline(PROMPTS[0], seed=7, progress=False).pictures[0]
+    drawn = open_image(run.out / "pictures" / "step_0000004_ema.png")
+    assert drawn.tobytes() == expected.tobytes()

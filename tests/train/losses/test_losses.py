@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cascade.diffusion.prediction import Prediction, to_x0
+from cascade.diffusion.prediction import Prediction, from_x0, to_x0
+from cascade.diffusion.schedules import CosineSchedule
+from cascade.diffusion.weighting import draw_t
 from train.draws import StepDraws
 from train.losses.contrastive import contrastive_loss
 from train.losses.denoising import (
@@ -12,6 +14,7 @@ from train.losses.denoising import (
     denoising_loss,
     errors_by_noise,
     noise_batch,
+    published_errors,
 )
 from train.losses.reconstruction import (
     feature_distance,
@@ -32,7 +35,7 @@ def test_a_network_that_says_the_target_has_no_loss_and_knows_x0(prediction):
     noised = noise_batch(x0, config, StepDraws(1, 0))
     loss, mse = denoising_loss(noised.target, noised)
     assert loss == mse == 0
-    alpha, sigma = (v.view(-1, 1, 1, 1) for v in config.schedule()(noised.t))
+    alpha, sigma = (v.view(-1, 1, 1, 1) for v in config.noise_schedule()(noised.t))
     estimate = to_x0(noised.target, noised.x_t, alpha, sigma, prediction)
     torch.testing.assert_close(estimate, x0, rtol=1e-3, atol=1e-3)
 
@@ -49,7 +52,7 @@ def test_each_sample_weighs_by_its_signal_to_noise_ratio(weight, expected):
     x0 = torch.randn(5, 4, 2, 2, generator=generator())
     config = DiffusionConfig(weight=weight)
     noised = noise_batch(x0, config, StepDraws(1, 0))
-    alpha, sigma = config.schedule()(noised.t)
+    alpha, sigma = config.noise_schedule()(noised.t)
     torch.testing.assert_close(noised.weight, expected((alpha / sigma) ** 2), rtol=1e-4, atol=0)
     errors = torch.arange(1.0, 6.0).view(-1, 1, 1, 1)
     loss, mse = denoising_loss(noised.target + errors, noised)
@@ -124,3 +127,53 @@ def test_errors_by_noise_are_the_means_of_their_levels():
     torch.testing.assert_close(errors["mse_t/0.4-0.6"], noised.t[inside].square().mean())
     few = noise_batch(x0[:1], DiffusionConfig(), StepDraws(0, 0))
     assert len(errors_by_noise(few.target, few)) == 1
+
+
+RECIPES = [
+    DiffusionConfig(),
+    DiffusionConfig(prediction="v", shift=2.0),
+    DiffusionConfig(prediction="v", zero_terminal_snr=True),
+    DiffusionConfig(prediction="x0"),
+    DiffusionConfig(prediction="flow", schedule="linear"),
+    DiffusionConfig(prediction="flow", schedule="linear", shift=3.0),
+]
+
+
+@pytest.mark.parametrize("config", RECIPES, ids=str)
+def test_the_published_loss_of_an_estimate_is_the_same_whatever_was_trained(config):
+    """A network whose estimate of x0 is off by 0.5 has alpha^2 / 4, on every schedule."""
+    x0 = torch.randn(64, 4, 2, 2, generator=generator())
+    seen = []
+
+    def network(x_t, time):
+        seen.append(time)
+        own_t = config.noise_schedule().time_from_log_snr(CosineSchedule().log_snr(t_of[0]))
+        alpha, sigma = (v.view(-1, 1, 1, 1) for v in config.noise_schedule()(own_t))
+        torch.testing.assert_close(time, config.noise_schedule().network_time(own_t))
+        return from_x0(x0 + 0.5, x_t, alpha, sigma, Prediction(config.prediction))
+
+    t_of = [draw_t(64, StepDraws(3, 0).generator("validation t"), stratified=True)]
+    errors, t = published_errors(network, x0, config, StepDraws(3, 0))
+    assert torch.equal(t, t_of[0]) and len(seen) == 1
+    alpha = CosineSchedule()(t)[0]
+    torch.testing.assert_close(errors, 0.25 * alpha.square(), rtol=2e-2, atol=2e-4)
+
+
+def test_the_published_loss_is_epsilon_s_error_weighted_by_p2():
+    x0 = torch.randn(50, 4, 2, 2, generator=generator())
+    errors, t = published_errors(
+        lambda x_t, time: torch.zeros_like(x_t), x0, DiffusionConfig(), StepDraws(0, 0)
+    )
+    noise = StepDraws(0, 0).normal("validation noise", x0.shape)
+    weight = 1 / (1 + CosineSchedule().log_snr(t).exp())
+    expected = weight * noise.square().flatten(1).mean(dim=1)
+    torch.testing.assert_close(errors, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_positions_that_are_not_seen_do_not_count():
+    x0 = torch.randn(3, 4, 2, 2, generator=generator())
+    noised = noise_batch(x0, DiffusionConfig(weight="constant"), StepDraws(1, 0))
+    visible = torch.tensor([[1.0, 0.0], [1.0, 1.0]]).expand(3, 1, 2, 2)
+    wrong = noised.target + torch.tensor([[2.0, 50.0], [1.0, 1.0]])
+    loss, mse = denoising_loss(wrong, noised, visible)
+    assert loss.item() == mse.item() == pytest.approx((4 + 1 + 1) / 3, rel=1e-5)
