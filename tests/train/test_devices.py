@@ -100,7 +100,7 @@ def test_two_processes_of_torchrun_share_uneven_shards_without_a_hang(
 ) -> None:
     """Five shards of 13, 5, 20, 1 and 23 samples, for more steps than an epoch has."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
-    data = {"mode": mode, "size": 32, "folder": None, "shards": uneven_latents, "workers": 2}
+    data = {"mode": mode, "size": 32, "folder": None, "shards": uneven_latents, "workers": 1}
     start_from = str(tiny_model / "stage_c.safetensors")
     runs = [
         make_run("stage_c", name, data={**data, "batch_size": size}, init_from=start_from, **OPTIM)

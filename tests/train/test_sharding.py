@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -80,10 +81,12 @@ def pair(make_run, tiny_model: Path):
 
 @pytest.mark.slow
 def test_two_sharded_processes_train_as_one_and_either_goes_on_from_the_other(
-    pair, tiny_model: Path
+    pair, tiny_model: Path, shards: str, cache: Path
 ) -> None:
     pictures = {"model": str(tiny_model), "prompts": ["a", "b", "c"], "every_steps": STEPS}
-    whole, halves = pair(pictures=pictures)
+    more = {"validation": {"shards": shards, "folder": str(cache), "every_steps": STEPS}}
+    more |= {"posthoc_ema": {"every_steps": STEPS, "lengths": [0.05, 0.1]}}
+    whole, halves = pair(pictures=pictures, **more)
     assert whole.start() == 0
     start(halves, *SHARDED)
     assert halves.losses() == pytest.approx(whole.losses(), rel=1e-4)
@@ -100,6 +103,14 @@ def test_two_sharded_processes_train_as_one_and_either_goes_on_from_the_other(
     for number, entry in state["state"].items():
         for name, value in entry.items():
             assert value.shape == sharded["state"][number][name].shape
+    looks = [json.loads((run.out / "validation.jsonl").read_text()) for run in (whole, halves)]
+    for kind in ("val_loss", "val_loss_raw"):
+        assert looks[1][kind] == pytest.approx(looks[0][kind], rel=1e-4)
+    lengths = [
+        load_file(run.out / "ema/stage_c_0.1_00000004.safetensors") for run in (whole, halves)
+    ]
+    for key, value in lengths[0].items():
+        torch.testing.assert_close(value, lengths[1][key], rtol=1e-2, atol=1e-4)
     names = {path.name for path in (whole.out / "pictures").iterdir()}
     assert names == {path.name for path in (halves.out / "pictures").iterdir()} and len(names) == 2
     more = ["--resume", "--run.max_steps", STEPS + 2]
@@ -116,7 +127,7 @@ def test_a_sharded_run_of_muon_goes_on_to_the_bit_as_one_process_would(
     make_run, uneven_latents: str, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
-    data = {"mode": "exact", "size": 32, "folder": None, "shards": uneven_latents, "workers": 1}
+    data = {"mode": "exact", "size": 32, "folder": None, "shards": uneven_latents}
     optim = {"name": "muon", "muon_lr": LEARNING_RATE, **SECTIONS["optim"]}
     # Wide enough for matrices that Muon steps; the odd width does not divide into two parts.
     model = {"hidden_channels": [33], "num_heads": [3], "cond_channels": 33, "dropout": 0.0}
