@@ -47,6 +47,9 @@ def image_to_pixels(image: Image.Image) -> Tensor:
     return torch.from_numpy(array).permute(2, 0, 1).contiguous().float().div_(255)
 
 
+_FLOATING = "a picture of floating-point numbers: save it with 8 or 16 bits"
+
+
 def flatten(image: Image.Image, background: str = "white") -> Image.Image:
     """Return the picture in RGB with 8 bits, on a background where it is transparent.
 
@@ -54,7 +57,7 @@ def flatten(image: Image.Image, background: str = "white") -> Image.Image:
         UserError: If its numbers are floating-point ones, whose range nobody knows.
     """
     if image.mode == "F":
-        raise UserError("a picture of floating-point numbers: save it with 8 or 16 bits")
+        raise UserError(_FLOATING)
     if image.mode.startswith("I"):  # Pillow would clip 16 bits to 8, not scale them
         levels = np.asarray(image).astype(np.int64)
         if image.mode != "I" or levels.max(initial=0) > 255:
@@ -95,6 +98,8 @@ def open_image(path: Path | str) -> Image.Image:
     try:
         with Image.open(path) as image:
             image.load()
+            if image.mode == "F":
+                raise UserError(f"{path}: {_FLOATING}")
             return ImageOps.exif_transpose(image)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -64,10 +65,17 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         raise UserError(f"{path}: can't be written: {reason}") from error
     except SafetensorError as error:
         _discard(temporary)
-        raise UserError(f"{path}: can't be written: {error}") from error
+        raise UserError(f"{path}: can't be written: {_reason(error)}") from error
     except BaseException:
         _discard(temporary)
         raise
+
+
+def _reason(error: SafetensorError) -> str:
+    """Say what the file system said, which safetensors hands on as text."""
+    number = re.search(r"os error (\d+)", str(error))
+    described = describe_os_error(OSError(int(number[1]), "")) if number else None
+    return str(error) if described is None else described
 
 
 def _discard(path: Path | None) -> None:
@@ -93,6 +101,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o777 & ~umask)
+        for inside in temporary.rglob("*"):  # some libraries write files that only we could read
+            inside.chmod((0o777 if inside.is_dir() else 0o666) & ~umask)
         if path.is_dir():
             path.rmdir()  # Windows renames onto nothing; a folder with files stays
         temporary.rename(path)
@@ -101,6 +111,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         if described is None:
             raise
         raise UserError(f"{path}: can't be written: {described.split(': ', 1)[-1]}") from error
+    except SafetensorError as error:
+        raise UserError(f"{path}: can't be written: {_reason(error)}") from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -121,7 +133,8 @@ def file_hash(path: str | Path) -> str:
     """Return the first 12 hex digits of a file's SHA-256."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such file; check the path")
+        what = "a folder; name a file" if path.is_dir() else "no such file; check the path"
+        raise UserError(f"{path}: {what}")
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -143,12 +156,12 @@ def save_network(
         module: A network with a ``config`` dataclass.
         dtype: Number format of the floating-point tensors; None keeps each one's own.
         metadata: More metadata, all strings.
+
+    Raises:
+        UserError: It can't be written, or a number is not finite, in ``dtype``.
     """
     state = {
-        key: (value.to(dtype) if dtype is not None and value.is_floating_point() else value)
-        .detach()
-        .cpu()
-        .contiguous()
+        key: finite_in(value, dtype, f"{path}, {key}").detach().cpu().contiguous()
         for key, value in module.state_dict().items()
     }
     described = {
@@ -158,6 +171,23 @@ def save_network(
     }
     with atomic_path(path) as temporary:
         save_file(state, temporary, metadata=described)
+
+
+def finite_in(value: Tensor, dtype: torch.dtype | None, what: str) -> Tensor:
+    """Return a tensor in another number format (None, or whole numbers: as it is).
+
+    Raises:
+        UserError: It holds a number that is not finite, such as one too large for the format.
+    """
+    if dtype is None or not value.is_floating_point():
+        return value
+    cast = value.to(dtype)
+    if not bool(cast.isfinite().all()):
+        count = int((~cast.isfinite()).sum())
+        name = str(cast.dtype).removeprefix("torch.")
+        cure = "; write bfloat16 or float32" if cast.dtype == torch.float16 else ""
+        raise UserError(f"{what}: {count} of its numbers are not finite in {name}{cure}")
+    return cast
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:

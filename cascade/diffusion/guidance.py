@@ -77,10 +77,11 @@ class Guided:
 
     def _rescaled(self, guided: Tensor, x0_cond: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """Rescale in epsilon, as published, but with each picture's own deviation."""
-        alpha, sigma = self.denoiser.schedule(t.to(x_t.device))
-        if alpha == 0:  # pure noise says nothing of x0 through epsilon
+        if float(t) >= 1.0 and self.denoiser.schedule.ends_at_noise:
+            # Pure noise says nothing of x0 through epsilon.
             ratio = self._deviation(x0_cond) / self._deviation(guided)
             return torch.lerp(guided, guided * ratio, self.rescale)
+        alpha, sigma = self.denoiser.schedule(t.to(x_t.device))
         eps = from_x0(guided, x_t, alpha, sigma, Prediction.EPSILON)
         eps_cond = from_x0(x0_cond, x_t, alpha, sigma, Prediction.EPSILON)
         ratio = self._deviation(eps_cond) / self._deviation(eps)

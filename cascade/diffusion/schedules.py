@@ -17,6 +17,11 @@ Schedule = Callable[[Tensor], tuple[Tensor, Tensor]]
 class NoiseSchedule(Protocol):
     """A schedule with all that training and sampling ask of one."""
 
+    @property
+    def ends_at_noise(self) -> bool:
+        """Whether no signal is left at t = 1 (zero terminal SNR)."""
+        ...
+
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``(alpha, sigma)`` at times ``t`` of any shape."""
         ...
@@ -63,6 +68,11 @@ class CosineSchedule:
                 f"smallest={self.smallest} and largest={self.largest} must satisfy "
                 "0 <= smallest < largest < 1"
             )
+
+    @property
+    def ends_at_noise(self) -> bool:
+        """Whether no signal is left at t = 1."""
+        return self.smallest == 0
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``(alpha, sigma)`` at times ``t`` of any shape."""
@@ -120,6 +130,11 @@ class LinearSchedule:
         """Refuse values that describe no schedule."""
         if self.shift <= 0:
             raise ValueError(f"shift is {self.shift}; it must be above 0")
+
+    @property
+    def ends_at_noise(self) -> bool:
+        """Whether no signal is left at t = 1: always."""
+        return True
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``(alpha, sigma)`` at times ``t`` of any shape."""

@@ -106,7 +106,7 @@ def check_vram(vram: float | None) -> int | None:
         return None
     if isinstance(vram, bool) or not isinstance(vram, (int, float)):
         raise UserError(f"vram {vram!r}: a number of GiB is needed, such as 8")
-    if not math.isfinite(vram) or vram <= 0:
+    if not math.isfinite(vram * GIB) or vram <= 0:
         raise UserError(f"vram {vram:g}: a positive number of GiB is needed, such as 8")
     return int(vram * GIB)
 
@@ -323,10 +323,11 @@ def _describe(
     cell: int,
 ) -> str:
     ways, peaks = plan.ways, plan.peaks
-    layered = [_TITLES[part] for part, way in ways.items() if way == "layer"]
+    running = {_part(step, size) for step, size in _running(sizes)}
+    layered = [_TITLES[part] for part, way in ways.items() if way == "layer" and part in running]
     if layered:
         chosen = f"{', '.join(layered)} layer by layer"
-        chosen += "" if len(layered) == len(ways) else ", the rest stage by stage"
+        chosen += "" if len(layered) == len(running) else ", the rest stage by stage"
     elif plan.offload == "none":
         chosen = "everything stays on the device"
     elif ways["stage_c"] == "stay":

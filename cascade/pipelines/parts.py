@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 from torch import nn
 
-from cascade.checkpoints.files import load_network
+from cascade.checkpoints.files import load_network, read_metadata
 from cascade.checkpoints.hub import ModelFiles
 from cascade.errors import UserError
 from cascade.pipelines.placement import Dtypes, refuse_overflow
@@ -72,6 +72,10 @@ class Source(Protocol):
         """Return 12 hex digits that tell these weights from others."""
         ...
 
+    def metadata(self, name: str) -> dict[str, str]:
+        """Return the metadata of a network's file; empty where it has none."""
+        ...
+
 
 class OwnFolder:
     """A model folder that was written here: ``model.json``, the stages' files, ``text/``."""
@@ -123,6 +127,10 @@ class OwnFolder:
     def weights_hash(self) -> str:
         """Hash all weights and settings."""
         return model_hash(self.folder)
+
+    def metadata(self, name: str) -> dict[str, str]:
+        """Return the metadata of a network's file."""
+        return read_metadata(self.folder / f"{name}.safetensors")
 
 
 def open_source(

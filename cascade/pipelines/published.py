@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from cascade.checkpoints.detect import Published, num_parameters
+from cascade.checkpoints.files import CLASS_KEY
 from cascade.checkpoints.hub import ModelFiles
 from cascade.checkpoints.load import build, identify
 from cascade.checkpoints.readers import (
@@ -31,6 +32,10 @@ from cascade.pipelines.placement import STABLE_CASCADE, Dtypes, refuse_overflow
 from cascade.pipelines.spec import CONVERTED_SPEC_FILE, CascadeSpec, StageSampling, load_spec
 from cascade.text.encoder import TextConfig, TextEncoder
 from cascade.text.picture_encoder import PictureEncoder
+from stages.stage_b import StageBConfig
+from stages.stage_b_v2 import StageBV2Config
+from stages.stage_c import StageCConfig
+from stages.stage_c_v2 import StageCV2Config
 
 V2_SCALE = 0.3764
 V3_SCALE = 0.43
@@ -42,6 +47,14 @@ V2_TIMES = tuple(
 _NEEDED = ("stage_c", "stage_b", "stage_a")
 _CELLS = 42.67
 _HASHED_BYTES = 1 << 20
+_PUBLISHED = (
+    StageCConfig.full(),
+    StageCConfig.lite(),
+    StageBConfig.full(),
+    StageBConfig.lite(),
+    StageCV2Config.full(),
+    StageBV2Config.full(),
+)
 
 
 @dataclass(frozen=True)
@@ -100,9 +113,26 @@ class PublishedFiles:
         self._declared = None
         if (self.folder / CONVERTED_SPEC_FILE).is_file():
             self._declared = load_spec(self.folder, CONVERTED_SPEC_FILE)
+        else:
+            self._refuse_lost_settings()
         self.spec = self._make_spec(stage_b_own=self._text_b.folder != self._text.folder)
         if self._declared is not None:
             self.spec = self._as_declared(self._declared)
+
+    def _refuse_lost_settings(self) -> None:
+        """Refuse to sample as the published cascade what only shares its layout.
+
+        Raises:
+            UserError: A network of other sizes that was converted here, without its settings.
+        """
+        for kind in ("stage_c", "stage_b"):
+            part = self._part(kind)
+            if CLASS_KEY in part.opened.metadata and part.published.config not in _PUBLISHED:
+                raise UserError(
+                    f"{part.opened.where}: converted by Cascade, but {CONVERTED_SPEC_FILE}, which "
+                    f"says how it is sampled, is not in {self.where}; copy it from the converted "
+                    "folder"
+                )
 
     def load(self, device: torch.device, dtypes: Dtypes) -> CascadeParts:
         """Load the networks.
@@ -144,6 +174,10 @@ class PublishedFiles:
             if part is not None:
                 digest.update(f"{kind} {_sampled_hash(part.path)}\n".encode())
         return digest.hexdigest()[:12]
+
+    def metadata(self, name: str) -> dict[str, str]:
+        """Return the metadata of a network's file."""
+        return dict(self._part(name).opened.metadata)
 
     def _part(self, kind: str) -> _Found:
         part = self._parts[kind]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from cascade.checkpoints.files import (
     atomic_folder,
     atomic_path,
     atomic_write_text,
+    finite_in,
     save_network,
 )
 from cascade.checkpoints.load import FAMILIES, Family
@@ -74,6 +75,8 @@ def convert(model: Path, target: Target, out: Path, dtype: torch.dtype) -> Writt
     """
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out}: not empty; name a new folder")
+    if model.is_file():
+        raise UserError(f"{model}: a file; name the folder of the whole cascade")
     source = open_source(model)
     parts = source.load(torch.device("cpu"), Dtypes.same(dtype))
     writers = {"ours": _write_ours, "original": _write_original, "diffusers": _write_diffusers}
@@ -94,7 +97,16 @@ def _networks(parts: CascadeParts) -> Iterator[tuple[str, nn.Module]]:
 
 def _image_encoder(parts: CascadeParts, dtype: torch.dtype) -> PictureEncoder:
     encoder: PictureEncoder = parts.extras["image_encoder"](torch.device("cpu"))
-    return encoder.to(dtype)
+    encoder.to(dtype)
+    for key, value in encoder.state_dict().items():
+        finite_in(value, dtype, f"image_encoder, {key}")
+    return encoder
+
+
+def _carried(source: Source, name: str) -> dict[str, str]:
+    """Return what a network's file says of itself beside its sizes, such as how it was trained."""
+    left_out = ("format", CLASS_KEY, CONFIG_KEY)
+    return {key: value for key, value in source.metadata(name).items() if key not in left_out}
 
 
 def family_for(network: nn.Module) -> Family:
@@ -111,7 +123,8 @@ def family_for(network: nn.Module) -> Family:
 def _write_ours(source: Source, parts: CascadeParts, out: Path, dtype: torch.dtype) -> Written:
     files = []
     for name, network in _networks(parts):
-        save_network(out / f"{name}.safetensors", network, dtype=dtype)
+        carried = _carried(source, name)
+        save_network(out / f"{name}.safetensors", network, dtype=dtype, metadata=carried)
         files.append(out / f"{name}.safetensors")
     for name, encoder in (("text", parts.text), ("text_b", parts.text_b)):
         if encoder is not None:
@@ -136,7 +149,7 @@ def _write_original(source: Source, parts: CascadeParts, out: Path, dtype: torch
         marks = "_lite" if config in _LITE else ""
         marks += "_bf16" if dtype == torch.bfloat16 and name in ("stage_b", "stage_c") else ""
         path = out / f"{ORIGINAL_NAMES[name]}{marks}.safetensors"
-        _save(path, state, dtype, network)
+        _save(path, state, dtype, network, _carried(source, name))
         files.append(path)
     encoder = type(parts.text.model).__name__
     save_spec(source.spec, out, CONVERTED_SPEC_FILE)
@@ -147,13 +160,20 @@ def _write_original(source: Source, parts: CascadeParts, out: Path, dtype: torch
     return Written((*files, out / CONVERTED_SPEC_FILE), (notice,))
 
 
-def _save(path: Path, state: dict[str, Tensor], dtype: torch.dtype, network: nn.Module) -> None:
+def _save(
+    path: Path,
+    state: dict[str, Tensor],
+    dtype: torch.dtype,
+    network: nn.Module,
+    carried: Mapping[str, str],
+) -> None:
     """Write published names; the metadata tells our readers what shapes do not."""
     tensors = {
-        key: (value.to(dtype) if value.is_floating_point() else value).contiguous().clone()
+        key: finite_in(value, dtype, f"{path.name}, {key}").contiguous().clone()
         for key, value in state.items()
     }
     metadata = {
+        **carried,
         "format": "pt",
         CLASS_KEY: type(network).__name__,
         CONFIG_KEY: json.dumps(to_dict(network.config)),
@@ -182,9 +202,9 @@ def _write_diffusers(source: Source, parts: CascadeParts, out: Path, dtype: torc
             "diffusers' prior pipeline always gives an image embedding, and this Stage C takes "
             "none: the folder loads there, but does not sample"
         )
-    _write_network(prior / "prior", parts.stage_c, dtype)
-    _write_network(decoder / "decoder", parts.stage_b, dtype)
-    _write_network(decoder / "vqgan", parts.stage_a, dtype)
+    for folder, name in ((prior / "prior", "stage_c"), (decoder / "decoder", "stage_b")):
+        _write_network(folder, getattr(parts, name), dtype, _carried(source, name))
+    _write_network(decoder / "vqgan", parts.stage_a, dtype, _carried(source, "stage_a"))
     for folder, sampling in ((prior, spec.stage_c), (decoder, spec.stage_b)):
         _write_scheduler(folder / "scheduler", sampling)
     _write_text(parts.text, prior / "text_encoder", prior / "tokenizer", dtype)
@@ -228,12 +248,15 @@ def _write_diffusers(source: Source, parts: CascadeParts, out: Path, dtype: torc
 
 
 def _write_network(
-    folder: Path, network: StageA | StageB | StageBV2 | StageC | StageCV2, dtype: torch.dtype
+    folder: Path,
+    network: StageA | StageB | StageBV2 | StageC | StageCV2,
+    dtype: torch.dtype,
+    carried: Mapping[str, str],
 ) -> None:
     content = diffusers_config(network.config)
     folder.mkdir(parents=True)
     state = family_for(network).to_layout["diffusers"](network.state_dict(), network.config)
-    _save(folder / "diffusion_pytorch_model.safetensors", state, dtype, network)
+    _save(folder / "diffusion_pytorch_model.safetensors", state, dtype, network, carried)
     atomic_write_text(folder / "config.json", json.dumps(content, indent=2) + "\n")
 
 
@@ -407,6 +430,9 @@ def _write_text(encoder: TextEncoder, folder: Path, tokens: Path, dtype: torch.d
     transformers_logging.disable_progress_bar()  # this command prints what it wrote, and no more
     model: Any = encoder.model
     folder.mkdir(parents=True, exist_ok=True)
-    model.to(dtype).save_pretrained(folder, safe_serialization=True)
+    model.to(dtype)
+    for key, value in model.state_dict().items():
+        finite_in(value, dtype, f"{folder.name}, {key}")
+    model.save_pretrained(folder, safe_serialization=True)
     model.to(torch.float32)
     encoder.tokenizer.save_pretrained(tokens)

@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
-from cascade.checkpoints.load import identify
+from cascade.checkpoints.detect import Published
+from cascade.checkpoints.load import build, identify
 from cascade.checkpoints.readers import Opened, is_entry, open_weights, read_json
 from cascade.errors import UserError
-from cascade.pipelines.spec import SPEC_FILE, load_spec
+from cascade.pipelines.spec import CONVERTED_SPEC_FILE, SPEC_FILE, CascadeSpec, load_spec
 from stages.semantic_compressor import CompressorConfig
 from stages.stage_a import StageAConfig
 
@@ -42,6 +43,7 @@ _PUBLISHED = {
 }
 
 
+_NO_LICENCE = "unknown; ask whoever gave it to you"
 _TITLES = {"stage_a": "Stage A", "stage_b": "Stage B", "stage_c": "Stage C"}
 
 
@@ -62,6 +64,8 @@ class Description:
     """Of 10^6 bytes."""
     origin: str
     licence: str
+    problem: str = ""
+    """Why it can't be loaded; empty if it can."""
 
     def lines(self) -> Iterator[str]:
         """Yield the description, a line a fact."""
@@ -74,6 +78,8 @@ class Description:
             yield f"  compression {self.compression}"
         yield f"  origin      {self.origin}"
         yield f"  licence     {self.licence}"
+        if self.problem:
+            yield f"  incomplete  {self.problem}"
 
 
 def describe_path(path: Path) -> list[Description]:
@@ -109,15 +115,15 @@ def _describe(opened: Opened) -> Description:
     published = identify(opened)
     parameters = count_parameters(opened.tensors)
     origin = "trained with Cascade" if opened.metadata.get("train_steps") else "unknown"
-    licence = "unknown; ask whoever gave it to you"
+    licence = _NO_LICENCE
     known = _PUBLISHED.get(parameters)
     if known is not None:
         origin = f"the published sizes: {known}"
         licence = LICENCES.get(published.generation or "", "MIT (code and weights of Würstchen)")
-    spec_folder = Path(opened.where).parent
-    if (spec_folder / SPEC_FILE).is_file():
-        spec = load_spec(spec_folder)
-        origin, licence = f"{spec.name}, {origin}", spec.licence or licence
+    spec = _spec_of(Path(opened.where))
+    if spec is not None:
+        origin = spec.name if origin == "unknown" else f"{spec.name}, {origin}"
+        licence = spec.licence or licence
     generation = "" if published.generation is None else f", {published.generation}"
     return Description(
         where=opened.where,
@@ -130,7 +136,28 @@ def _describe(opened: Opened) -> Description:
         megabytes=sum(one.num_bytes for one in opened.tensors.stored.values()) / 1e6,
         origin=origin,
         licence=licence,
+        problem=_problem(opened, published),
     )
+
+
+def _spec_of(file: Path) -> CascadeSpec | None:
+    """Return the settings of the model that a file belongs to, if they lie near it."""
+    folders = list(file.absolute().parents)[:3]
+    for depth, folder in enumerate(folders):
+        names = (SPEC_FILE, CONVERTED_SPEC_FILE) if depth < 2 else (CONVERTED_SPEC_FILE,)
+        for name in names:
+            if (folder / name).is_file():
+                return load_spec(folder, name)
+    return None
+
+
+def _problem(opened: Opened, published: Published) -> str:
+    """Say why the tensors make no whole network; none of them is read."""
+    try:
+        build(opened, published, device="meta")
+    except UserError as error:
+        return str(error).removeprefix(f"{opened.where}: ")
+    return ""
 
 
 def _describe_clip(opened: Opened, config: Mapping[str, Any]) -> Description:
@@ -145,6 +172,7 @@ def _describe_clip(opened: Opened, config: Mapping[str, Any]) -> Description:
         for name in ("hidden_size", "num_hidden_layers", "max_position_embeddings", "image_size")
         if name in tower
     ]
+    spec = _spec_of(Path(opened.where))
     return Description(
         where=opened.where,
         network=network,
@@ -154,8 +182,8 @@ def _describe_clip(opened: Opened, config: Mapping[str, Any]) -> Description:
         parameters=count_parameters(opened.tensors),
         dtypes=_dtypes(opened.tensors),
         megabytes=sum(one.num_bytes for one in opened.tensors.stored.values()) / 1e6,
-        origin="unknown",
-        licence="unknown; ask whoever gave it to you",
+        origin="unknown" if spec is None else spec.name,
+        licence=(spec.licence if spec is not None else "") or _NO_LICENCE,
     )
 
 

@@ -94,7 +94,7 @@ def test_what_does_not_fit_is_refused_with_what_would(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("vram", [0, -8, math.nan, math.inf, True, "8"])
+@pytest.mark.parametrize("vram", [0, -8, math.nan, math.inf, 1e300, True, "8"])
 def test_a_budget_that_is_none_is_refused(vram: float) -> None:
     with pytest.raises(UserError, match="number of GiB is needed"):
         check_vram(vram)

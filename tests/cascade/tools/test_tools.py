@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
-from cascade.checkpoints.files import load_network, save_network
+from cascade.checkpoints.files import load_network, read_metadata, save_network
 from cascade.checkpoints.load import load_any
 from cascade.errors import UserError, run_main
 from cascade.pipelines.cascade import CascadePipeline
@@ -17,6 +20,7 @@ from cascade.pipelines.parts import open_source
 from cascade.pipelines.spec import load_spec, save_spec
 from cascade.tools.__main__ import main
 from cascade.tools.convert import TRAIN_TIMES, discrete_betas
+from cascade.tools.describe import describe_path
 from stages.stage_c import StageC
 
 NAMES = {"stage_a", "stage_b", "stage_c", "effnet_encoder", "previewer"}
@@ -160,6 +164,65 @@ def test_a_conversion_that_ends_early_leaves_nothing(
     assert convert(tiny_model, tmp_path / "new" / "out", "diffusers") == 0
 
 
+def test_a_full_disk_under_safetensors_is_one_line_that_says_so(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", fail)
+    with pytest.raises(UserError, match="can't be written: the disk is full; free some space"):
+        convert(tiny_model, tmp_path / "out", "ours")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("to", ["ours", "original", "diffusers"])
+@pytest.mark.parametrize("name", ["stage_b", "text/model"])
+def test_a_number_too_large_for_the_format_is_refused(
+    name: str, to: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    if to == "original" and name.startswith("text"):
+        pytest.skip("the authors' layout has no text encoder")
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    file = model / f"{name}.safetensors"
+    state, metadata = load_file(file), read_metadata(file)
+    begins = "text_model" if name.startswith("text") else ""
+    key = next(k for k, v in state.items() if v.is_floating_point() and k.startswith(begins))
+    state[key].view(-1)[0] = 1e6
+    save_file(state, file, metadata=metadata)
+    with pytest.raises(UserError, match=r"1 of its numbers are not finite in float16"):
+        convert(model, tmp_path / "out", to, "fp16")
+    assert not (tmp_path / "out").exists()
+    assert convert(model, tmp_path / "out", to, "bf16") == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+def test_what_is_written_can_be_read_by_others(tiny_model: Path, tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        convert(tiny_model, tmp_path / "out", "diffusers")
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "out", *(tmp_path / "out").rglob("*")):
+        assert path.stat().st_mode & 0o777 == (0o755 if path.is_dir() else 0o644), path
+
+
+@pytest.mark.parametrize("to", ["diffusers", "original"])
+def test_a_conversion_without_its_settings_is_not_taken_for_the_published_cascade(
+    to: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    convert(tiny_model, tmp_path / "out", to)
+    shutil.copytree(tiny_model / "text", tmp_path / "out" / "text", dirs_exist_ok=True)
+    (tmp_path / "out" / "cascade.json").unlink()
+    with pytest.raises(UserError, match=r"converted by Cascade, but cascade\.json.*copy it from"):
+        open_source(tmp_path / "out")
+
+
+def test_a_file_is_no_cascade(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="a file; name the folder of the whole cascade"):
+        convert(tiny_model / "stage_a.safetensors", tmp_path / "out", "ours")
+
+
 def test_nothing_that_is_there_is_overwritten(tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
@@ -191,6 +254,38 @@ def test_describe_says_what_every_file_of_a_folder_is(
         "layout      ours",
     ):
         assert line in out
+
+
+@pytest.mark.parametrize("to", ["ours", "diffusers", "original"])
+def test_a_converted_model_still_says_where_it_is_from(
+    to: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    save_spec(replace(load_spec(model), licence="Apache-2.0"), model)
+    file = model / "stage_c.safetensors"
+    save_network(file, load_network(file, expect=StageC), metadata={"train_steps": "7"})
+    convert(model, tmp_path / "out", to)
+    described = describe_path(tmp_path / "out")
+    assert {one.licence for one in described} == {"Apache-2.0"}
+    origins = {one.network: one.origin for one in described}
+    assert origins["Stage C, v3"] == "tiny, trained with Cascade"
+    assert origins["Stage A"] == "tiny"
+    assert {one.problem for one in described} == {""}
+
+
+def test_describe_says_what_is_missing(tiny_model: Path, tmp_path: Path) -> None:
+    convert(tiny_model, tmp_path / "out", "original")
+    whole = load_file(tmp_path / "out" / "stage_a.safetensors")
+    first = min(whole)
+    for name, state in (
+        ("less", {key: value for key, value in whole.items() if key != first}),
+        ("more", {**whole, "extra.weight": torch.zeros(3)}),
+    ):
+        save_file(state, tmp_path / f"{name}.safetensors")
+        [one] = describe_path(tmp_path / f"{name}.safetensors")
+        assert one.network == "Stage A"
+        assert (first if name == "less" else "extra.weight") in one.problem
+        assert any("incomplete" in line for line in one.lines())
 
 
 def test_describe_goes_by_content(
