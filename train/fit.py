@@ -34,6 +34,7 @@ from train.callbacks.export import Export
 from train.callbacks.finite import SkipNonFinite
 from train.callbacks.ledger import Ledger
 from train.callbacks.progress import Progress
+from train.callbacks.rehearsal import Rehearsal
 from train.callbacks.stall import Stall
 from train.callbacks.stop import Stop
 from train.clock import PhaseClock
@@ -291,6 +292,7 @@ def _trainer(
     average = WeightAverage(run.ema_decay, offload=run.ema_offload)
     finite = SkipNonFinite(out, run.max_skipped_steps)
     every = run.checkpoint_every_steps * optimizers  # Lightning counts each optimizer's steps
+    export = Export(out, every, getattr(torch, run.export_dtype), average, ledger, stop.errors)
     manual = not system.automatic_optimization
     if manual and run.accumulate > 1:
         raise UserError(
@@ -333,7 +335,8 @@ def _trainer(
             Progress(run.log_every_steps, run.max_steps, stop, ledger, finite, show=not terminal),
             stop,
             Stall(),
-            Export(out, every, getattr(torch, run.export_dtype), average, ledger, stop.errors),
+            export,
+            Rehearsal(out, export),
             *last,
             ModelCheckpoint(
                 out / "checkpoints",

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from cascade.checkpoints.files import save_network
+from cascade.checkpoints.files import read_tensors, save_network
 from cascade.errors import UserError
 from train.callbacks.ema import WeightAverage, exported_networks
 from train.callbacks.ledger import Ledger
@@ -64,12 +64,36 @@ class Export(Callback):
         self._written_step = trainer.global_step
         with self.ledger.clock.within("checkpoint"):
             averages = {name: self.average.whole(name) for name in exported_networks(system)}
-            if trainer.is_global_zero:
-                with self.errors.kept():
-                    self._write(trainer, system, averages)
+            if not trainer.is_global_zero:
+                return
+            with self.errors.kept():
+                self._write(trainer, system, averages, self.out)
+        _log.info("exported %s to %s", ", ".join(averages), self.out)
+
+    def rehearse(self, trainer: Trainer, system: LightningModule, folder: Path) -> None:
+        """Write all exported networks elsewhere and read their files back; for all ranks to call.
+
+        Raises:
+            UserError: One can't be written, or reads back otherwise.
+        """
+        with self.ledger.clock.within("checkpoint"):
+            averages = {name: self.average.whole(name) for name in exported_networks(system)}
+            if not trainer.is_global_zero:
+                return
+            with self.errors.kept():
+                self._write(trainer, system, averages, folder)
+                for path in sorted(folder.rglob("*.safetensors")):
+                    tensors = read_tensors(path)
+                    for key in tensors:
+                        if not bool(tensors[key].isfinite().all()):
+                            raise UserError(f"{path}: {key} reads back with values not finite")
 
     def _write(
-        self, trainer: Trainer, system: LightningModule, averages: dict[str, dict[str, Tensor]]
+        self,
+        trainer: Trainer,
+        system: LightningModule,
+        averages: dict[str, dict[str, Tensor]],
+        out: Path,
     ) -> None:
         metadata = {
             "weights": "ema",
@@ -87,7 +111,7 @@ class Export(Callback):
             averaged = plain_copy(network, average)
             own = getattr(system, "export_metadata", None)
             more = own(name) if own is not None else {}
-            export_one(self.out, name, averaged, system, self.dtype, metadata | more)
+            export_one(out, name, averaged, system, self.dtype, metadata | more)
 
 
 def export_one(
@@ -104,4 +128,3 @@ def export_one(
         own_export(out, name, network, dtype, metadata)
     else:
         save_network(out / f"{name}.safetensors", network, dtype=dtype, metadata=metadata)
-    _log.info("exported %s to %s", name, out)
