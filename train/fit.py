@@ -57,7 +57,7 @@ _log = logging.getLogger(__name__)
 LoaderFrom = Callable[[int, int, int], "Iterable[object]"]
 """Maps (micro-batches that a rank has seen, rank, number of ranks) to a loader of what follows."""
 
-_FIXED = ("model", "compressor", "previewer", "discriminator")
+_FIXED = ("model", "model_v2", "compressor", "previewer", "discriminator")
 _FIXED_OPTIM = ("name", "lr", "muon_lr", "betas", "weight_decay")
 DONE_FILE = "done"
 """In the folder of a run that came to its end."""

@@ -16,6 +16,7 @@ from cascade.checkpoints.load import build, identify
 from cascade.checkpoints.readers import Opened, is_entry, open_weights, read_json
 from cascade.errors import UserError
 from cascade.pipelines.spec import CONVERTED_SPEC_FILE, SPEC_FILE, CascadeSpec, load_spec
+from cascade.tools.average import AVERAGE_KEY
 from stages.semantic_compressor import CompressorConfig
 from stages.stage_a import StageAConfig
 
@@ -115,10 +116,13 @@ def _describe(opened: Opened) -> Description:
     published = identify(opened)
     parameters = count_parameters(opened.tensors)
     origin = "trained with Cascade" if opened.metadata.get("train_steps") else "unknown"
+    if AVERAGE_KEY in opened.metadata:
+        origin = f"an average: {opened.metadata[AVERAGE_KEY]}"
     licence = _NO_LICENCE
     known = _PUBLISHED.get(parameters)
     if known is not None:
-        origin = f"the published sizes: {known}"
+        sizes = f"the published sizes: {known}"
+        origin = f"{origin}; {sizes}" if AVERAGE_KEY in opened.metadata else sizes
         licence = LICENCES.get(published.generation or "", "MIT (code and weights of Würstchen)")
     spec = _spec_of(Path(opened.where))
     if spec is not None:

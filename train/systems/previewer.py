@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from stages.previewer import Previewer, PreviewerConfig
 from train.data.cached import CachedBatch
 from train.data.config import DataConfig
+from train.initial import check_architecture
 from train.losses.reconstruction import pixel_loss
 from train.networks import configure_networks
 from train.optim import make_optimizer
@@ -24,12 +25,23 @@ class PreviewerRun:
 
     run: RunConfig
     data: DataConfig
-    model: PreviewerConfig
     compressor: str
-    """Semantic compressor's file; the cache must come from it."""
+    """Semantic compressor's file, or a model with one; a cache must come from it."""
+    model: PreviewerConfig | None = None
+    """Sizes of the previewer; null: those of ``init_from``."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     init_from: str | None = None
-    """Exported previewer file to start with."""
+    """Previewer to start with: a file in any layout, a model, or a hub id."""
+
+    def __post_init__(self) -> None:
+        """Refuse a run of no network."""
+        check_architecture(self)
+
+    @property
+    def sizes(self) -> PreviewerConfig:
+        """The network's, once they are known."""
+        assert self.model is not None, "with_architecture comes first"
+        return self.model
 
 
 class PreviewerSystem(LightningModule):
@@ -39,7 +51,7 @@ class PreviewerSystem(LightningModule):
         """Build the network."""
         super().__init__()
         self.config = config
-        self.network = Previewer(config.model)
+        self.network = Previewer(config.sizes)
 
     def exported_networks(self) -> dict[str, nn.Module]:
         """Return what is averaged and exported."""
