@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from torch import nn
 
 from cascade.checkpoints.files import on_meta
@@ -22,7 +23,8 @@ ROOT = Path(__file__).parents[1]
 NOT_A_RUN = {"model.yaml", "switches.yaml"}
 """Configurations of other commands: of train.assemble, of benchmarks/recipes.py."""
 ALL = sorted((ROOT / "configs").rglob("*.yaml"))
-RUNS = [path for path in ALL if path.name not in NOT_A_RUN]
+PRESETS = sorted((ROOT / "configs" / "presets").glob("*.yaml"))
+RUNS = [path for path in ALL if path.name not in NOT_A_RUN and path not in PRESETS]
 
 EVERY_RUN = pytest.mark.parametrize(
     "path", RUNS, ids=lambda path: str(path.relative_to(ROOT / "configs"))
@@ -153,7 +155,10 @@ class _Vocabulary:
         (["--optim.lrr", "1"], "optim.lrr: unknown key; did you mean 'lr'?"),
         (["--run.max_steps", "many"], "run.max_steps: expected int, got 'many'"),
         (["--run.max_steps", "0"], "run: max_steps is 0"),
-        (["--optim.name", "adam"], "optim.name: 'adam' is not one of adamw, muon; did you mean"),
+        (
+            ["--optim.name", "adam"],
+            "optim.name: 'adam' is not one of adamw, adamw8bit, muon; did you mean",
+        ),
         (["--run.max_steps"], "--run.max_steps: a value is missing"),
     ],
 )
@@ -177,3 +182,47 @@ def test_a_run_of_one_network_is_refused_by_another(
     assert run_main(lambda: command.main(argv)) == 2
     assert "unknown key" in capsys.readouterr().err
     assert started == []
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_a_preset_is_laid_over_a_run_under_the_command_line(
+    path: Path, started: list[tuple[str, object, bool]], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = ROOT / "configs" / "demo" / "stage_c.yaml"
+    arguments = ["stage_c", "--config", str(run), "--preset", str(path), "--optim.lr", "1"]
+    with caplog.at_level("INFO"):
+        assert command.main([*arguments, "--run.num_nodes", "2"]) == 0
+    [(_, config, _)] = started
+    preset = yaml.safe_load(path.read_text())
+    for section, keys in preset.items():
+        assert {key: getattr(getattr(config, section), key) for key in keys} == keys
+    assert (config.optim.lr, config.run.num_nodes) == (1.0, 2)  # type: ignore[attr-defined]
+    assert config.run.max_steps == 2400, "what the preset does not name stays"  # type: ignore[attr-defined]
+    batch = preset["data"]["batch_size"]
+    assert f"data.batch_size is {batch} instead of 128" in caplog.text
+    devices = preset["run"].get("devices", 1)
+    assert devices * preset["run"]["accumulate"] * batch == 256, "all presets make the same step"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("model: {dropout: 0.1}", "model: a preset has the sections run, data and optim"),
+        ("run: {acumulate: 2}", "run.acumulate: unknown key; did you mean 'accumulate'?"),
+        ("run: 3", "run: a preset has the sections"),
+    ],
+)
+def test_a_preset_that_can_t_be_is_refused_in_one_line(
+    content: str,
+    message: str,
+    tmp_path: Path,
+    started: list[tuple[str, object, bool]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "preset.yaml").write_text(content)
+    run = ROOT / "configs" / "demo" / "stage_c.yaml"
+    arguments = ["--config", str(run), "--preset", str(tmp_path / "preset.yaml")]
+    assert run_main(lambda: command.main(["stage_c", *arguments])) == 2
+    assert started == []
+    [line] = capsys.readouterr().err.splitlines()
+    assert message in line

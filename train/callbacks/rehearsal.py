@@ -35,8 +35,7 @@ class Rehearsal(Callback):
             return
         try:
             trainer.save_checkpoint(self.folder / "rehearsal.ckpt")
-            if trainer.is_global_zero:
-                self.export.rehearse(trainer, pl_module, self.folder)
+            self.export.rehearse(trainer, pl_module, self.folder)
         finally:
             trainer.strategy.barrier()
             if trainer.is_global_zero:

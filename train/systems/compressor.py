@@ -21,6 +21,7 @@ from train.data.config import DataConfig
 from train.draws import step_draws
 from train.initial import check_architecture
 from train.losses.reconstruction import pixel_loss
+from train.networks import configure_networks
 from train.optim import make_optimizer
 from train.settings import OptimConfig, RunConfig
 
@@ -88,6 +89,10 @@ class CompressorSystem(LightningModule):
         loss = pixel_loss(predicted, small)
         self.log("loss", loss, prog_bar=True, sync_dist=True)
         return loss
+
+    def configure_model(self) -> None:
+        """Recompute, compile or cut the blocks, as ``run`` says."""
+        configure_networks(self, self.config.run)
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer with its per-step schedule."""

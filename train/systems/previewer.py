@@ -14,6 +14,7 @@ from train.data.cached import CachedBatch
 from train.data.config import DataConfig
 from train.initial import check_architecture
 from train.losses.reconstruction import pixel_loss
+from train.networks import configure_networks
 from train.optim import make_optimizer
 from train.settings import OptimConfig, RunConfig
 
@@ -65,6 +66,10 @@ class PreviewerSystem(LightningModule):
         loss = pixel_loss(predicted, small)
         self.log("loss", loss, prog_bar=True, sync_dist=True)
         return loss
+
+    def configure_model(self) -> None:
+        """Recompute, compile or cut the blocks, as ``run`` says."""
+        configure_networks(self, self.config.run)
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer with its per-step schedule."""

@@ -24,6 +24,7 @@ from train.losses.reconstruction import (
     hinge_generator_loss,
     pixel_loss,
 )
+from train.networks import configure_networks
 from train.optim import make_optimizer
 from train.settings import OptimConfig, RunConfig
 from train.steps import steps_done
@@ -156,6 +157,10 @@ class StageASystem(LightningModule):
         if self.config.optim.grad_clip > 0:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(parameters, self.config.optim.grad_clip)
+
+    def configure_model(self) -> None:
+        """Recompute, compile or cut the blocks, as ``run`` says."""
+        configure_networks(self, self.config.run)
 
     def configure_optimizers(self) -> Any:
         """Return two optimizers, each with its schedule."""

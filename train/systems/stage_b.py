@@ -31,6 +31,7 @@ from train.losses.denoising import (
     published_errors,
 )
 from train.losses.pyramid import pyramid_noise
+from train.networks import configure_networks
 from train.optim import make_optimizer
 from train.settings import OptimConfig, RunConfig
 
@@ -229,6 +230,10 @@ class StageBSystem(LightningModule):
         if (self.global_step + 1) % self.config.run.log_every_steps == 0:
             self.log_dict(errors_by_noise(predicted, noised))
         return loss
+
+    def configure_model(self) -> None:
+        """Recompute, compile or cut the blocks, as ``run`` says."""
+        configure_networks(self, self.config.run)
 
     def _summed(self, part: Tensor) -> Tensor:
         return self.trainer.strategy.reduce(part, reduce_op="sum")  # type: ignore[return-value]
