@@ -105,7 +105,9 @@ def config_of(size: str) -> StageCConfig:
     """Return the network of a size."""
     if size == "lite":
         return StageCConfig.lite()
-    return load_yaml(StageCRun, ROOT / "configs" / "demo" / "stage_c.yaml").model
+    sizes = load_yaml(StageCRun, ROOT / "configs" / "demo" / "stage_c.yaml").model
+    assert sizes is not None, "the demonstration's file names its sizes"
+    return sizes
 
 
 def compare(size: str, options: argparse.Namespace, device: torch.device, peak: float) -> list[str]:

@@ -56,6 +56,17 @@ def load_yaml(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> 
         path: The file.
         overrides: ``"a.b.c=value"`` strings; values are parsed as YAML.
     """
+    data = read_yaml(path)
+    apply_overrides(data, overrides)
+    return from_dict(cls, data, str(path))
+
+
+def read_yaml(path: str | Path) -> dict[str, object]:
+    """Read a YAML file's mapping as plain values.
+
+    Raises:
+        UserError: It is not there, not YAML, or no mapping.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such configuration file; check the path")
@@ -67,8 +78,7 @@ def load_yaml(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> 
         raise UserError(f"{path}: not a text file in UTF-8") from error
     if not isinstance(data, dict):
         raise UserError(f"{path}: a configuration is a mapping of keys to values")
-    apply_overrides(data, overrides)
-    return from_dict(cls, data, str(path))
+    return data
 
 
 def apply_overrides(data: dict[str, object], overrides: Sequence[str]) -> None:

@@ -23,6 +23,7 @@ from stages.layers import (
     ResBlock,
     TimestepBlock,
     init_weights,
+    run,
     scale_residual_outputs,
 )
 
@@ -249,6 +250,8 @@ class StageB(nn.Module):
         self.out = nn.Conv2d(
             widths[0], config.latent_channels * config.patch_size**2, kernel_size=1
         )
+        self.recompute = False
+        """Whether the backward pass runs each block again instead of keeping what is in it."""
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -331,7 +334,7 @@ class StageB(nn.Module):
             if level > 0:
                 x = self.down_samplers[level - 1](x)
             for block in cast(nn.ModuleList, blocks):
-                x = block(x, None, times, cond.tokens)
+                x = run(block, x, None, times, cond.tokens, recompute=self.recompute)
             skips.append(x)
         x = skips.pop()
         for index in range(len(self.up_blocks)):
@@ -354,5 +357,6 @@ class StageB(nn.Module):
             if repeat > 0:
                 x = cast(nn.ModuleList, self.repeat_mappers[index])[repeat - 1](x)
             for block_index, block in enumerate(cast(nn.ModuleList, self.up_blocks[index])):
-                x = block(x, skip if block_index == 0 else None, times, tokens)
+                inputs = (x, skip if block_index == 0 else None, times, tokens)
+                x = run(block, *inputs, recompute=self.recompute)
         return x

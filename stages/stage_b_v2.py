@@ -24,6 +24,7 @@ from stages.layers import (
     ResBlock,
     TimestepBlock,
     init_weights,
+    run,
     scale_residual_outputs,
 )
 from stages.stage_b import Resample
@@ -178,6 +179,8 @@ class StageBV2(nn.Module):
         self.out = nn.Conv2d(
             widths[0], 2 * config.latent_channels * config.patch_size**2, kernel_size=1
         )
+        self.recompute = False
+        """Whether the backward pass runs each block again instead of keeping what is in it."""
         self._init_weights()
 
     def _compressed_mappers(self) -> nn.ModuleDict:
@@ -268,14 +271,16 @@ class StageBV2(nn.Module):
             if level > 0:
                 h = self.down_samplers[level - 1](h)
             for block in cast(nn.ModuleList, blocks):
-                h = block(h, cond.down_mapped[level], times, cond.tokens)
+                inputs = (h, cond.down_mapped[level], times, cond.tokens)
+                h = run(block, *inputs, recompute=self.recompute)
             skips.append(h)
         h = skips.pop()
         for index, blocks in enumerate(self.up_blocks):
             mapped = cond.up_mapped[index]
             first = _joined(skips.pop() if index > 0 else None, mapped)
             for block_index, block in enumerate(cast(nn.ModuleList, blocks)):
-                h = block(h, first if block_index == 0 else mapped, times, cond.tokens)
+                inputs = (h, first if block_index == 0 else mapped, times, cond.tokens)
+                h = run(block, *inputs, recompute=self.recompute)
             if index < len(self.up_samplers):
                 h = self.up_samplers[index](h)
         out = F.pixel_shuffle(self.out(self.out_norm(h)), self.config.patch_size).float()

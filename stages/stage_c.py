@@ -23,6 +23,7 @@ from stages.layers import (
     ResBlock,
     TimestepBlock,
     init_weights,
+    run,
     scale_residual_outputs,
 )
 
@@ -239,6 +240,8 @@ class StageC(nn.Module):
             widths[0], config.latent_channels * config.patch_size**2, kernel_size=1
         )
         self.out_norm = LayerNorm2d(widths[0])
+        self.recompute = False
+        """Whether the backward pass runs each block again instead of keeping what is in it."""
         self._init_weights()
 
     @staticmethod
@@ -347,14 +350,15 @@ class StageC(nn.Module):
                 x = self.down_changes[level - 1](x)
             for block in cast(nn.ModuleList, blocks):
                 x = _steered(x, next(control))
-                x = block(x, None, times, prepared.tokens)
+                x = run(block, x, None, times, prepared.tokens, recompute=self.recompute)
             skips.append(x)
         x = skips.pop()
         for index, blocks in enumerate(self.up_blocks):
             skip = skips.pop() if index > 0 else None
             for block_index, block in enumerate(cast(nn.ModuleList, blocks)):
                 x = _steered(x, next(control))
-                x = block(x, skip if block_index == 0 else None, times, prepared.tokens)
+                inputs = (x, skip if block_index == 0 else None, times, prepared.tokens)
+                x = run(block, *inputs, recompute=self.recompute)
             if index < len(self.up_changes):
                 x = self.up_changes[index](x)
         return F.pixel_shuffle(self.out(self.out_norm(x)), self.config.patch_size)

@@ -22,6 +22,7 @@ from stages.layers import (
     ResBlock,
     TimestepBlock,
     init_weights,
+    run,
     scale_residual_outputs,
 )
 
@@ -113,6 +114,8 @@ class StageCV2(nn.Module):
         self.blocks = nn.ModuleList(StageCV2Block(config) for _ in range(config.num_blocks))
         self.out_norm = LayerNorm2d(width)
         self.out = nn.Conv2d(width, 2 * config.latent_channels, kernel_size=1)
+        self.recompute = False
+        """Whether the backward pass runs each block again instead of keeping what is in it."""
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -144,6 +147,6 @@ class StageCV2(nn.Module):
         times = time_embedding(t, self.config.time_channels)[:, None]  # (B, 1, time_channels)
         h = self.embedding(x.contiguous(memory_format=torch.channels_last))
         for block in self.blocks:
-            h = block(h, times, prepared.tokens)
+            h = run(block, h, times, prepared.tokens, recompute=self.recompute)
         a, b = self.out(self.out_norm(h)).float().chunk(2, dim=1)
         return ((x.float() - a) / ((1 - b).abs() + _MIN_DIVISOR)).to(x.dtype)

@@ -21,6 +21,8 @@ from stages.stage_a import StageA, StageAConfig
 from stages.stage_b import StageB, StageBConfig
 from stages.stage_c import StageC, StageCConfig
 
+pytest_plugins = ["tests.fake_hub"]
+
 TEXT_CHANNELS, TEXT_POOLED, WINDOW = 16, 12, 16
 CAPTIONS = ["a 3D render of a red apple", "a flat icon of a blue fish", "a photo of a green hat"]
 

@@ -4,23 +4,27 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
+import yaml
 from torch import nn
 
+from cascade.checkpoints.files import on_meta
 from cascade.errors import run_main
-from stages.previewer import Previewer
+from stages.previewer import Previewer, PreviewerConfig
 from stages.semantic_compressor import SemanticCompressor
-from stages.stage_a import StageA
-from stages.stage_b import StageB
-from stages.stage_c import StageC
+from stages.stage_a import StageA, StageAConfig
+from stages.stage_b import StageB, StageBConfig
+from stages.stage_b_v2 import StageBV2, StageBV2Config
+from stages.stage_c import StageC, StageCConfig
+from stages.stage_c_v2 import StageCV2, StageCV2Config
 from train import __main__ as command
 from train import runs
 
 ROOT = Path(__file__).parents[1]
-NOT_A_RUN = {"model.yaml"}
-"""Configurations of other commands; this one is train.assemble's."""
+NOT_A_RUN = {"model.yaml", "switches.yaml"}
+"""Configurations of other commands: of train.assemble, of benchmarks/recipes.py."""
 ALL = sorted((ROOT / "configs").rglob("*.yaml"))
-RUNS = [path for path in ALL if path.name not in NOT_A_RUN]
+PRESETS = sorted((ROOT / "configs" / "presets").glob("*.yaml"))
+RUNS = [path for path in ALL if path.name not in NOT_A_RUN and path not in PRESETS]
 
 EVERY_RUN = pytest.mark.parametrize(
     "path", RUNS, ids=lambda path: str(path.relative_to(ROOT / "configs"))
@@ -41,8 +45,11 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, object, bool]]:
 
 
 def _kind(path: Path) -> str:
-    """``stage_c.yaml`` and ``stage_c_large.yaml`` are of kind ``stage_c``."""
-    [kind] = [k for k in command.KINDS if path.stem == k or path.stem.startswith(f"{k}_")]
+    """``stage_c.yaml``, ``stage_c_large.yaml``, ``finetune_stage_c.yaml`` are of ``stage_c``."""
+    if path.parent.name == "recipes":  # all of one network, so their names say the recipe
+        return "stage_c"
+    name = path.stem.removeprefix("finetune_")
+    [kind] = [k for k in command.KINDS if name == k or name.startswith(f"{k}_")]
     return kind
 
 
@@ -71,7 +78,8 @@ def test_a_run_loads_as_its_name_says_and_starts_what_it_names(
     assert (begun, resume) == (kind, True)
     assert type(config).__name__ == kind.title().replace("_", "") + "Run"
     assert config.run.max_steps == 7  # type: ignore[attr-defined]
-    assert Path(config.run.out).name.startswith(kind)  # type: ignore[attr-defined]
+    if path.parent.name != "recipes":
+        assert Path(config.run.out).name.startswith(kind)  # type: ignore[attr-defined]
 
 
 @EVERY_RUN
@@ -97,17 +105,36 @@ def test_a_run_builds_networks_of_the_size_that_its_header_says(
 
 
 def _networks(kind: str, config: object) -> list[nn.Module]:
-    with torch.device("meta"):
+    with on_meta():
         if kind == "clip":
             return [config.model.build(_Vocabulary(config.model.vocab_size))]  # type: ignore[attr-defined]
         if kind == "stage_b":
             compressor = config.compressor  # type: ignore[attr-defined]
             joint = [] if compressor is None else [SemanticCompressor(compressor)]
-            return [StageB(config.model), *joint]  # type: ignore[attr-defined]
+            return [_of(_sizes(config)), *joint]
         if kind == "compressor":
             return [SemanticCompressor(config.model), Previewer(config.previewer)]  # type: ignore[attr-defined]
-        network = {"stage_a": StageA, "stage_c": StageC, "previewer": Previewer}[kind]
-        return [network(config.model)]  # type: ignore[attr-defined]
+        return [_of(_sizes(config))]
+
+
+def _sizes(config: object) -> object:
+    """The sizes of a run's network; of one without a model section, those of its init_from."""
+    if config.model is None and getattr(config, "model_v2", None) is None:  # type: ignore[attr-defined]
+        return {"stabilityai/stable-cascade:lite": StageCConfig.lite()}[config.init_from]  # type: ignore[attr-defined]
+    return config.sizes  # type: ignore[attr-defined]
+
+
+def _of(sizes: object) -> nn.Module:
+    """The network that a run builds of its sizes."""
+    networks = {
+        StageBV2Config: StageBV2,
+        StageCV2Config: StageCV2,
+        StageBConfig: StageB,
+        StageCConfig: StageC,
+        StageAConfig: StageA,
+        PreviewerConfig: Previewer,
+    }
+    return networks[type(sizes)](sizes)  # type: ignore[index, abstract]
 
 
 class _Vocabulary:
@@ -128,7 +155,10 @@ class _Vocabulary:
         (["--optim.lrr", "1"], "optim.lrr: unknown key; did you mean 'lr'?"),
         (["--run.max_steps", "many"], "run.max_steps: expected int, got 'many'"),
         (["--run.max_steps", "0"], "run: max_steps is 0"),
-        (["--optim.name", "adam"], "optim.name: 'adam' is not one of adamw, muon; did you mean"),
+        (
+            ["--optim.name", "adam"],
+            "optim.name: 'adam' is not one of adamw, adamw8bit, muon; did you mean",
+        ),
         (["--run.max_steps"], "--run.max_steps: a value is missing"),
     ],
 )
@@ -152,3 +182,47 @@ def test_a_run_of_one_network_is_refused_by_another(
     assert run_main(lambda: command.main(argv)) == 2
     assert "unknown key" in capsys.readouterr().err
     assert started == []
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_a_preset_is_laid_over_a_run_under_the_command_line(
+    path: Path, started: list[tuple[str, object, bool]], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = ROOT / "configs" / "demo" / "stage_c.yaml"
+    arguments = ["stage_c", "--config", str(run), "--preset", str(path), "--optim.lr", "1"]
+    with caplog.at_level("INFO"):
+        assert command.main([*arguments, "--run.num_nodes", "2"]) == 0
+    [(_, config, _)] = started
+    preset = yaml.safe_load(path.read_text())
+    for section, keys in preset.items():
+        assert {key: getattr(getattr(config, section), key) for key in keys} == keys
+    assert (config.optim.lr, config.run.num_nodes) == (1.0, 2)  # type: ignore[attr-defined]
+    assert config.run.max_steps == 2400, "what the preset does not name stays"  # type: ignore[attr-defined]
+    batch = preset["data"]["batch_size"]
+    assert f"data.batch_size is {batch} instead of 128" in caplog.text
+    devices = preset["run"].get("devices", 1)
+    assert devices * preset["run"]["accumulate"] * batch == 256, "all presets make the same step"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("model: {dropout: 0.1}", "model: a preset has the sections run, data and optim"),
+        ("run: {acumulate: 2}", "run.acumulate: unknown key; did you mean 'accumulate'?"),
+        ("run: 3", "run: a preset has the sections"),
+    ],
+)
+def test_a_preset_that_can_t_be_is_refused_in_one_line(
+    content: str,
+    message: str,
+    tmp_path: Path,
+    started: list[tuple[str, object, bool]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "preset.yaml").write_text(content)
+    run = ROOT / "configs" / "demo" / "stage_c.yaml"
+    arguments = ["--config", str(run), "--preset", str(tmp_path / "preset.yaml")]
+    assert run_main(lambda: command.main(["stage_c", *arguments])) == 2
+    assert started == []
+    [line] = capsys.readouterr().err.splitlines()
+    assert message in line

@@ -5,6 +5,8 @@ Every key of the configuration can be set on the command line: ``--optim.lr 3e-4
 none: the same command begins a run and goes on with it however it ended.
 ``--data.mode exact`` or ``resampled`` streams a set of any size; ``python -m train.data check``
 looks at it first.
+``--preset configs/presets/24gb.yaml`` lays a preset for a GPU's memory over the file: batch,
+accumulation, optimizer and what saves memory. Keys of the command line come last.
 """
 
 from __future__ import annotations
@@ -16,9 +18,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from cascade.command import Parser
-from cascade.config import load_yaml, parse_overrides
-from cascade.errors import run_main
+from cascade.config import apply_overrides, from_dict, parse_overrides, read_yaml
+from cascade.errors import UserError, run_main
 
+_log = logging.getLogger(__name__)
+
+_PRESET_SECTIONS = ("run", "data", "optim")
 KINDS = ("clip", "stage_a", "compressor", "stage_b", "stage_c", "previewer")
 
 
@@ -32,12 +37,33 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("kind", choices=KINDS, help="which network")
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument(
+        "--preset", help="YAML file laid over it, such as configs/presets/24gb.yaml"
+    )
+    parser.add_argument(
         "--resume",
         action="store_true",
         help="go on from the run's newest checkpoint; start if there is none",
     )
     options, rest = parser.parse_known_args(argv)
     return options, parse_overrides(rest)
+
+
+def lay_over(data: dict[str, object], preset: str) -> None:
+    """Let a preset's keys take the place of a run's own, and say which.
+
+    Raises:
+        UserError: The preset names what a network is or learns.
+    """
+    for section, keys in read_yaml(preset).items():
+        own = data.setdefault(section, {})
+        if section not in _PRESET_SECTIONS or not isinstance(keys, dict):
+            raise UserError(f"{preset}: {section}: a preset has the sections run, data and optim")
+        if not isinstance(own, dict):
+            raise UserError(f"{preset}: {section} is no section of the run's file")
+        for key, value in keys.items():
+            if key in own and own[key] != value:
+                _log.info("%s: %s.%s is %s instead of %s", preset, section, key, value, own[key])
+            own[key] = value
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,7 +82,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "previewer": (runs.PreviewerRun, runs.train_previewer),
     }
     run_class, start = kinds[options.kind]
-    start(load_yaml(run_class, options.config, overrides), resume=options.resume)
+    data, where = read_yaml(options.config), options.config
+    if options.preset is not None:
+        lay_over(data, options.preset)
+        where = f"{options.config} with {options.preset}"
+    apply_overrides(data, overrides)
+    start(from_dict(run_class, data, where), resume=options.resume)
     return 0
 
 

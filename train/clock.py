@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal, get_args
 
-Phase = Literal["setup", "data", "step", "checkpoint", "pictures", "validation", "end"]
+Phase = Literal["setup", "data", "step", "compile", "checkpoint", "pictures", "validation", "end"]
 """``setup``: before the first batch is asked for. ``data``: waiting for batches, and logging.
-``step``: forward, backward, optimizer, average. ``checkpoint``: writing checkpoints and exports.
-``pictures``: making sample pictures. ``validation``: looking at held-out pictures. ``end``: after
-the last step."""
+``step``: forward, backward, optimizer, average. ``compile``: torch.compile at work.
+``checkpoint``: writing checkpoints and exports. ``pictures``: making sample pictures.
+``validation``: looking at held-out pictures. ``end``: after the last step."""
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
@@ -23,6 +23,11 @@ class PhaseClock:
         self._phase: Phase = "setup"
         self._since_s = time.monotonic()
         self._seconds: dict[Phase, float] = dict.fromkeys(PHASES, 0.0)
+
+    @property
+    def phase(self) -> Phase:
+        """The phase that time goes to now."""
+        return self._phase
 
     def switch(self, phase: Phase) -> None:
         """Give the time since the last switch to the phase that ends, and begin another."""

@@ -1,47 +1,66 @@
-"""Frozen networks whose output another network is trained on: paths, hashes, and their use.
+"""Frozen networks whose output another network is trained on: names, hashes, and their use.
 
 A cache holds what they said once; a stream of pictures has them say it in every step.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.nn import functional as F
 
-from cascade.checkpoints.files import file_hash, load_network
+from cascade.checkpoints.files import CLASS_KEY
+from cascade.checkpoints.found import FoundNetwork
+from cascade.checkpoints.load import build
+from cascade.checkpoints.part_files import (
+    find_image_encoder,
+    find_network,
+    find_text,
+    weights_hash,
+)
 from cascade.errors import UserError
 from cascade.text.encoder import TextConfig, TextEncoder
-from cascade.text.picture_encoder import PictureEncoder
+from cascade.text.picture_encoder import PictureEncoder, centre_square
 from stages.semantic_compressor import SemanticCompressor
 from stages.stage_a import StageA
 from train.data.cached import CachedBatch
+from train.draws import step_draws
 
 
-def text_hash(folder: str | Path, config: TextConfig | None = None) -> str:
+def text_hash(name: str | Path, config: TextConfig | None = None, width: int | None = None) -> str:
     """Return what names text states: the hash of the encoder's weights, and how it was read."""
-    weights, config = file_hash(Path(folder) / "model.safetensors"), config or TextConfig()
+    weights, config = weights_hash(find_text(name, width).folder), config or TextConfig()
     return weights if config == TextConfig() else f"{weights}/{config.hidden}/{config.pad_to}"
 
 
 @dataclass(frozen=True)
 class FrozenPaths:
-    """The networks that a run reads the output of; None: it does not."""
+    """The networks that a run reads the output of; None: it does not.
+
+    Each is a file, a folder or a model, here or on the hub, in any layout that the pipeline loads.
+    """
 
     text: str | None = None
-    """Text encoder's folder."""
+    """Text encoder."""
     text_states: TextConfig | None = None
     """How it is read; None: as by default."""
+    text_width: int | None = None
+    """Channels of its states, where a model has two encoders."""
     stage_a: str | None = None
-    """Stage A's file."""
+    """Stage A."""
+    stage_a_scale: float | None = None
+    """What its latents are divided by, where its file does not say it."""
     compressor: str | None = None
-    """Semantic compressor's file."""
+    """Semantic compressor."""
+    compressor_input: tuple[float, float] | None = None
+    """Range of the fraction of a picture's size that it sees, drawn once a step; None: its own."""
     image: str | None = None
-    """CLIP's folder, for embeddings of the pictures."""
+    """CLIP's picture tower, for embeddings of the pictures."""
 
     def hashes(self) -> dict[str, str]:
         """Return part ("text", "stage_a", "stage_c", "image") -> hash of what makes it.
@@ -51,14 +70,64 @@ class FrozenPaths:
         """
         found = {}
         if self.text is not None:
-            found["text"] = text_hash(self.text, self.text_states)
+            found["text"] = text_hash(self.text, self.text_states, self.text_width)
         if self.stage_a is not None:
-            found["stage_a"] = file_hash(Path(self.stage_a))
+            found["stage_a"] = stage_a_hash(self.stage_a, self.stage_a_scale)
         if self.compressor is not None:
-            found["stage_c"] = file_hash(Path(self.compressor))
+            found["stage_c"] = weights_hash(find_network(self.compressor, "compressor").path)
         if self.image is not None:
-            found["image"] = text_hash(self.image)
+            found["image"] = weights_hash(find_image_encoder(self.image))
         return found
+
+
+def find_stage_a(name: str, scale: float | None) -> FoundNetwork:
+    """Find Stage A with the scale of its latents.
+
+    Files that were written here say it. The authors' do not, and diffusers' folder of Stable
+    Cascade says Würstchen's by mistake, so theirs is asked for.
+
+    Raises:
+        UserError: Nothing is there, or the scale is missing or contradicts the file's.
+    """
+    found = find_network(name, "stage_a")
+    own = found.published.config.scale
+    if CLASS_KEY in found.opened.metadata:
+        if scale is not None and scale != own:
+            raise UserError(f"stage_a_scale is {scale} but {name} was trained with {own}")
+        return found
+    if scale is None:
+        raise UserError(
+            f"{name}: a published Stage A does not say its latents' scale; set stage_a_scale: "
+            "0.43 (Stable Cascade) or 0.3764 (Würstchen v2)"
+        )
+    config = replace(found.published.config, scale=scale)
+    return replace(found, published=replace(found.published, config=config))
+
+
+def stage_a_hash(name: str, scale: float | None) -> str:
+    """Return what names Stage A's latents: the hash of its weights, and a scale that it is told."""
+    found = find_stage_a(name, scale)
+    weights = weights_hash(found.path)
+    return weights if CLASS_KEY in found.opened.metadata else f"{weights}/{scale}"
+
+
+def load_frozen(found: FoundNetwork, device: torch.device | str) -> Any:
+    """Load a network in float32, in evaluation mode, without gradients."""
+    network = build(found.opened, found.published, device=device, dtype=torch.float32)
+    return network.requires_grad_(False)
+
+
+def load_text(
+    name: str,
+    states: TextConfig | None,
+    width: int | None = None,
+    device: torch.device | str = "cpu",
+) -> TextEncoder:
+    """Load a text encoder."""
+    found = find_text(name, width)
+    return TextEncoder.from_folder(
+        found.folder, states or TextConfig(), tokenizer_folder=found.tokenizer, device=device
+    )
 
 
 class FrozenEncoders:
@@ -77,18 +146,16 @@ class FrozenEncoders:
         self.compressor: SemanticCompressor | None = None
         self.image: PictureEncoder | None = None
         if paths.text is not None:
-            states = paths.text_states or TextConfig()
-            self.text = TextEncoder.from_folder(paths.text, states, device=device)
+            self.text = load_text(paths.text, paths.text_states, paths.text_width, device)
         if paths.stage_a is not None:
-            self.stage_a = load_network(
-                paths.stage_a, expect=StageA, device=device, dtype=torch.float32
-            )
+            found = find_stage_a(paths.stage_a, paths.stage_a_scale)
+            self.stage_a = cast(StageA, load_frozen(found, device))
         if paths.compressor is not None:
-            self.compressor = load_network(
-                paths.compressor, expect=SemanticCompressor, device=device, dtype=torch.float32
-            )
+            found = find_network(paths.compressor, "compressor")
+            self.compressor = cast(SemanticCompressor, load_frozen(found, device))
         if paths.image is not None:
-            self.image = PictureEncoder.from_folder(paths.image, torch.device(device))
+            folder = find_image_encoder(paths.image)
+            self.image = PictureEncoder.from_folder(folder, torch.device(device))
 
     def null_text(self) -> tuple[Tensor, Tensor] | None:
         """Return the hidden (L, D) and pooled (P,) states of the empty prompt."""
@@ -98,8 +165,14 @@ class FrozenEncoders:
         return null.hidden[0].cpu(), null.pooled[0].cpu()
 
     @torch.inference_mode()
-    def encode_pixels(self, pixels: Tensor) -> dict[str, Tensor]:
+    def encode_pixels(
+        self, pixels: Tensor, compressor_fraction: float | None = None
+    ) -> dict[str, Tensor]:
         """Return the parts of a batch that are made of its pixels (B, 3, H, W).
+
+        Args:
+            pixels: In [0, 1].
+            compressor_fraction: Fraction of their size that the compressor sees; None: its own.
 
         Raises:
             UserError: A network does not take pictures of this size.
@@ -109,9 +182,14 @@ class FrozenEncoders:
             if self.stage_a is not None:
                 found["stage_a_latents"] = self.stage_a.encode(pixels)
             if self.compressor is not None:
-                found["stage_c_latents"] = self.compressor.encode(pixels)
+                compressor = self.compressor
+                found["stage_c_latents"] = (
+                    compressor.encode(pixels)
+                    if compressor_fraction is None
+                    else compressor(shrunk(pixels, compressor_fraction, compressor.stride))
+                )
             if self.image is not None:
-                found["image_embeds"] = self.image(pixels)
+                found["image_embeds"] = self.image(centre_square(pixels))
         except ValueError as error:
             raise UserError(f"the network does not take these pictures: {error}") from error
         return found
@@ -128,9 +206,10 @@ class FrozenEncoders:
 class EncodeBatch(Callback):
     """Fills in a batch what its stream does not hold, before the step that needs it."""
 
-    def __init__(self, paths: FrozenPaths) -> None:
-        """Take the networks' paths; they are loaded where the run trains."""
+    def __init__(self, paths: FrozenPaths, seed: int = 0) -> None:
+        """Take the networks' names, which are loaded where the run trains, and the data's seed."""
         self.paths = paths
+        self.seed = seed
         self.encoders: FrozenEncoders | None = None
 
     def load(self, device: torch.device) -> None:
@@ -150,13 +229,34 @@ class EncodeBatch(Callback):
     ) -> None:
         """Encode the batch of the step."""
         assert isinstance(batch, CachedBatch)
-        self.fill(batch)
+        fraction = None
+        if self.paths.compressor_input is not None:
+            low, high = self.paths.compressor_input
+            draws = step_draws(pl_module, self.seed, batch_idx)
+            fraction = low + (high - low) * draws.scalar("compressor input")
+        self.fill(batch, fraction)
 
-    def fill(self, batch: CachedBatch) -> None:
-        """Encode; under no autocast, as a cache is made."""
+    def fill(self, batch: CachedBatch, fraction: float | None = None) -> None:
+        """Encode; under no autocast, as a cache is made.
+
+        Args:
+            batch: With pixels and captions.
+            fraction: Of the pictures' size, which the compressor sees; None: its own.
+        """
         assert self.encoders is not None, "load() comes first"
         device = self.encoders.device
-        parts = self.encoders.encode_pixels(batch.require("pixels").to(device))
+        parts = self.encoders.encode_pixels(batch.require("pixels").to(device), fraction)
         for name, tensor in {**parts, **self.encoders.encode_captions(batch.captions)}.items():
             # A tensor of inference mode can't take part in a step; a copy can.
             setattr(batch, name, tensor.clone().to(device))
+
+
+def shrunk(pixels: Tensor, fraction: float, multiple: int) -> Tensor:
+    """Resize pictures (B, 3, H, W), antialiased, to a fraction of their size.
+
+    Both sides are rounded down to a multiple of ``multiple``, and are at least that.
+    """
+    size = [max(multiple, int(side * fraction) // multiple * multiple) for side in pixels.shape[2:]]
+    return F.interpolate(
+        pixels.float(), size=size, mode="bilinear", antialias=True, align_corners=False
+    )

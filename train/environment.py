@@ -18,7 +18,7 @@ from train.study.provenance import commit, machine
 ENVIRONMENT_FILE = "environment.json"
 _PACKAGES = (
     *("torch", "lightning", "transformers", "safetensors", "webdataset", "numpy", "pillow"),
-    *("torchdata", "tensorboard", "wandb"),
+    *("torchdata", "tensorboard", "wandb", "torchao"),
 )
 
 

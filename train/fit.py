@@ -34,6 +34,7 @@ from train.callbacks.export import Export
 from train.callbacks.finite import SkipNonFinite
 from train.callbacks.ledger import Ledger
 from train.callbacks.progress import Progress
+from train.callbacks.rehearsal import Rehearsal
 from train.callbacks.stall import Stall
 from train.callbacks.stop import Stop
 from train.clock import PhaseClock
@@ -41,9 +42,12 @@ from train.data.pictures import BOMB_WARNING
 from train.draws import SeedLayers
 from train.environment import note_start
 from train.memory import keep_freed_memory
+from train.optim import require_low_bit
 from train.rank_errors import RankErrors
 from train.settings import OptimConfig, RunConfig
+from train.sharding import ShardedStrategy, check_can_shard
 from train.steps import steps_done
+from train.trainer_options import check_trainer_options
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -53,7 +57,7 @@ _log = logging.getLogger(__name__)
 LoaderFrom = Callable[[int, int, int], "Iterable[object]"]
 """Maps (micro-batches that a rank has seen, rank, number of ranks) to a loader of what follows."""
 
-_FIXED = ("model", "compressor", "previewer", "discriminator")
+_FIXED = ("model", "model_v2", "compressor", "previewer", "discriminator")
 _FIXED_OPTIM = ("name", "lr", "muon_lr", "betas", "weight_decay")
 DONE_FILE = "done"
 """In the folder of a run that came to its end."""
@@ -95,6 +99,8 @@ def prepare(run: RunConfig, config: object, *, resume: bool) -> Prepared:
             that can't be made.
     """
     _quiet()
+    check_trainer_options(run.trainer)
+    _check_processes(run)
     clock = PhaseClock()
     out = Path(run.out)
     newest = newest_checkpoint(out, tidy=_global_rank() == 0)
@@ -117,6 +123,20 @@ def prepare(run: RunConfig, config: object, *, resume: bool) -> Prepared:
     if _global_rank() == 0:
         note_start(out)
     return Prepared(out, newest, clock)
+
+
+def _check_processes(run: RunConfig) -> None:
+    """Refuse a launcher's processes that the run does not know of: each would train by itself.
+
+    Raises:
+        UserError: They are more or fewer than the run's devices.
+    """
+    started = int(os.environ.get("WORLD_SIZE", run.devices * run.num_nodes))
+    if started != run.devices * run.num_nodes:
+        raise UserError(
+            f"{started} processes were started but run.devices is {run.devices} and run.num_nodes "
+            f"{run.num_nodes}; set them to what torchrun has (--nproc_per_node, --nnodes)"
+        )
 
 
 def _global_rank() -> int:
@@ -176,6 +196,7 @@ def fit(
             ``fit`` returns: all is saved, and the same command goes on.
     """
     out, newest = prepared.out, prepared.newest
+    require_low_bit(optim)
     optimizers = getattr(system, "num_optimizers", 1)
     start_step = 0
     if newest is not None:
@@ -242,10 +263,15 @@ def _loggers(out: Path, run: RunConfig) -> list[Logger]:
     return loggers
 
 
-def _strategy(system: pl.LightningModule, run: RunConfig) -> DDPStrategy | str:
+def _strategy(
+    system: pl.LightningModule, run: RunConfig, optim: OptimConfig
+) -> DDPStrategy | ShardedStrategy | str:
     """Return how gradients meet: nothing to do on one device, else averaged over all."""
     if run.devices * run.num_nodes == 1:
         return "auto"
+    if run.strategy == "fsdp":
+        check_can_shard(system, run, optim)
+        return ShardedStrategy(run.devices * run.num_nodes)
     # A system that steps two optimizers by hand leaves out one's parameters in turn.
     partly = not system.automatic_optimization
     return DDPStrategy(find_unused_parameters=partly, gradient_as_bucket_view=True)
@@ -263,9 +289,10 @@ def _trainer(
     """Build the Trainer with the callbacks of all runs, in the order in which they must act."""
     out = Path(run.out)
     optimizers = getattr(system, "num_optimizers", 1)
-    average = WeightAverage(run.ema_decay)
+    average = WeightAverage(run.ema_decay, offload=run.ema_offload)
     finite = SkipNonFinite(out, run.max_skipped_steps)
     every = run.checkpoint_every_steps * optimizers  # Lightning counts each optimizer's steps
+    export = Export(out, every, getattr(torch, run.export_dtype), average, ledger, stop.errors)
     manual = not system.automatic_optimization
     if manual and run.accumulate > 1:
         raise UserError(
@@ -277,12 +304,18 @@ def _trainer(
             "run.precision is 16-mixed: this network's two optimizers can't share a loss scale; "
             "use bf16-mixed or 32-true"
         )
+    fused = torch.cuda.is_available() if optim.fused is None else optim.fused
+    if run.precision == "16-mixed" and optim.name == "adamw" and fused and optim.grad_clip > 0:
+        raise UserError(
+            "optim.fused: with run.precision 16-mixed the fused step undoes the loss scale itself, "
+            "too late to clip; set optim.fused false, or use bf16-mixed"
+        )
     terminal = sys.stderr.isatty()
     arguments: dict[str, Any] = dict(
         accelerator=run.accelerator,
         devices=run.devices,
         num_nodes=run.num_nodes,
-        strategy=_strategy(system, run),
+        strategy=_strategy(system, run, optim),
         accumulate_grad_batches=run.accumulate,
         # Only there for GPUs.
         sync_batchnorm=run.devices * run.num_nodes > 1 and torch.cuda.is_available(),
@@ -302,7 +335,8 @@ def _trainer(
             Progress(run.log_every_steps, run.max_steps, stop, ledger, finite, show=not terminal),
             stop,
             Stall(),
-            Export(out, every, getattr(torch, run.export_dtype), average, ledger, stop.errors),
+            export,
+            Rehearsal(out, export),
             *last,
             ModelCheckpoint(
                 out / "checkpoints",
@@ -317,8 +351,9 @@ def _trainer(
         enable_model_summary=False,
     )
     try:
-        return pl.Trainer(**arguments)
-    except MisconfigurationException as error:
+        return pl.Trainer(**{**arguments, **run.trainer})
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        passed = f", run.trainer {run.trainer}" if run.trainer else ""
         raise UserError(
-            f"run.accelerator {run.accelerator}, {run.devices} device(s): {error}"
+            f"run.accelerator {run.accelerator}, {run.devices} device(s){passed}: {error}"
         ) from error

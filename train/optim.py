@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from cascade.errors import UserError
+from train.offload import OffloadedAdamW
 from train.settings import OptimConfig
+from train.sharding import part_like
 
 
 def learning_rate_factor(config: OptimConfig, max_steps: int) -> Callable[[int], float]:
@@ -101,7 +106,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter)
         state["momentum"].lerp_(grad, 1.0 - momentum)
-        update = orthogonalize(torch.lerp(grad, state["momentum"], momentum))
+        update = torch.lerp(grad, state["momentum"], momentum)
+        if isinstance(update, DTensor):  # the products need the matrix as a whole, on every rank
+            update = part_like(orthogonalize(update.full_tensor()), update)
+        else:
+            update = orthogonalize(update)
         rows, columns = parameter.shape
         parameter.add_(update, alpha=-lr * max(1.0, rows / columns) ** 0.5)
 
@@ -143,6 +152,37 @@ def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
     return (x.mT if tall else x).to(matrix.dtype)
 
 
+def require_low_bit(config: OptimConfig) -> None:
+    """Import what ``adamw8bit`` needs; its checkpoints can't be read before.
+
+    Raises:
+        UserError: It is not installed.
+    """
+    if config.name != "adamw8bit":
+        return
+    try:
+        import torchao.optim  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"optim.name is adamw8bit: torchao is not usable here ({error}); pip install torchao, "
+            "or use adamw with optim.offload"
+        ) from error
+
+
+def _adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+    """Build AdamW as the options say: plain, fused, in 8 bits, or on the CPU."""
+    if config.name == "adamw8bit":
+        from torchao.optim import AdamW8bit
+
+        return AdamW8bit(groups, lr=config.lr, betas=config.betas)
+    fused = config.fused
+    if fused is None:
+        fused = all(one.is_cuda for group in groups for one in group["params"])
+    if config.offload:
+        return OffloadedAdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
+
+
 def make_optimizer(
     parameters: Iterable[nn.Parameter], config: OptimConfig, max_steps: int
 ) -> tuple[torch.optim.Optimizer, LambdaLR]:
@@ -156,7 +196,5 @@ def make_optimizer(
             {"params": matrices, "weight_decay": config.weight_decay},
             {"params": vectors, "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=config.lr, betas=config.betas
-        )
+        optimizer = _adamw([group for group in groups if group["params"]], config)
     return optimizer, LambdaLR(optimizer, learning_rate_factor(config, max_steps))

@@ -160,10 +160,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parts = parse_parts(options.parts)
     device = pick_device(options.device)
     options.out.mkdir(parents=True, exist_ok=True)
-    card_before = ""
-    if options.card is not None:
-        card_before = options.card.read_text(encoding="utf-8")
-        fill_card(card_before, "", str(options.card))  # a card without marks: now, not in an hour
+    if options.card is not None:  # a card without marks: now, not in an hour
+        fill_card(options.card.read_text(encoding="utf-8"), "", str(options.card))
     started_s = time.monotonic()
     dtype = pick_dtype(options.dtype, device)
     provenance = describe_run("train.report_demo", argv, options.seed, options.model, device, dtype)
@@ -173,7 +171,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     atomic_write_text(options.out / "report.md", text)
     atomic_write_text(options.out / "report.json", json.dumps(content, indent=2) + "\n")
     if options.card is not None:
-        atomic_write_text(options.card, fill_card(card_before, text, str(options.card)))
+        # As it is now: somebody may have written in it while this was measured.
+        card = options.card.read_text(encoding="utf-8")
+        atomic_write_text(options.card, fill_card(card, text, str(options.card)))
         if "sheet" in parts:
             atomic_write_bytes(
                 options.card.parent / "sheet.png", (options.out / "sheet.png").read_bytes()

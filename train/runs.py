@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 import lightning.pytorch as pl
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from cascade.checkpoints.files import load_network
+from cascade.checkpoints.detect import Kind
+from cascade.checkpoints.part_files import find_network
 from cascade.errors import UserError
 from cascade.text.tokenizer import train_tokenizer
+from stages.stage_b_v2 import StageBV2Config
+from stages.stage_c import StageCConfig
+from stages.stage_c_v2 import StageCV2Config
 from train.callbacks.pictures import SamplePictures
 from train.callbacks.posthoc_ema import PosthocEma
 from train.callbacks.validation import Validation
@@ -20,6 +25,7 @@ from train.data.cached import Cache
 from train.data.open import TrainingData, open_data, remember_data
 from train.encode import FrozenPaths
 from train.fit import Prepared, fit, prepare
+from train.initial import start_compressor_from, start_from, with_architecture
 from train.systems.clip import ClipRun, ClipSystem, load_clip, load_tokenizer
 from train.systems.compressor import CompressorRun, CompressorSystem
 from train.systems.previewer import PreviewerRun, PreviewerSystem
@@ -35,88 +41,117 @@ def train_clip(config: ClipRun, *, resume: bool) -> None:
     prepared = prepare(config.run, config, resume=resume)
     data = open_data(config.data)
     system = ClipSystem(config, _tokenizer(config, data.cache, prepared))
-    if config.init_from is not None:
+    if config.init_from is not None and prepared.newest is None:
         _copy(load_clip(config.init_from), system.network, config.init_from)
     _fit(system, data, config, prepared)
 
 
 def train_stage_a(config: StageARun, *, resume: bool) -> None:
     """Train the autoencoder."""
+    config = with_architecture(config, "stage_a", resume=resume)
     prepared = prepare(config.run, config, resume=resume)
     data = open_data(config.data)
     for height, width in data.shapes:
         if config.crop > min(height, width):
             raise UserError(f"crop is {config.crop} but the pictures are {width}x{height}")
-    if config.crop % config.model.downscale:
+    if config.crop % config.sizes.downscale:
         raise UserError(
-            f"crop is {config.crop}; Stage A needs a multiple of {config.model.downscale}"
+            f"crop is {config.crop}; Stage A needs a multiple of {config.sizes.downscale}"
         )
     system = StageASystem(config)
-    _start_from(system.network, config.init_from)
+    _start(system.network, config.init_from, "stage_a", prepared)
     _fit(system, data, config, prepared)
 
 
 def train_compressor(config: CompressorRun, *, resume: bool) -> None:
     """Train the compressor with the previewer as its decoder."""
+    config = with_architecture(config, "compressor", resume=resume)
     prepared = prepare(config.run, config, resume=resume)
     data = open_data(config.data)
     system = CompressorSystem(config)
-    _start_from(system.compressor, config.init_from)
+    _start(system.compressor, config.init_from, "compressor", prepared)
     _fit(system, data, config, prepared)
 
 
 def train_stage_b(config: StageBRun, *, resume: bool) -> None:
-    """Train Stage B on cached Stage A latents and text, with the compressor or on its latents."""
+    """Train Stage B on Stage A latents and text, with the compressor or on its latents."""
+    config = with_architecture(config, "stage_b", resume=resume)
     prepared = prepare(config.run, config, resume=resume)
+    sizes, v2 = config.sizes, isinstance(config.sizes, StageBV2Config)
     frozen = FrozenPaths(
         text=config.text,
         text_states=config.text_states,
+        text_width=sizes.text_channels if isinstance(sizes, StageBV2Config) else None,
         stage_a=config.stage_a,
+        stage_a_scale=config.stage_a_scale,
         compressor=config.frozen_compressor,
+        compressor_input=config.compressor_input,
     )
     pixels = config.compressor is not None
     data = open_data(config.data, frozen, pixels=pixels)
     assert data.null_text is not None, "open_data gives the null text with the text part"
-    pooled_channels = data.null_text[1].shape[-1]
-    _fits("model.text_pooled_channels", config.model.text_pooled_channels, pooled_channels)
-    system = StageBSystem(config, data.null_text)
-    if config.init_from is not None:
-        _start_from(system.network, f"{config.init_from}/stage_b.safetensors")
-        if system.compressor is not None:
-            _start_from(system.compressor, f"{config.init_from}/compressor.safetensors")
+    if isinstance(sizes, StageBV2Config):
+        _fits("model_v2.text_channels", sizes.text_channels, data.null_text[0].shape[-1])
+        _check_shapes(sizes, config, data)
+    else:
+        pooled_channels = data.null_text[1].shape[-1]
+        _fits("model.text_pooled_channels", sizes.text_pooled_channels, pooled_channels)
+    finished = None
+    if config.frozen_compressor is not None:
+        finished = find_network(config.frozen_compressor, "compressor").published.config
+    system = StageBSystem(config, data.null_text, finished)
+    section = "model_v2" if v2 else "model"
+    _start(system.network, config.init_from, "stage_b", prepared, section)
+    if system.compressor is not None and prepared.newest is None:
+        folder = None if config.init_from is None else Path(config.init_from)
+        if config.compressor_init_from is not None:
+            start_compressor_from(system.compressor, config.compressor_init_from)
+        elif folder is not None and (folder / "compressor.safetensors").is_file():
+            start_from(system.compressor, str(folder), "compressor", "compressor")
+        elif folder is not None:
+            raise UserError(
+                f"init_from {folder}: no compressor.safetensors in it, and the compressor learns "
+                "too; name its weights as compressor_init_from"
+            )
     _fit(system, data, config, prepared, _validation(config, frozen, prepared, pixels=pixels))
 
 
 def train_stage_c(config: StageCRun, *, resume: bool) -> None:
-    """Train Stage C on cached compressor latents and text states."""
+    """Train Stage C on compressor latents and text states."""
+    config = with_architecture(config, "stage_c", resume=resume)
     prepared = prepare(config.run, config, resume=resume)
+    sizes = config.sizes
     frozen = FrozenPaths(
         text=config.text,
         text_states=config.text_states,
+        text_width=sizes.text_channels,
         compressor=config.compressor,
-        image=config.text if config.image_share > 0 else None,
+        image=(config.image or config.text) if config.image_share > 0 else None,
     )
     data = open_data(config.data, frozen, pixels=False)
     assert data.null_text is not None, "open_data gives the null text with the text part"
-    if config.image_share > 0 and config.model.image_channels is not None:
-        width = data.widths.get("image_embeds", config.model.image_channels)
-        _fits("model.image_channels", config.model.image_channels, width, "image embeddings")
-    _fits("model.text_channels", config.model.text_channels, data.null_text[0].shape[-1])
-    pooled_channels = data.null_text[1].shape[-1]
-    _fits("model.text_pooled_channels", config.model.text_pooled_channels, pooled_channels)
+    section = "model_v2" if isinstance(sizes, StageCV2Config) else "model"
+    _fits(f"{section}.text_channels", sizes.text_channels, data.null_text[0].shape[-1])
+    if isinstance(sizes, StageCConfig):
+        if config.image_share > 0 and sizes.image_channels is not None:
+            width = data.widths.get("image_embeds", sizes.image_channels)
+            _fits("model.image_channels", sizes.image_channels, width, "image embeddings")
+        pooled_channels = data.null_text[1].shape[-1]
+        _fits("model.text_pooled_channels", sizes.text_pooled_channels, pooled_channels)
     system = StageCSystem(config, data.null_text)
-    _start_from(system.network, config.init_from)
+    _start(system.network, config.init_from, "stage_c", prepared, section)
     # Held-out pictures are judged by their captions alone.
     judged = replace(frozen, image=None)
     _fit(system, data, config, prepared, _validation(config, judged, prepared, pixels=False))
 
 
 def train_previewer(config: PreviewerRun, *, resume: bool) -> None:
-    """Train the previewer on cached compressor latents."""
+    """Train the previewer on compressor latents."""
+    config = with_architecture(config, "previewer", resume=resume)
     prepared = prepare(config.run, config, resume=resume)
     data = open_data(config.data, FrozenPaths(compressor=config.compressor))
     system = PreviewerSystem(config)
-    _start_from(system.network, config.init_from)
+    _start(system.network, config.init_from, "previewer", prepared)
     _fit(system, data, config, prepared)
 
 
@@ -180,10 +215,23 @@ def _fits(key: str, wanted: int, found: int, what: str = "text states") -> None:
         raise UserError(f"{key} is {wanted} but the cached {what} have {found}")
 
 
-def _start_from(network: nn.Module, path: str | None) -> None:
-    """Copy exported weights into a fresh network of the same configuration."""
-    if path is not None:
-        _copy(load_network(path, expect=type(network)), network, path)
+def _check_shapes(sizes: StageBV2Config, config: StageBRun, data: TrainingData) -> None:
+    """Refuse pictures whose Stage A latents Stage B of v2 can't halve as often as it does."""
+    stage_a = find_network(config.stage_a, "stage_a").published.config
+    multiple = sizes.latent_multiple * stage_a.downscale
+    for height, width in data.shapes:
+        if height % multiple or width % multiple:
+            raise UserError(
+                f"the pictures are {width}x{height}; this Stage B needs multiples of {multiple} px"
+            )
+
+
+def _start(
+    network: nn.Module, name: str | None, kind: Kind, prepared: Prepared, section: str = "model"
+) -> None:
+    """Give a fresh run the weights of its ``init_from``; one that goes on has its own."""
+    if name is not None and prepared.newest is None:
+        start_from(network, name, kind, section)
 
 
 def _copy(start: nn.Module, network: nn.Module, path: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -45,8 +45,24 @@ class RunConfig:
     accumulate: int = 1
     """Micro-batches of ``data.batch_size`` whose gradients make one step. The same global batch,
     by any split into devices and micro-batches, gives the same steps up to rounding."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """Several devices: ``ddp`` keeps the whole network on each; ``fsdp`` (FSDP2) cuts weights,
+    gradients, optimizer states and the average into a part a device, block by block. Checkpoints
+    and exports are the same files by either, so a run may go on with the other."""
+    activation_checkpointing: bool = False
+    """Keep only what enters each block and compute the rest again in the backward pass: about a
+    third more time, far less memory. Stage B and Stage C; the recomputed operations count in the
+    ledger's FLOPs."""
+    compile: bool = False
+    """torch.compile of each block of the networks, which takes minutes at the first steps; the
+    ledger counts them apart, as ``compile``."""
+    ema_offload: bool = False
+    """Keep the averaged weights in the CPU's memory; the weights go there once a step."""
     export_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Number format of the exported weights."""
+    trainer: dict[str, bool | int | float | str | None] = field(default_factory=dict)
+    """Further options of Lightning's Trainer by its names, such as ``profiler: simple`` or
+    ``deterministic: true``. What another key of the run decides is refused here."""
 
     def __post_init__(self) -> None:
         """Check the values that would fail late."""
@@ -85,16 +101,26 @@ class OptimConfig:
     """Learning rate at the end as a fraction of the peak."""
     grad_clip: float = 1.0
     """Largest gradient norm; 0 switches clipping off."""
-    name: Literal["adamw", "muon"] = "adamw"
-    """``muon`` steps hidden matrices with Muon and the rest with AdamW."""
+    name: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    """``muon`` steps hidden matrices with Muon and the rest with AdamW; ``adamw8bit`` keeps AdamW's
+    two states in 8 bits (needs the package torchao)."""
     muon_lr: float = 0.01
     """Learning rate of the matrices when ``name`` is muon."""
+    fused: bool | None = None
+    """One kernel for all of AdamW's step; null: on CUDA devices."""
+    offload: bool = False
+    """AdamW's states and its step on the CPU: 8 bytes a parameter less on the device, at the price
+    of moving gradients and weights once a step. Raise ``run.accumulate`` to make steps rarer."""
 
     def __post_init__(self) -> None:
         """Refuse what would train nothing or fail late."""
         for name in ("lr", "muon_lr"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
+        if self.offload and self.name != "adamw":
+            raise ValueError(f"offload is set but name is {self.name}; only adamw can be offloaded")
+        if self.fused is not None and self.name != "adamw":
+            raise ValueError(f"fused is set but name is {self.name}; only adamw has a fused kernel")
         if min(self.warmup_steps, self.weight_decay, self.grad_clip) < 0:
             raise ValueError(
                 f"warmup_steps={self.warmup_steps}, weight_decay={self.weight_decay} and "

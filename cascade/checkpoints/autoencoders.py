@@ -107,6 +107,13 @@ def _compressor(config: CompressorConfig) -> Table:
     yield from batch_norm("norm", "mapper.1", affine=config.affine)
 
 
+def trunk_from_torchvision(state: State, stages: tuple[TrunkStage, ...]) -> dict[str, Tensor]:
+    """Rename torchvision's whole EfficientNetV2 to our trunk; its classifier is left out."""
+    features = {key: state[key] for key in state if not key.startswith("classifier.")}
+    renamed = to_ours(features, trunk("trunk", "features", stages))
+    return {key.removeprefix("trunk."): value for key, value in renamed.items()}
+
+
 def trunk(ours: str, published: str, stages: tuple[TrunkStage, ...]) -> Table:
     """Link an EfficientNetV2 to torchvision's ``features``."""
     yield from _conv_norm(f"{ours}.stem", f"{published}.0")

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cascade.checkpoints.hub_choice import choose
+from cascade.checkpoints.hub_choice import Part, choose
 from cascade.checkpoints.hub_errors import NoAnswer, NotThere
 from cascade.checkpoints.hub_fetch import Listing, fetch, list_files
 from cascade.config import nearest
@@ -50,6 +50,7 @@ def resolve(
     revision: str | None = None,
     variant: str | None = None,
     lite: bool = False,
+    part: Part | None = None,
 ) -> ModelFiles:
     """Find the files of a model; the network is touched only for a hub id.
 
@@ -62,6 +63,7 @@ def resolve(
             named one, and ``first,second`` pins both.
         variant: The mark of a set of weights, such as "bf16"; None: the unmarked one.
         lite: As ``:lite``.
+        part: Of a model on the hub, download this part alone.
 
     Raises:
         UserError: If there is no such model, or the download fails.
@@ -79,8 +81,7 @@ def resolve(
             raise UserError(f"{model}: a folder here, which has no revision {revision!r}")
         return _choose_local(folder, lite, variant)
     match = _NAME.fullmatch(str(model))
-    path = Path(model)
-    if isinstance(model, Path) or match is None or Path(path.parts[0]).exists():
+    if match is None or not is_hub_name(model):
         guess = nearest(str(model), COMPANIONS)
         raise UserError(
             f"{model}: no such folder; name a model's folder, or a hub id as organisation/name"
@@ -89,7 +90,15 @@ def resolve(
     named = match["revision"]
     if None not in (named, revision) and named != revision:
         raise UserError(f"{model}: names one revision, and revision={revision!r} another")
-    return _from_hub(match["id"], named or revision, variant, lite or match["lite"] is not None)
+    lite = lite or match["lite"] is not None
+    return _from_hub(match["id"], named or revision, variant, lite, part)
+
+
+def is_hub_name(model: str | Path) -> bool:
+    """Return whether a name that is no folder here can only mean a model on the hub."""
+    if isinstance(model, Path) or _NAME.fullmatch(model) is None:
+        return False
+    return not Path(Path(model).parts[0]).exists()
 
 
 def _local_file(model: str | Path) -> Path | None:
@@ -119,16 +128,18 @@ def _choose_local(folder: Path, lite: bool, variant: str | None) -> ModelFiles:
     return ModelFiles((folder,), lite, frozenset(folder / name for name in chosen))
 
 
-def _from_hub(name: str, revision: str | None, variant: str | None, lite: bool) -> ModelFiles:
+def _from_hub(
+    name: str, revision: str | None, variant: str | None, lite: bool, part: Part | None
+) -> ModelFiles:
     names = _repositories(name)
     revisions = dict(zip(names, _revisions(name, names, revision), strict=True))
     # In one order, whichever is named: of equal files the same repository's is taken.
-    listings = _list(name, {one: revisions[one] for one in sorted(names)})
+    listings = _list(name, {one: revisions[one] for one in sorted(names)}, whole=part is None)
     contents = [
         {path: file.identity for path, file in listing.files.items()} for listing in listings
     ]
     try:
-        chosen = choose(contents, name, lite=lite, variant=variant)
+        chosen = choose(contents, name, lite=lite, variant=variant, part=part)
     except UserError as error:
         if not any(listing.is_cached for listing in listings):
             raise
@@ -137,9 +148,11 @@ def _from_hub(name: str, revision: str | None, variant: str | None, lite: bool) 
         ) from error
     for listing, paths in zip(listings, chosen, strict=True):
         fetch(listing, paths)
-    pairs = zip(listings, chosen, strict=True)
+    pairs = list(zip(listings, chosen, strict=True))
     files = frozenset(listing.folder / path for listing, paths in pairs for path in paths)
-    return ModelFiles(tuple(listing.folder for listing in listings), lite, files)
+    # Of a part, the other repository may have nothing, and no folder here.
+    folders = tuple(listing.folder for listing, paths in pairs if paths or part is None)
+    return ModelFiles(folders, lite, files)
 
 
 def _repositories(name: str) -> list[str]:
@@ -165,9 +178,18 @@ def _revisions(name: str, names: Sequence[str], revision: str | None) -> list[st
     return parts + [None] * (len(names) - len(parts))
 
 
-def _list(name: str, revisions: Mapping[str, str | None]) -> list[Listing]:
+def _list(name: str, revisions: Mapping[str, str | None], *, whole: bool) -> list[Listing]:
+    """List all repositories of a model; for a part of it, those that can be listed will do."""
     try:
-        return [list_files(*pair) for pair in revisions.items()]
+        listings, silent = [], None
+        for pair in revisions.items():
+            try:
+                listings.append(list_files(*pair))
+            except NoAnswer as error:
+                silent = error
+        if silent is not None and (whole or not listings):
+            raise silent
+        return listings
     except NotThere as error:
         guess = nearest(name, COMPANIONS)
         hint = f"; did you mean {guess}?" if guess and guess != name else ""

@@ -11,9 +11,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import Literal
 
 from cascade.errors import UserError
 
+Part = Literal["stage_a", "stage_b", "stage_c", "compressor", "previewer", "text", "image_encoder"]
+"""What can be wanted of a cascade by itself."""
 OWN_SETTINGS = "model.json"
 _OWN_NETWORKS = ("stage_a", "stage_b", "stage_c", "compressor", "previewer")
 _OWN_NEEDED = ("stage_a", "stage_b", "stage_c")
@@ -43,6 +46,21 @@ _NEEDED = ("prior", "decoder", "vqgan", "text_encoder", "tokenizer")
 _TAKEN_IF_THERE = ("image_encoder", "feature_extractor")
 """What variations of a picture need; of Würstchen v2 there is none."""
 _WITHOUT_WEIGHTS = ("tokenizer", "feature_extractor")
+_PART_ROLES: dict[Part, tuple[str, ...]] = {
+    "stage_a": ("vqgan",),
+    "stage_b": ("decoder",),
+    "stage_c": ("prior",),
+    "text": ("text_encoder", "tokenizer"),
+    "image_encoder": ("image_encoder", "feature_extractor"),
+}
+_PART_FILES: dict[Part, str] = {
+    "compressor": "effnet_encoder.safetensors",
+    "previewer": "previewer.safetensors",
+}
+_OWN_FOLDERS: dict[Part, tuple[str, ...]] = {
+    "text": ("text", "text_b"),
+    "image_encoder": ("image_encoder", "text"),
+}
 _MAX_DEPTH = 2
 _SETTINGS_SUFFIXES = {".json", ".txt"}
 
@@ -79,6 +97,7 @@ def choose(
     *,
     lite: bool = False,
     variant: str | None = None,
+    part: Part | None = None,
 ) -> list[list[str]]:
     """Choose the files of a cascade, which may lie in several repositories, or of a U-Net.
 
@@ -88,6 +107,7 @@ def choose(
         where: The model's name; errors begin with it.
         lite: Take the smaller stages.
         variant: Take weights with this mark in their names where there are any; else the unmarked.
+        part: Take this part alone; None: the whole cascade.
 
     Returns:
         The chosen paths of each repository.
@@ -95,29 +115,35 @@ def choose(
     Raises:
         UserError: If that is no such model, or there is no such size or variant.
     """
-    if len(repositories) == 1 and _is_unet(repositories[0]):
+    if part is None and len(repositories) == 1 and _is_unet(repositories[0]):
         return [_choose_unet(repositories[0], where, lite=lite, variant=variant)]
     if any(OWN_SETTINGS in files for files in repositories):
         if lite or variant is not None:
             asked = ":lite" if lite else f"variant {variant!r}"
             raise UserError(f"{where}: its stages come in one size and variant; leave {asked} out")
-        return [_choose_own(files, where) for files in repositories]
+        return [_choose_own(files, where, part) for files in repositories]
+    if part in _PART_FILES:
+        name = _PART_FILES[part]
+        if not any(name in files for files in repositories):
+            raise UserError(f"{where}: no {name} in it; name the file that holds the {part}")
+        return [[name] if name in files else [] for files in repositories]
     folders = [_folders(files) for files in repositories]
     roles = {role for one in folders for role in one.values()}
-    if not roles & {"prior", "decoder", "prior_lite", "decoder_lite"}:
+    if part is None and not roles & {"prior", "decoder", "prior_lite", "decoder_lite"}:
         raise UserError(
             f"{where}: neither {OWN_SETTINGS} nor diffusers' folders prior and decoder in it; "
             "download the files that you mean with `hf download` and name their folder"
         )
-    needed = {f"{role}_lite" if lite and role in _SIZED else role for role in _NEEDED}
+    named = _NEEDED if part is None else _PART_ROLES[part]
+    needed = {f"{role}_lite" if lite and role in _SIZED else role for role in named}
     _check_roles(needed, roles, where, lite)
-    wanted = {*needed, *_TAKEN_IF_THERE}
+    wanted = {*needed, *_TAKEN_IF_THERE} if part is None else needed
 
     chosen: list[list[str]] = []
     marks: set[str] = set()
     known_texts: set[tuple[str, ...]] = set()
     for files, own in zip(repositories, folders, strict=True):
-        names = [name for name in files if "/" not in name and _is_extra(name)]
+        names = [name for name in files if "/" not in name and part is None and _is_extra(name)]
         for folder, role in own.items():
             if role not in wanted:
                 continue
@@ -180,8 +206,14 @@ def _is_unet_top(name: str) -> bool:
     return name in ("model_index.json", "pipeline.json") or _is_licence(name)
 
 
-def _choose_own(files: Mapping[str, str], where: str) -> list[str]:
+def _choose_own(files: Mapping[str, str], where: str, part: Part | None) -> list[str]:
     networks = [f"{name}.safetensors" for name in _OWN_NETWORKS]
+    if part is not None:
+        folders = _OWN_FOLDERS.get(part, ())
+        chosen = [n for n in files if n == f"{part}.safetensors" or _parent(n) in folders]
+        if not chosen:
+            raise UserError(f"{where}: no {part} beside its {OWN_SETTINGS}")
+        return sorted(chosen)
     missing = [name for name in networks[: len(_OWN_NEEDED)] if name not in files]
     if missing:
         raise UserError(f"{where}: no {' and no '.join(missing)} beside its {OWN_SETTINGS}")

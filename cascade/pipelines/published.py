@@ -6,8 +6,8 @@ What each file is is told by its content; folders' and files' names only say whe
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from cascade.checkpoints.detect import Published, num_parameters
 from cascade.checkpoints.files import CLASS_KEY
-from cascade.checkpoints.hub import ModelFiles
-from cascade.checkpoints.load import build, identify
-from cascade.checkpoints.readers import (
-    PICKLE_SUFFIXES,
-    Opened,
-    is_entry,
-    open_weights,
-    read_json,
+from cascade.checkpoints.found import (
+    FoundNetwork,
+    TextFolder,
+    choose_network,
+    image_folder_in,
+    networks_in,
+    text_folders_in,
 )
+from cascade.checkpoints.hub import ModelFiles
+from cascade.checkpoints.load import build
 from cascade.errors import UserError
 from cascade.pipelines.parts import CascadeParts, Dialect
 from cascade.pipelines.placement import STABLE_CASCADE, Dtypes, refuse_overflow
@@ -57,17 +57,6 @@ _PUBLISHED = (
 )
 
 
-@dataclass(frozen=True)
-class _Found:
-    opened: Opened
-    published: Published
-    path: Path
-
-    @property
-    def values(self) -> int:
-        return num_parameters(self.opened.shapes)
-
-
 class PublishedFiles:
     """Würstchen v2 or Stable Cascade, in any published layout."""
 
@@ -83,10 +72,12 @@ class PublishedFiles:
         self.folder = files.folders[0]
         self.where = where = files.where
         self.dialect = dialect
-        found = list(_networks(files))
-        self._parts = {kind: _choose(found, kind, files.lite) for kind in ("stage_c", "stage_b")}
+        found = list(networks_in(files))
+        self._parts = {
+            kind: choose_network(found, kind, files.lite) for kind in ("stage_c", "stage_b")
+        }
         self._parts |= {
-            kind: _choose(found, kind, lite=False)
+            kind: choose_network(found, kind, lite=False)
             for kind in ("stage_a", "compressor", "previewer")
         }
         missing = [kind for kind in _NEEDED if self._parts[kind] is None]
@@ -106,8 +97,8 @@ class PublishedFiles:
                 f"{stage_b.opened.where} is {stage_b.published.generation}; use one generation"
             )
         self.generation = stage_c.published.generation
-        self._encoders = list(_text_encoders(files))
-        self._image_encoder = _image_encoder(files)
+        self._encoders = list(text_folders_in(files))
+        self._image_encoder = image_folder_in(files)
         self._text = self._encoder_for(stage_c, "Stage C")
         self._text_b = self._encoder_for(stage_b, "Stage B")
         self._declared = None
@@ -179,12 +170,12 @@ class PublishedFiles:
         """Return the metadata of a network's file."""
         return dict(self._part(name).opened.metadata)
 
-    def _part(self, kind: str) -> _Found:
+    def _part(self, kind: str) -> FoundNetwork:
         part = self._parts[kind]
         assert part is not None, f"{kind} is not among the files"
         return part
 
-    def _build(self, part: _Found, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    def _build(self, part: FoundNetwork, device: torch.device, dtype: torch.dtype) -> nn.Module:
         published = part.published
         network = build(part.opened, published, device=device, dtype=dtype)
         if published.kind == "stage_a":
@@ -197,7 +188,7 @@ class PublishedFiles:
             network.config = replace(published.config, scale=scale)  # type: ignore[assignment]
         return network
 
-    def _encoder_for(self, part: _Found, stage: str) -> _TextFolder:
+    def _encoder_for(self, part: FoundNetwork, stage: str) -> TextFolder:
         config = part.published.config
         width = getattr(config, "text_channels", None)
         if width is not None:
@@ -294,95 +285,8 @@ class PublishedFiles:
         return spec
 
 
-@dataclass(frozen=True)
-class _TextFolder:
-    folder: Path
-    tokenizer: Path
-    width: int
-    """Channels of the states of tokens."""
-    pooled: int
-    """Channels of the projected, pooled state."""
-
-
-def _networks(files: ModelFiles) -> Iterator[_Found]:
-    """Yield every network of a cascade in its folders and two levels below."""
-    for path in (path for folder in files.folders for path in _entries(folder, depth=2)):
-        if files.files is not None and path not in files.files:
-            continue
-        if _is_text_encoder(path.parent):
-            continue
-        for opened in open_weights(path):
-            try:
-                published = identify(opened)
-            except UserError:
-                continue  # an image encoder, a LoRA: no part of the cascade's own networks
-            yield _Found(opened, published, path)
-
-
-def _entries(folder: Path, depth: int) -> Iterator[Path]:
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
-            continue
-        if path.is_dir() and depth:
-            yield from _entries(path, depth - 1)
-        elif is_entry(path):
-            yield path
-
-
-def _is_text_encoder(folder: Path) -> bool:
-    config = folder / "config.json"
-    return config.is_file() and str(read_json(config).get("model_type", "")).startswith("clip")
-
-
-def _configs(folder: Path) -> list[Path]:
-    return sorted((*folder.glob("*/config.json"), *folder.glob("*/*/config.json")))
-
-
-def _text_encoders(files: ModelFiles) -> Iterator[_TextFolder]:
-    """Yield the text encoders in the folders and two levels below, each with its tokenizer."""
-    for config in (path for folder in files.folders for path in _configs(folder)):
-        if files.files is not None and config not in files.files:
-            continue
-        values = read_json(config)
-        if "text_config" in values:
-            own = values["text_config"]
-            projection = values.get("projection_dim", own.get("projection_dim", 512))
-            values = {**own, "model_type": "clip_text_model", "projection_dim": projection}
-        if values.get("model_type") != "clip_text_model":
-            continue
-        home = config.parent
-        names = (home.name.replace("text_encoder", "tokenizer"), "tokenizer", home.name)
-        for name in names:
-            tokenizer = home.parent / name
-            if any((tokenizer / file).is_file() for file in ("tokenizer.json", "vocab.json")):
-                width, pooled = values.get("hidden_size", 512), values.get("projection_dim", 512)
-                yield _TextFolder(home, tokenizer, int(width), int(pooled))
-                break
-
-
-def _image_encoder(files: ModelFiles) -> Path | None:
-    """Find the folder of CLIP's picture tower, which tells Stage C of a picture to vary."""
-    for config in (path for folder in files.folders for path in _configs(folder)):
-        if files.files is not None and config not in files.files:
-            continue
-        if read_json(config).get("model_type") == "clip_vision_model":
-            return config.parent
-    return None
-
-
-def _choose(found: Sequence[_Found], kind: str, lite: bool) -> _Found | None:
-    """Choose among files of one kind: the large network unless ``lite``, the unmarked variant."""
-    fitting = [one for one in found if one.published.kind == kind]
-    if not fitting:
-        return None
-    sizes = {one.values for one in fitting}
-    wanted = min(sizes) if lite else max(sizes)
-    fitting = [one for one in fitting if one.values == wanted]
-    return min(fitting, key=lambda one: (one.path.suffix in PICKLE_SUFFIXES, len(one.path.name)))
-
-
 def _load_text(
-    found: _TextFolder, config: TextConfig, device: torch.device, dtype: torch.dtype
+    found: TextFolder, config: TextConfig, device: torch.device, dtype: torch.dtype
 ) -> TextEncoder:
     return TextEncoder.from_folder(
         found.folder, config, tokenizer_folder=found.tokenizer, device=device, dtype=dtype

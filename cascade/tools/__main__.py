@@ -1,4 +1,4 @@
-"""``python -m cascade.tools describe PATH...`` and ``convert``."""
+"""``python -m cascade.tools describe PATH...``, ``convert`` and ``average``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def make_parser() -> Parser:
     """Return the command line's parser."""
     parser = Parser(
         prog="python -m cascade.tools",
-        description="Look into files of weights.",
+        description="Look into files of weights, convert and average them.",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True)
@@ -37,6 +37,17 @@ def make_parser() -> Parser:
     convert.add_argument(
         "--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="default: %(default)s"
     )
+    average = commands.add_parser("average", help="write the mean of files of one network")
+    average.add_argument("files", nargs="+", type=Path, metavar="FILE", help="files of weights")
+    average.add_argument(
+        "--weights",
+        nargs="+",
+        type=float,
+        required=True,
+        metavar="W",
+        help="each file's share; they sum to 1",
+    )
+    average.add_argument("--out", type=Path, required=True, help="file to write")
     return parser
 
 
@@ -53,6 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             for description in describe_path(path)
         ]
         print("\n".join(blocks))
+        return 0
+    if options.command == "average":
+        from cascade.tools.average import average
+
+        average(options.files, options.weights, options.out)
+        print(options.out)
         return 0
     from cascade.tools.convert import DTYPES, convert
 

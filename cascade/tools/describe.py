@@ -21,6 +21,7 @@ from cascade.pipelines.spec import CONVERTED_SPEC_FILE, SPEC_FILE, CascadeSpec, 
 from cascade.pipelines.unet_parts import written_in
 from cascade.pipelines.unet_published import advice_for
 from cascade.pipelines.unet_spec import UNET_SPEC_FILE, UNetSpec, load_unet_spec
+from cascade.tools.average import AVERAGE_KEY
 from stages.autoencoder_kl import AutoencoderKLConfig
 from stages.semantic_compressor import CompressorConfig
 from stages.stage_a import StageAConfig
@@ -141,10 +142,13 @@ def _describe(opened: Opened) -> Description:
     published, unknown = _identified(opened)
     parameters = count_parameters(opened.tensors)
     origin = "trained with Cascade" if opened.metadata.get("train_steps") else "unknown"
+    if AVERAGE_KEY in opened.metadata:
+        origin = f"an average: {opened.metadata[AVERAGE_KEY]}"
     licence = _NO_LICENCE
     known = _PUBLISHED.get(parameters)
     if known is not None:
-        origin = f"the published sizes: {known}"
+        sizes = f"the published sizes: {known}"
+        origin = f"{origin}; {sizes}" if AVERAGE_KEY in opened.metadata else sizes
         licence = LICENCES.get(published.generation or "", "MIT (code and weights of Würstchen)")
     if published.kind == "unet" and (advice := advice_for(published.config, opened.where)):
         origin = f"the published shape: {advice.title}"

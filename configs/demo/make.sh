@@ -53,4 +53,5 @@ precompute stage_c --compressor runs/demo/compressor/compressor.safetensors
 train stage_b
 train stage_c
 train stage_c_last
+train stage_c_more
 python -m train.assemble --config configs/demo/model.yaml --out weights/demo

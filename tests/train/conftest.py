@@ -14,6 +14,7 @@ from PIL import Image
 
 from cascade.checkpoints.files import read_metadata
 from train.__main__ import main as train_main
+from train.data.__main__ import main as data_main
 from train.data.precompute import precompute
 from train.data.write import WriteOptions, write_shards
 
@@ -45,6 +46,29 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The pattern of shards of twelve 32 px pictures."""
     folder = tmp_path_factory.mktemp("shards")
     write_shards(WriteOptions(source=write_source(folder / "source"), out=folder, name="tiny"))
+    return f"{folder}/*.tar"
+
+
+@pytest.fixture(scope="session")
+def uneven_shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The pattern of five shards of 13, 5, 20, 1 and 23 pictures."""
+    folder = tmp_path_factory.mktemp("uneven")
+    for number, count in enumerate((13, 5, 20, 1, 23)):
+        source = write_source(folder / f"source{number}", count)
+        write_shards(WriteOptions(source=source, out=folder, name=f"part{number}"))
+    return f"{folder}/*.tar"
+
+
+@pytest.fixture(scope="session")
+def uneven_latents(
+    uneven_shards: str, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> str:
+    """The same as shards of Stage C's latents and text states."""
+    folder = tmp_path_factory.mktemp("latents")
+    words = ["precompute", "--shards", uneven_shards, "--shards-out", str(folder)]
+    words += ["--size", "32", "--batch-size", "16", "--text", str(tiny_model / "text")]
+    words += ["--compressor", str(tiny_model / "compressor.safetensors")]
+    assert data_main(words) == 0
     return f"{folder}/*.tar"
 
 

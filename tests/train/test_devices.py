@@ -94,6 +94,40 @@ def test_what_steps_two_optimizers_takes_no_micro_batches(make_run) -> None:
         run.start()
 
 
+@pytest.mark.parametrize("mode", ["exact", "resampled"])
+def test_two_processes_of_torchrun_share_uneven_shards_without_a_hang(
+    mode, make_run, tiny_model: Path, uneven_latents: str, tmp_path: Path, monkeypatch
+) -> None:
+    """Five shards of 13, 5, 20, 1 and 23 samples, for more steps than an epoch has."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
+    data = {"mode": mode, "size": 32, "folder": None, "shards": uneven_latents, "workers": 1}
+    start_from = str(tiny_model / "stage_c.safetensors")
+    runs = [
+        make_run("stage_c", name, data={**data, "batch_size": size}, init_from=start_from, **OPTIM)
+        for name, size in (("halves", 2), ("whole", 4))
+    ]
+    halves, whole = runs
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, "--nproc_per_node", "2", "-m", "train", "stage_c"]
+    options = ["--config", str(halves.config), "--run.devices", "2", "--run.max_steps", "20"]
+    done = subprocess.run(
+        [*command, *options],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(halves.losses()) == 20
+    rows = [json.loads(line) for line in (halves.out / "ledger.jsonl").read_text().splitlines()]
+    # The last of an exact epoch's 16 steps has the two samples that are left, one for each rank.
+    assert rows[-1]["samples"] == 20 * 4 - (2 if mode == "exact" else 0)
+    if mode == "exact":  # a resampled stream is one of each rank's own
+        assert whole.start("--run.max_steps", 20) == 0
+        assert halves.losses() == pytest.approx(whole.losses(), rel=1e-4)
+
+
 def test_an_error_of_one_rank_ends_both_with_its_line(make_run) -> None:
     run = make_run("stage_c", data={"batch_size": 2}, run={"checkpoint_every_steps": 1})
     run.out.mkdir()

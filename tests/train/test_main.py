@@ -42,11 +42,11 @@ def refusal(run, capsys, *arguments: object) -> str:
         ("stage_c", ["--data.batch_size", "13"], "data.batch_size is 13"),
         ("stage_c", ["--data.folder", "/none"], "/none/text.safetensors: not there; make it with"),
         ("stage_c", ["--data.folder", "null"], "data.folder: this run trains on a cache"),
-        ("stage_c", ["--text", "/none"], "/none/model.safetensors: no such file"),
+        ("stage_c", ["--text", "/none"], "/none: no such file or folder"),
         ("stage_c", ["--compressor", "/none"], "/none: no such file"),
         ("stage_c", ["--model.text_channels", "8"], "model.text_channels is 8 but the cached"),
         ("stage_c", ["--text_states.hidden", "post_norm"], "precompute it again"),
-        ("stage_c", ["--init_from", "/none"], "/none: no such weights file"),
+        ("stage_c", ["--init_from", "/none"], "/none: no such file or folder"),
         ("stage_b", ["--model.text_pooled_channels", "8"], "but the cached text states have 12"),
         ("stage_b", ["--stage_a", "/none"], "/none: no such file"),
         ("previewer", ["--run.accelerator", "mps"], "run.accelerator mps"),
@@ -65,9 +65,9 @@ def test_weights_of_another_size_are_no_start(make_run, tiny_model, capsys):
     start = str(tiny_model / "previewer.safetensors")
     run = make_run("previewer", init_from=start)
     line = refusal(run, capsys, "--model.channels", "[8, 4]")
-    assert "previewer.safetensors: does not fit the configured model" in line
+    assert "previewer.safetensors: another previewer than model says: channels is (8, 8)" in line
     run = make_run("stage_c", init_from=start)
-    assert "holds a Previewer, but a StageC is needed" in refusal(run, capsys)
+    assert "holds a previewer, but a Stage C is needed" in refusal(run, capsys)
 
 
 def test_a_run_s_folder_that_can_t_be_made_is_named(make_run, tmp_path, capsys):

@@ -2,16 +2,21 @@ from __future__ import annotations
 
 import copy
 import itertools
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
+from cascade.errors import UserError
+from train.callbacks.checkpoints import newest_checkpoint
 from train.optim import (
     MuonWithAdamW,
     learning_rate_factor,
     make_optimizer,
     orthogonalize,
+    require_low_bit,
     split_by_decay,
 )
 from train.settings import OptimConfig, RunConfig
@@ -157,6 +162,8 @@ def test_an_optimizer_s_state_survives_its_state_dict(name):
         (OptimConfig, {"betas": (0.9, 1.0)}, "betas"),
         (RunConfig, {"max_steps": 0}, "max_steps is 0"),
         (RunConfig, {"log_every_steps": 0}, "log_every_steps is 0"),
+        (OptimConfig, {"name": "muon", "offload": True}, "only adamw can be offloaded"),
+        (OptimConfig, {"name": "adamw8bit", "fused": True}, "only adamw has a fused kernel"),
         (RunConfig, {"seed": -1}, "seed is -1"),
         (RunConfig, {"max_minutes": 0.0}, "max_minutes is 0.0"),
         (RunConfig, {"ema_decay": 1.0}, "ema_decay is 1.0"),
@@ -166,3 +173,56 @@ def test_values_that_would_fail_late_are_refused(cls, values, message):
     needed = {"out": "x", "max_steps": 1} if cls is RunConfig else {}
     with pytest.raises(ValueError, match=message):
         cls(**{**needed, **values})
+
+
+def network_and_optimizer(config: OptimConfig):
+    torch.manual_seed(3)
+    network = nn.Linear(128, 64)
+    return network, *make_optimizer(network.parameters(), config, 10)
+
+
+def test_adamw_is_fused_when_asked_and_by_itself_on_cuda_alone():
+    for fused, expected in ((None, False), (True, True), (False, False)):
+        _, optimizer, _ = network_and_optimizer(OptimConfig(fused=fused))
+        assert bool(optimizer.param_groups[0]["fused"]) is expected
+
+
+def test_an_offloaded_adamw_steps_as_adamw_and_follows_its_schedule():
+    config = OptimConfig(lr=1e-2, warmup_steps=3, weight_decay=0.1)
+    runs = [network_and_optimizer(config), network_and_optimizer(replace(config, offload=True))]
+    for _ in range(5):
+        for network, optimizer, schedule in runs:
+            network(torch.ones(2, 128)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+    (plain, adamw, _), (offloaded, ours, _) = runs
+    torch.testing.assert_close(plain.state_dict(), offloaded.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(adamw.state_dict(), ours.state_dict(), rtol=0, atol=0)
+    assert not ours.state, "nothing is kept for the device"
+
+
+def test_without_torchao_8_bit_states_are_refused_in_a_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    monkeypatch.delitem(sys.modules, "torchao.optim", raising=False)
+    require_low_bit(OptimConfig())
+    with pytest.raises(UserError, match=r"optim.name is adamw8bit.*pip install torchao"):
+        require_low_bit(OptimConfig(name="adamw8bit"))
+
+
+def test_a_run_with_8_bit_states_goes_on_to_the_bit(make_run):
+    pytest.importorskip("torchao", reason="optional: pip install torchao")
+    optim = {"name": "adamw8bit"}
+    model = {"hidden_channels": [64], "num_heads": [2], "down_blocks": [1], "up_blocks": [1]}
+    whole, halves = (make_run("stage_c", name, optim=optim, model=model) for name in ("a", "b"))
+    with torch.compiler.set_stance("force_eager"):  # torchao compiles its step
+        assert whole.start("--run.max_steps", 4) == 0
+        assert halves.start("--run.max_steps", 2) == 0
+        assert halves.start("--run.max_steps", 4, "--resume") == 0
+    one, two = (
+        torch.load(newest_checkpoint(run.out), weights_only=True) for run in (whole, halves)
+    )
+    states = one["optimizer_states"][0]["state"].values()
+    for key, value in one["state_dict"].items():
+        assert torch.equal(value, two["state_dict"][key]), key
+    assert any(type(v).__name__ == "OptimState8bit" for state in states for v in state.values())

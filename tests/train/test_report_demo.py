@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from cascade.errors import UserError
+from train import report_demo
 from train.data.write import WriteOptions, write_shards
 from train.report_demo import (
     PARTS,
@@ -132,3 +133,21 @@ def test_figures_go_between_the_marks_of_a_card_and_replace_the_old_ones() -> No
 def test_a_card_without_both_marks_is_refused(card: str) -> None:
     with pytest.raises(UserError, match="card: needs the lines"):
         fill_card(card, "new", "card")
+
+
+def test_what_was_written_into_the_card_meanwhile_stays(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = tmp_path / "README.md"
+    card.write_text("# Title\n\n<!-- figures -->\n<!-- /figures -->\n\nold words\n")
+    measure = report_demo.measure
+
+    def measure_while_somebody_writes(*arguments: object) -> object:
+        card.write_text(card.read_text().replace("old words", "new words"))
+        return measure(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(report_demo, "measure", measure_while_somebody_writes)
+    out = str(tmp_path / "out")
+    arguments = ["--model", str(model), "--parts", "sizes", "--out", out, "--card", str(card)]
+    assert main(arguments) == 0
+    assert "new words" in card.read_text() and "stage_c.safetensors" in card.read_text()

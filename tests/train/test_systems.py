@@ -294,3 +294,42 @@ def test_clip_crops_one_square_of_the_asked_share():
     assert all(20 <= rows == columns <= 40 for rows, columns in sizes)
     assert len(sizes) > 5
     assert random_crop(pixels, 1.0, generator()).shape == pixels.shape
+
+
+def test_a_finished_compressor_sees_another_size_in_every_step(make_run, tiny_model, monkeypatch):
+    seen = []
+    forward = SemanticCompressor.forward
+    monkeypatch.setattr(
+        SemanticCompressor, "forward", lambda self, p: seen.append(p.shape) or forward(self, p)
+    )
+    run = make_run(
+        "stage_b",
+        data={"mode": "exact", "size": 48, "folder": None},
+        compressor=None,
+        frozen_compressor=str(tiny_model),
+        compressor_input=[0.4, 1.0],
+    )
+    assert run.start("--run.max_steps", 6) == 0
+    sides = {shape[-1] for shape in seen}
+    assert sides == {16, 32}  # multiples of its stride, 16
+    assert all(shape[-1] == shape[-2] and shape[0] == 4 for shape in seen)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"compressor_input": [0.5, 1.0]}, "compressor_input is set but the compressor is trained"),
+        ({"compressor_input": [0.9, 0.5]}, r"compressor_input is \[0.9, 0.5\]; 0 < low"),
+        (
+            {"compressor_input": [0.5, 1.0], "compressor": None, "frozen_compressor": "tiny"},
+            "drawn anew in every step, which cached latents can't follow",
+        ),
+    ],
+)
+def test_a_compressor_s_size_that_can_t_be_drawn_is_refused(
+    sections, message, make_run, tiny_model
+):
+    if sections.get("frozen_compressor") == "tiny":
+        sections = {**sections, "frozen_compressor": str(tiny_model)}
+    with pytest.raises(UserError, match=message):
+        make_run("stage_b", **sections).start()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from cascade.checkpoints.files import atomic_path
@@ -65,6 +66,15 @@ class RunCheckpoints(TorchCheckpointIO):
                 raise UserError(f"{path}: what was written reads back otherwise ({damage})")
         for old in list(checkpoints_in(path.parent))[self.keep :]:
             old.unlink(missing_ok=True)
+
+    def load_checkpoint(
+        self,
+        path: Any,
+        map_location: Any = "cpu",
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Read a checkpoint; 8-bit states can't be read with Lightning's function of places."""
+        return torch.load(path, map_location="cpu", weights_only=weights_only)
 
     def remove_checkpoint(self, path: Any) -> None:
         """Leave removing to ``save_checkpoint``."""
@@ -144,8 +154,16 @@ def checkpoint_global_step(path: Path) -> int:
         raise UserError(f"{path}: no checkpoint of a run; move it away") from error
 
 
+def _stored_in(tensor: Tensor) -> list[Tensor]:
+    """Return what holds a tensor's bytes: itself, or the parts of one in 8 bits."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+
+
 def _check_space(path: Path, checkpoint: dict[str, Any]) -> None:
-    tensors = [one for one in tree_leaves(checkpoint) if isinstance(one, Tensor)]
+    leaves = [one for one in tree_leaves(checkpoint) if isinstance(one, Tensor)]
+    tensors = [part for one in leaves for part in _stored_in(one)]
     storages = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
     needed = sum(storages.values()) + _SPARE_BYTES
     free = shutil.disk_usage(path.parent).free

@@ -10,6 +10,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from train.sharding import cut_like, gathered, local_part, part_like
+
 
 class WeightAverage(Callback):
     """Keeps an averaged copy of the networks that a system exports.
@@ -17,25 +19,36 @@ class WeightAverage(Callback):
     The system declares them in ``exported_networks``; only these are averaged, so frozen encoders
     cost nothing. The average starts as a copy and follows with
     ``decay_n = min(decay, (1 + n) / (10 + n))``, so that an early export is not the random start.
+
+    Under FSDP each rank averages its own part: every element has one rank, so the average is that
+    of one process, element by element.
     """
 
-    def __init__(self, decay: float) -> None:
-        """Take the final decay, in [0, 1)."""
+    def __init__(self, decay: float, *, offload: bool = False) -> None:
+        """Take the final decay, in [0, 1), and whether to keep the average on the CPU."""
         self.decay = decay
+        self.offload = offload
         self.num_updates = 0
         self.averages: dict[str, dict[str, Tensor]] = {}
+        """This rank's parts; whole tensors between reading a checkpoint and the first step."""
+        self._networks: dict[str, nn.Module] = {}
         self._last_step = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start from the present weights, unless a checkpoint brought an average."""
         self._last_step = trainer.global_step
-        for name, network in exported_networks(pl_module).items():
-            state = network.state_dict()
-            if name not in self.averages:
-                self.averages[name] = {key: value.clone() for key, value in state.items()}
-            else:  # a checkpoint is read into the CPU's memory
-                average = self.averages[name]
-                self.averages[name] = {k: average[k].to(v.device) for k, v in state.items()}
+        self._networks = exported_networks(pl_module)
+        for name, network in self._networks.items():
+            read = self.averages.get(name)
+            self.averages[name] = {
+                key: self._start(value, None if read is None else read[key])
+                for key, value in network.state_dict().items()
+            }
+
+    def _start(self, value: Tensor, read: Tensor | None) -> Tensor:
+        """Return where an average begins: this rank's part of what was read, or of the weight."""
+        part = local_part(value if read is None else part_like(read, value))
+        return part.to("cpu" if self.offload else value.device, copy=True)
 
     @torch.no_grad()
     def on_train_batch_end(
@@ -50,14 +63,27 @@ class WeightAverage(Callback):
         for name, network in exported_networks(pl_module).items():
             average = self.averages[name]
             for key, value in network.state_dict().items():
+                now = local_part(value).to(average[key].device)
                 if value.is_floating_point():
-                    average[key].lerp_(value, 1.0 - decay)
+                    average[key].lerp_(now, 1.0 - decay)
                 else:
-                    average[key].copy_(value)
+                    average[key].copy_(now)
+
+    def whole(self, name: str) -> dict[str, Tensor]:
+        """Return a network's average; under FSDP whole CPU tensors, and all ranks must take part.
+
+        Without FSDP these are the tensors that the average goes on in.
+        """
+        return gathered(self.loadable(name))
+
+    def loadable(self, name: str) -> dict[str, Tensor]:
+        """Return a network's average as its ``load_state_dict`` takes it, cut as it is."""
+        return cut_as(self._networks[name], self.averages[name])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the average for the resumable checkpoint."""
-        return {"num_updates": self.num_updates, "averages": self.averages}
+        averages = {name: self.whole(name) for name in self.averages}
+        return {"num_updates": self.num_updates, "averages": averages}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the average back."""
@@ -85,6 +111,12 @@ def with_weights(
             networks[name].load_state_dict(state)
         for module, training in modes.items():
             module.training = training
+
+
+def cut_as(network: nn.Module, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the state whose parts this rank has, as the network's own is cut."""
+    state = network.state_dict()
+    return {key: cut_like(part, state[key]) for key, part in parts.items()}
 
 
 def exported_networks(system: LightningModule) -> dict[str, nn.Module]:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import nn
+from torch import Tensor, nn
 
-from cascade.checkpoints.files import save_network
+from cascade.checkpoints.files import read_tensors, save_network
 from cascade.errors import UserError
 from train.callbacks.ema import WeightAverage, exported_networks
 from train.callbacks.ledger import Ledger
+from train.networks import plain_copy
 from train.rank_errors import RankErrors
 from train.steps import ends_step, steps_done
 
@@ -54,18 +54,47 @@ class Export(Callback):
         self.write(trainer, pl_module)
 
     def write(self, trainer: Trainer, system: LightningModule) -> None:
-        """Write all exported networks; only on the first rank.
+        """Write all exported networks; only the first rank writes.
 
         Raises:
             UserError: The weights are not finite; the earlier export stays.
         """
-        if not trainer.is_global_zero or trainer.global_step == self._written_step:
+        if trainer.global_step == self._written_step:
             return
         self._written_step = trainer.global_step
-        with self.ledger.clock.within("checkpoint"), self.errors.kept():
-            self._write(trainer, system)
+        with self.ledger.clock.within("checkpoint"):
+            averages = {name: self.average.whole(name) for name in exported_networks(system)}
+            if not trainer.is_global_zero:
+                return
+            with self.errors.kept():
+                self._write(trainer, system, averages, self.out)
+        _log.info("exported %s to %s", ", ".join(averages), self.out)
 
-    def _write(self, trainer: Trainer, system: LightningModule) -> None:
+    def rehearse(self, trainer: Trainer, system: LightningModule, folder: Path) -> None:
+        """Write all exported networks elsewhere and read their files back; for all ranks to call.
+
+        Raises:
+            UserError: One can't be written, or reads back otherwise.
+        """
+        with self.ledger.clock.within("checkpoint"):
+            averages = {name: self.average.whole(name) for name in exported_networks(system)}
+            if not trainer.is_global_zero:
+                return
+            with self.errors.kept():
+                self._write(trainer, system, averages, folder)
+                for path in sorted(folder.rglob("*.safetensors")):
+                    tensors = read_tensors(path)
+                    for key in tensors:
+                        if not bool(tensors[key].isfinite().all()):
+                            raise UserError(f"{path}: {key} reads back with values not finite")
+
+    def _write(
+        self,
+        trainer: Trainer,
+        system: LightningModule,
+        averages: dict[str, dict[str, Tensor]],
+        out: Path,
+    ) -> None:
         metadata = {
             "weights": "ema",
             "train_steps": str(steps_done(system, trainer)),
@@ -73,17 +102,16 @@ class Export(Callback):
             "train_seconds": f"{self.ledger.total_seconds():.0f}",
         }
         for name, network in exported_networks(system).items():
-            average = self.average.averages[name]
+            average = averages[name]
             if not all(value.isfinite().all() for value in average.values()):
                 raise UserError(
                     f"{name}: its weights are not finite at step {steps_done(system, trainer)}; "
                     "not exported, the last checkpoint is kept; lower optim.lr"
                 )
-            averaged = copy.deepcopy(network)
-            averaged.load_state_dict(average)
+            averaged = plain_copy(network, average)
             own = getattr(system, "export_metadata", None)
             more = own(name) if own is not None else {}
-            export_one(self.out, name, averaged, system, self.dtype, metadata | more)
+            export_one(out, name, averaged, system, self.dtype, metadata | more)
 
 
 def export_one(
@@ -100,4 +128,3 @@ def export_one(
         own_export(out, name, network, dtype, metadata)
     else:
         save_network(out / f"{name}.safetensors", network, dtype=dtype, metadata=metadata)
-    _log.info("exported %s to %s", name, out)

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from cascade.checkpoints.files import atomic_write_bytes
 from cascade.errors import UserError
@@ -59,6 +60,8 @@ class SkipNonFinite(Callback):
         if not gradients:
             return
         norm = torch.nn.utils.get_total_norm(gradients)
+        if isinstance(norm, DTensor):  # of this rank's parts alone until it is put together
+            norm = norm.full_tensor()
         if bool(torch.isfinite(norm)):
             return
         for one in parameters:

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch._dynamo.callback import CallbackArgs, callback_handler
 
-from train.clock import PhaseClock
+from train.clock import Phase, PhaseClock
 from train.energy import EnergyMeter
 from train.flops import FlopCounter
+from train.networks import is_compiled
 from train.steps import ends_step, steps_done
 
 LEDGER_FILE = "ledger.jsonl"
@@ -53,6 +55,7 @@ class Ledger(Callback):
         self._world = 1
         self._device = torch.device("cpu")
         self._setup_s = 0.0
+        self._before_compiling: Phase | None = None
         self._looking_before_s = 0.0
         self._written: dict[str, Any] = {"seconds": {}, "flops": 0.0}
 
@@ -62,6 +65,9 @@ class Ledger(Callback):
         self._setup_s = self.clock.seconds()["setup"]
         self._world, self._device = trainer.world_size, pl_module.device
         self._energy = EnergyMeter(trainer.num_devices if self._device.type == "cuda" else 0)
+        if is_compiled(pl_module):
+            callback_handler.register_start_callback(self._begin_compiling)
+            callback_handler.register_end_callback(self._end_compiling)
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
 
@@ -71,7 +77,7 @@ class Ledger(Callback):
         """Begin a step; the first one of its shape is counted."""
         self.clock.switch("step")
         self._kind = (getattr(pl_module, "step_kind", None), _shape_of(batch))
-        if self._kind not in self._flops_by_kind and not _is_compiled(pl_module):
+        if self._kind not in self._flops_by_kind and not is_compiled(pl_module):
             self._counter = FlopCounter()
             self._counter.__enter__()
 
@@ -91,6 +97,7 @@ class Ledger(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the end."""
+        self._forget_compiling()
         self.clock.switch("end")
 
     def on_exception(
@@ -98,6 +105,7 @@ class Ledger(Callback):
     ) -> None:
         """Keep what was spent."""
         self._stop_counting(None)
+        self._forget_compiling()
         self.write_row(trainer)
 
     def write_row(self, trainer: Trainer) -> None:
@@ -159,6 +167,21 @@ class Ledger(Callback):
         self.seconds = state_dict["seconds"]
         self._looking_before_s = self.seconds - state_dict.get("training_seconds", self.seconds)
 
+    def _begin_compiling(self, event: CallbackArgs) -> None:
+        self._before_compiling = self.clock.phase
+        self.clock.switch("compile")
+
+    def _end_compiling(self, event: CallbackArgs) -> None:
+        if self._before_compiling is not None:
+            self.clock.switch(self._before_compiling)
+        self._before_compiling = None
+
+    def _forget_compiling(self) -> None:
+        """Take the callbacks back: the list that they are in belongs to the process."""
+        if self._begin_compiling in callback_handler.start_callbacks:
+            callback_handler.remove_start_callback(self._begin_compiling)
+            callback_handler.remove_end_callback(self._end_compiling)
+
     def _stop_counting(self, kind: object) -> None:
         if self._counter is not None:
             self._counter.__exit__(None, None, None)
@@ -172,7 +195,3 @@ def _shape_of(batch: Any) -> object:
         return None
     values = (getattr(batch, field.name) for field in dataclasses.fields(batch))
     return tuple(tuple(one.shape) for one in values if isinstance(one, Tensor))
-
-
-def _is_compiled(system: LightningModule) -> bool:
-    return any(isinstance(one, torch._dynamo.OptimizedModule) for one in system.modules())

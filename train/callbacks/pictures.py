@@ -9,15 +9,17 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from cascade.errors import UserError
 from cascade.images import image_grid, open_image, save_png
 from cascade.pipelines.cascade import CascadePipeline
-from train.callbacks.ema import WeightAverage, with_weights
+from train.callbacks.ema import WeightAverage
 from train.callbacks.ledger import Ledger
 from train.clock import PhaseClock
 from train.losses.denoising import DiffusionConfig
+from train.networks import plain_copy
+from train.sharding import gathered
 from train.steps import ends_step
 
 _log = logging.getLogger(__name__)
@@ -52,7 +54,7 @@ class SamplePictures(Callback):
     """Writes ``OUT/pictures/step_N_raw.png`` and ``step_N_ema.png``, a grid of all prompts each.
 
     The prompts are spread over the ranks. Drawing changes nothing of the training: the pictures'
-    noise has generators of its own, and weights and modes are put back.
+    noise has generators of its own, and what draws is a copy that shares the weights.
     """
 
     def __init__(
@@ -130,19 +132,19 @@ class SamplePictures(Callback):
         pipeline, network, prompts = self._pipeline, system.network, self.config.prompts
         assert pipeline is not None, "on_train_start comes first"
         assert isinstance(network, nn.Module), "a system's network is a module"
-        average: dict[str, dict[str, Tensor]] | None = None
-        if kind == "ema":
-            assert self._average is not None, "every run averages its weights"
-            average = {self.stage: self._average.averages[self.stage]}
-        with with_weights({self.stage: network}, average):
-            lent = getattr(pipeline, self.stage)
-            setattr(pipeline, self.stage, network)
-            try:
-                for number in range(trainer.global_rank, len(prompts), trainer.world_size):
-                    picture = self._picture(pipeline, number)
-                    save_png(picture, self._part(kind, step, number))
-            finally:
-                setattr(pipeline, self.stage, lent)
+        assert self._average is not None, "every run averages its weights"
+        # Under FSDP each rank draws with the whole network: it needs not keep step with the others.
+        state = self._average.whole(self.stage) if kind == "ema" else gathered(network.state_dict())
+        state = {key: value.to(system.device) for key, value in state.items()}
+        drawing = plain_copy(network, state).eval()
+        lent = getattr(pipeline, self.stage)
+        setattr(pipeline, self.stage, drawing)
+        try:
+            for number in range(trainer.global_rank, len(prompts), trainer.world_size):
+                picture = self._picture(pipeline, number)
+                save_png(picture, self._part(kind, step, number))
+        finally:
+            setattr(pipeline, self.stage, lent)
         trainer.strategy.barrier()
         if trainer.is_global_zero:
             parts = [self._part(kind, step, number) for number in range(len(prompts))]

@@ -8,7 +8,6 @@ Reference: Karras et al., 2023, arXiv:2312.02696, section 3 and appendix C.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,12 +15,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from cascade.checkpoints.files import save_network
-from train.callbacks.ema import exported_networks
+from train.callbacks.ema import cut_as, exported_networks
 from train.callbacks.ledger import Ledger
 from train.clock import PhaseClock
+from train.networks import plain_copy
+from train.sharding import gathered, local_part, part_like
 from train.steps import ends_step, steps_done
 
 FOLDER = "ema"
@@ -69,7 +70,8 @@ class PosthocEma(Callback):
         self.config = config
         self.folder = out / FOLDER
         self.averages: dict[str, dict[str, Tensor]] = {}
-        """By ``NAME_LENGTH``, float32."""
+        """By ``NAME_LENGTH``, float32; under FSDP this rank's parts."""
+        self._networks: dict[str, nn.Module] = {}
         self._last_step = -1
         self._clock = PhaseClock()
 
@@ -79,9 +81,14 @@ class PosthocEma(Callback):
             if isinstance(callback, Ledger):
                 self._clock = callback.clock
         self._last_step = steps_done(pl_module, trainer)
-        for average in self.averages.values():
-            for key, value in average.items():
-                average[key] = value.to(pl_module.device)
+        self._networks = exported_networks(pl_module)
+        for named, average in self.averages.items():
+            for key, value in self._network_of(named).state_dict().items():
+                average[key] = local_part(part_like(average[key], value)).to(pl_module.device)
+
+    def _network_of(self, named: str) -> nn.Module:
+        """Return the network of an average ``NAME_LENGTH``."""
+        return self._networks[named.rpartition("_")[0]]
 
     @torch.no_grad()
     def on_train_batch_end(
@@ -93,7 +100,7 @@ class PosthocEma(Callback):
             return
         self._last_step = step
         for name, network in exported_networks(pl_module).items():
-            state = network.state_dict()
+            state = {key: local_part(value) for key, value in network.state_dict().items()}
             for length in self.config.lengths:
                 # At step 1 the share is 1: the average starts as the weights themselves.
                 share = 1.0 - (1.0 - 1.0 / step) ** (exponent(length) + 1.0)
@@ -113,16 +120,18 @@ class PosthocEma(Callback):
         self._store(trainer, pl_module, steps_done(pl_module, trainer))
 
     def _store(self, trainer: Trainer, system: LightningModule, step: int) -> None:
-        if not trainer.is_global_zero or not self.averages:
+        if not self.averages:
             return
         with self._clock.within("checkpoint"):
+            averages = self._whole()
+            if not trainer.is_global_zero:
+                return
             self.folder.mkdir(exist_ok=True)
             for name, network in exported_networks(system).items():
-                averaged = copy.deepcopy(network)
                 own = getattr(system, "export_metadata", None)
                 more = own(name) if own is not None else {}
                 for length in self.config.lengths:
-                    averaged.load_state_dict(self.averages[f"{name}_{length:g}"])
+                    averaged = plain_copy(network, averages[f"{name}_{length:g}"])
                     save_network(
                         self.folder / f"{name}_{length:g}_{step:08d}.safetensors",
                         averaged,
@@ -130,9 +139,16 @@ class PosthocEma(Callback):
                         metadata={LENGTH_KEY: f"{length:g}", STEP_KEY: str(step), **more},
                     )
 
+    def _whole(self) -> dict[str, dict[str, Tensor]]:
+        """Return whole averages; under FSDP all ranks must take part."""
+        return {
+            named: gathered(cut_as(self._network_of(named), average))
+            for named, average in self.averages.items()
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """Return the averages for the resumable checkpoint."""
-        return {"averages": self.averages}
+        return {"averages": self._whole()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the averages back."""

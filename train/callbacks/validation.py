@@ -148,7 +148,9 @@ class Validation(Callback):
         self._looked_at = step
         assert self._average is not None and self._ledger is not None, "every run has both"
         with self._clock.within("validation"):
-            loss, by_time = self._loss(trainer, system, self._average.averages)
+            names = exported_networks(system)
+            averages = {name: self._average.loadable(name) for name in names}
+            loss, by_time = self._loss(trainer, system, averages)
             raw, _ = self._loss(trainer, system, None)
         if not trainer.is_global_zero:
             return

@@ -97,7 +97,10 @@ def _add_precompute(commands: Any) -> None:
     to = cache.add_mutually_exclusive_group(required=True)
     to.add_argument("--out", type=Path, help="cache folder of a set in memory")
     to.add_argument("--shards-out", type=Path, help="folder for shards of latents")
-    cache.add_argument("--text", help="text encoder's folder: cache text states")
+    cache.add_argument(
+        "--text", help="text encoder's folder, or a model with one: cache text states"
+    )
+    cache.add_argument("--text-width", type=int, help="which of a model's two: its channels")
     cache.add_argument(
         "--text-hidden",
         choices=("pre_norm", "post_norm"),
@@ -106,8 +109,11 @@ def _add_precompute(commands: Any) -> None:
     )
     cache.add_argument("--text-pad-to", type=int, help="tokens to pad to (default: the window)")
     cache.add_argument("--image", help="CLIP's folder: cache embeddings of the pictures")
-    cache.add_argument("--stage-a", help="Stage A's file: cache its latents")
-    cache.add_argument("--compressor", help="compressor's file: cache Stage C latents")
+    cache.add_argument("--stage-a", help="Stage A's file, or a model: cache its latents")
+    cache.add_argument(
+        "--stage-a-scale", type=float, help="of a published Stage A: 0.43 (v3) or 0.3764 (v2)"
+    )
+    cache.add_argument("--compressor", help="compressor's file, or a model: cache its latents")
     cache.add_argument("--batch-size", type=int, default=64)
     cache.add_argument("--device", default="cpu")
     cache.add_argument(
@@ -226,7 +232,9 @@ def _precompute(options: argparse.Namespace, rest: list[str]) -> int:
                 frozen=FrozenPaths(
                     text=options.text,
                     text_states=states,
+                    text_width=options.text_width,
                     stage_a=options.stage_a,
+                    stage_a_scale=options.stage_a_scale,
                     compressor=options.compressor,
                     image=options.image,
                 ),
@@ -250,7 +258,9 @@ def _precompute(options: argparse.Namespace, rest: list[str]) -> int:
         options.out,
         text=options.text,
         text_config=states,
+        text_width=options.text_width,
         stage_a=options.stage_a,
+        stage_a_scale=options.stage_a_scale,
         compressor=options.compressor,
         image=options.image,
         batch_size=options.batch_size,

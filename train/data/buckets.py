@@ -17,6 +17,10 @@ Shape = tuple[int, int]
 """Height and width in pixels."""
 
 
+def _sorted(shapes: set[Shape]) -> tuple[Shape, ...]:
+    return tuple(sorted(shapes, key=lambda shape: (shape[1] / shape[0], shape)))
+
+
 @dataclass(frozen=True)
 class Buckets:
     """The shapes of a run, from the tallest to the widest."""
@@ -32,13 +36,15 @@ class Buckets:
         """
         if config is None:
             return cls(((size, size),))
+        if config.shapes:
+            return cls(_sorted({(size, size), *((h, w) for w, h in config.shapes)}))
         step, shapes = config.step, {(size, size)}
         for width in range(step, math.ceil(size * config.max_aspect) + step, step):
             height = max(step, round(size * size / width / step) * step)
             # Both orders: a set of shapes that has 832x1216 has 1216x832.
             if max(width, height) <= config.max_aspect * min(width, height):
                 shapes |= {(height, width), (width, height)}
-        return cls(tuple(sorted(shapes, key=lambda shape: (shape[1] / shape[0], shape))))
+        return cls(_sorted(shapes))
 
     def of_sizes(self, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
         """Return for each picture's size the number of its shape, int64 ``(N,)``."""

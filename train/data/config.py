@@ -59,6 +59,9 @@ class BucketConfig:
     """Sides are multiples of this many pixels."""
     max_aspect: float = 2.0
     """Largest ratio of the longer to the shorter side of a shape."""
+    shapes: tuple[tuple[int, int], ...] = ()
+    """Widths and heights of the shapes beside the square, of any area; none: all of about the
+    square's area that ``step`` and ``max_aspect`` allow."""
 
     def __post_init__(self) -> None:
         """Refuse shapes that can't be."""
@@ -66,6 +69,9 @@ class BucketConfig:
             raise ValueError(
                 f"step is {self.step} and max_aspect {self.max_aspect}; both are at least 1"
             )
+        for width, height in self.shapes:
+            if min(width, height) < 8:
+                raise ValueError(f"shapes has {width}x{height}; sides are at least 8 pixels")
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,8 @@ class ExactSource(StepSource):
             draws = np.random.default_rng(seed).integers(len(same), size=number + 1)
             return self._ref(int(same[draws[-1]]))
 
-        return self.maker.make(refs, shape, spare, step, self.rank)
+        place = step * self.plan.step_size + self.rank * len(refs)
+        return self.maker.make(refs, shape, spare, place)
 
     def _ref(self, number: int) -> Ref:
         shard = int(np.searchsorted(self.found.starts, number, side="right")) - 1

@@ -69,6 +69,11 @@ def open_data(
         UserError: What is there can't be trained on.
     """
     frozen = frozen or FrozenPaths()
+    if frozen.compressor_input is not None and config.mode == "memory":
+        raise UserError(
+            "compressor_input is drawn anew in every step, which cached latents can't follow; "
+            "stream pictures: data.mode exact or resampled"
+        )
     if config.mode == "memory":
         return _in_memory(config, frozen)
     addresses = expand_shards(config.shards)
@@ -80,6 +85,11 @@ def open_data(
             raise UserError(
                 f"{config.shards}: shards of latents, but this run reads pixels; name the shards "
                 "of the pictures"
+            )
+        if frozen.compressor_input is not None:
+            raise UserError(
+                f"{config.shards}: shards of latents, but compressor_input is drawn anew in every "
+                "step; name the shards of the pictures"
             )
         check_fits(found.fingerprint, config, hashes)
         if len(addresses) < found.num_shards:
@@ -157,14 +167,17 @@ def _streamed(
     elif frozen is not None:
         _log.info("no cache: the frozen networks run in every step")
         # Only the text encoder is loaded here, for the empty prompt; the run loads all of them.
-        null_text = FrozenEncoders(FrozenPaths(frozen.text, frozen.text_states)).null_text()
+        alone = FrozenPaths(
+            text=frozen.text, text_states=frozen.text_states, text_width=frozen.text_width
+        )
+        null_text = FrozenEncoders(alone).null_text()
     return TrainingData(
         loader_from=loader,
         shapes=list(selector.buckets.shapes),
         null_text=null_text,
         widths=widths,
         digest=_digest(config, state),
-        encode=EncodeBatch(frozen) if frozen is not None else None,
+        encode=EncodeBatch(frozen, config.seed) if frozen is not None else None,
     )
 
 

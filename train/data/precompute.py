@@ -16,15 +16,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cascade.checkpoints.files import atomic_path, file_hash, load_network
+from cascade.checkpoints.files import atomic_path
+from cascade.checkpoints.part_files import find_image_encoder, find_network, weights_hash
 from cascade.errors import UserError
 from cascade.pipelines.placement import pick_device
 from cascade.text.encoder import TextConfig, TextEncoder
-from cascade.text.picture_encoder import PictureEncoder
-from stages.semantic_compressor import SemanticCompressor
-from stages.stage_a import StageA
+from cascade.text.picture_encoder import PictureEncoder, centre_square
 from train.data.cached import Pictures, load_pictures
-from train.encode import text_hash
+from train.encode import find_stage_a, load_frozen, load_text, stage_a_hash, text_hash
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +34,9 @@ def precompute(
     *,
     text: str | None = None,
     text_config: TextConfig | None = None,
+    text_width: int | None = None,
     stage_a: str | None = None,
+    stage_a_scale: float | None = None,
     compressor: str | None = None,
     image: str | None = None,
     batch_size: int = 64,
@@ -57,28 +58,31 @@ def precompute(
     base = {"pictures": pictures.fingerprint()}
     if text is not None:
         captions = sorted({"", *(c for captions in pictures.captions for c in captions)})
-        encoder = TextEncoder.from_folder(text, text_config or TextConfig(), device=target)
+        encoder = load_text(text, text_config, text_width, target)
         hidden, pooled = _encode_text(encoder, captions, batch_size * 4)
-        weights = text_hash(text, text_config)
+        weights = text_hash(text, text_config, text_width)
         metadata = {**base, "weights": weights, "captions": json.dumps(captions)}
         _write(folder / "text.safetensors", metadata, text_hidden=hidden, text_pooled=pooled)
     if image is not None:
-        picture_encoder = PictureEncoder.from_folder(image, target)
-        embeds = _encode_pictures(picture_encoder, pictures, batch_size, target)
-        _write(
-            folder / "image.safetensors", {**base, "weights": text_hash(image)}, image_embeds=embeds
-        )
+        tower = find_image_encoder(image)
+        picture_encoder = PictureEncoder.from_folder(tower, target)
+
+        def embed(pixels: Tensor) -> Tensor:
+            return picture_encoder(centre_square(pixels))
+
+        embeds = _encode_pictures(embed, pictures, batch_size, target)
+        metadata = {**base, "weights": weights_hash(tower)}
+        _write(folder / "image.safetensors", metadata, image_embeds=embeds)
     if stage_a is not None:
-        network_a = load_network(stage_a, expect=StageA, device=target, dtype=torch.float32)
+        network_a = load_frozen(find_stage_a(stage_a, stage_a_scale), target)
         latents = _encode_pictures(network_a.encode, pictures, batch_size, target)
-        metadata = {**base, "weights": file_hash(Path(stage_a))}
+        metadata = {**base, "weights": stage_a_hash(stage_a, stage_a_scale)}
         _write(folder / "stage_a.safetensors", metadata, stage_a_latents=latents)
     if compressor is not None:
-        network_c = load_network(
-            compressor, expect=SemanticCompressor, device=target, dtype=torch.float32
-        )
+        found = find_network(compressor, "compressor")
+        network_c = load_frozen(found, target)
         latents = _encode_pictures(network_c.encode, pictures, batch_size, target)
-        metadata = {**base, "weights": file_hash(Path(compressor))}
+        metadata = {**base, "weights": weights_hash(found.path)}
         _write(folder / "stage_c.safetensors", metadata, stage_c_latents=latents)
 
 

@@ -89,7 +89,7 @@ class BatchMaker:
         self.activity = activity
 
     def make(
-        self, refs: Sequence[Ref], shape: Shape, spare: Callable[[int], Ref], step: int, rank: int
+        self, refs: Sequence[Ref], shape: Shape, spare: Callable[[int], Ref], place: int
     ) -> Served:
         """Read a batch.
 
@@ -97,20 +97,21 @@ class BatchMaker:
             refs: Its samples.
             shape: Height and width that pictures are cropped to.
             spare: Gives the n-th sample to take in place of one that is broken.
-            step: The step that the batch is for; with the rank, it seeds the draws.
-            rank: The device that the batch is for.
+            place: The first sample's place in the endless series of all ranks' samples. A sample's
+                place seeds its draws, so that any split into ranks draws the same.
 
         Raises:
             UserError: A shard can't be read, or no sample in place of a broken one.
         """
-        draws = torch.rand(len(refs), generator=_generator("captions", self.config, step, rank))
-        crops = None
-        if self.config.crop == "random":
-            crops = _generator("crops", self.config, step, rank)
         served = Served(CachedBatch([], torch.zeros(0)))
         items: list[_Item] = []
         num_spares = 0
-        for ref, data, draw in zip(refs, self._bytes_of(refs), draws.tolist(), strict=True):
+        for number, (ref, data) in enumerate(zip(refs, self._bytes_of(refs), strict=True), place):
+            draw = derived_seed("captions", self.config.seed, number) / 2**63
+            crops = None
+            if self.config.crop == "random":
+                seed = derived_seed("crops", self.config.seed, number)
+                crops = torch.Generator().manual_seed(seed)
             item = self._tried(ref, data, shape, draw, crops, served.broken)
             while item is None:
                 if num_spares >= _TRIES:
@@ -233,8 +234,3 @@ def _collated(items: list[_Item]) -> CachedBatch:
         stacked = torch.stack(tensors)
         setattr(batch, part, stacked.float().div_(255.0) if part == "pixels" else stacked)
     return batch
-
-
-def _generator(purpose: str, config: DataConfig, step: int, rank: int) -> torch.Generator:
-    seed = derived_seed(purpose, config.seed, step, rank)  # type: ignore[arg-type]
-    return torch.Generator().manual_seed(seed)

@@ -120,6 +120,7 @@ class ResampledSource(StepSource):
         self.selector = selector
         self.probe = probe
         self.rank = rank
+        self.world = world
         self.lanes = max(1, config.workers)
         self.activity = activity
         self.maker = BatchMaker(config, selector, activity)
@@ -150,7 +151,8 @@ class ResampledSource(StepSource):
             return samples[(used + self.config.batch_size + n) % len(samples)]
 
         shape = self.selector.buckets.shapes[bucket]
-        served = self.maker.make(refs, shape, spare, step, self.rank)
+        place = (step * self.world + self.rank) * self.config.batch_size
+        served = self.maker.make(refs, shape, spare, place)
         served.broken += block.take_news()
         return served
 

@@ -27,7 +27,7 @@ LEVELS = 5
 
 DIFFUSION_KEY = "cascade_diffusion"
 """Metadata of an exported file: what its network predicts, and on which schedule."""
-SAMPLED = ("prediction", "schedule", "zero_terminal_snr")
+SAMPLED = ("prediction", "schedule", "zero_terminal_snr", "time_input")
 """What sampling must do as training did."""
 
 
@@ -42,14 +42,18 @@ class DiffusionConfig:
     zero_terminal_snr: bool = False
     """Let the cosine end at pure noise instead of the published ``alpha^2 = 1e-4``. Sampling
     begins there, and a network that never saw it keeps the picture's mean brightness near 0."""
-    weight: Literal["p2", "min_snr", "constant"] = "p2"
-    """Loss weight over log-SNR (p2 in the papers)."""
+    weight: Literal["p2", "min_snr", "constant", "adaptive"] = "p2"
+    """Loss weight over log-SNR (p2 in the papers; adaptive, 1 over the loss's own average at that
+    noise level, in Stable Cascade's trainers)."""
     draw: Literal["uniform", "logit_normal", "official", "noisy"] = "uniform"
     """Distribution of the diffusion time."""
     stratified: bool = True
     """Spread the times of a batch evenly over the distribution: less noise in the gradient."""
     shift: float = 1.0
     """Resolution shift of the schedule in training."""
+    time_input: Literal["cosine", "raw"] = "cosine"
+    """The time that the network is told: where the unshifted cosine has this noise (v3), or the
+    time itself (Würstchen v2). Sampling has the same option."""
 
     def __post_init__(self) -> None:
         """Refuse a schedule on which the prediction says nothing."""
@@ -62,6 +66,7 @@ class DiffusionConfig:
             prediction=self.prediction,
             schedule=self.schedule,
             zero_terminal_snr=self.zero_terminal_snr,
+            time_input=self.time_input,
         )
 
     def metadata(self) -> dict[str, str]:
@@ -72,6 +77,10 @@ class DiffusionConfig:
     def noise_schedule(self) -> NoiseSchedule:
         """Return the noise schedule of training."""
         return make_schedule(self.schedule, self.shift, zero_terminal_snr=self.zero_terminal_snr)
+
+    def network_time(self, t: Tensor) -> Tensor:
+        """Return what the network is told of times ``t``."""
+        return t if self.time_input == "raw" else self.noise_schedule().network_time(t)
 
 
 @dataclass(frozen=True)
@@ -85,13 +94,16 @@ class Noised:
     t: Tensor  # (B,)
 
 
-def noise_batch(x0: Tensor, config: DiffusionConfig, draws: StepDraws) -> Noised:
+def noise_batch(
+    x0: Tensor, config: DiffusionConfig, draws: StepDraws, noise: Tensor | None = None
+) -> Noised:
     """Draw times and noise for a batch of clean latents.
 
     Args:
         x0: Clean latents, shape ``(B, C, H, W)``.
         config: Schedule, prediction and weight.
         draws: Of this micro-batch; on the CPU, so that every device sees the same.
+        noise: Noise of the shape of ``x0``; None: white.
     """
     schedule, prediction = config.noise_schedule(), Prediction(config.prediction)
 
@@ -99,7 +111,9 @@ def noise_batch(x0: Tensor, config: DiffusionConfig, draws: StepDraws) -> Noised
         return weighting.draw_t(count, generator, config.draw, stratified=config.stratified)
 
     t = draws.share("t", len(x0), draw).to(x0.device)  # (B,)
-    noise = draws.normal("noise", x0.shape).to(x0.device)
+    if noise is None:
+        noise = draws.normal("noise", x0.shape)
+    noise = noise.to(x0.device)
     alpha, sigma = (value.view(-1, 1, 1, 1) for value in schedule(t))  # (B, 1, 1, 1)
     log_snr = schedule.log_snr(t)
     if config.weight == "p2":
@@ -110,11 +124,20 @@ def noise_batch(x0: Tensor, config: DiffusionConfig, draws: StepDraws) -> Noised
         weight = torch.ones_like(log_snr)
     return Noised(
         x_t=alpha * x0 + sigma * noise,
-        network_time=schedule.network_time(t),
+        network_time=config.network_time(t),
         target=target(prediction, x0, noise, alpha, sigma),
         weight=weight,
         t=t,
     )
+
+
+def errors_by_sample(predicted: Tensor, noised: Noised, visible: Tensor | None = None) -> Tensor:
+    """Return each sample's mean squared error (B,), in float32, where the network saw its input."""
+    squared = (predicted.float() - noised.target).square()
+    if visible is None:
+        return squared.flatten(1).mean(dim=1)
+    shown = visible.to(squared).expand_as(squared)
+    return (squared * shown).flatten(1).sum(dim=1) / shown.flatten(1).sum(dim=1)
 
 
 def denoising_loss(
@@ -128,12 +151,7 @@ def denoising_loss(
         visible: ``(B, 1, H, W)``: where it is 0, the network did not see its input, and what it
             says does not count.
     """
-    squared = (predicted.float() - noised.target).square()
-    if visible is None:
-        error = squared.flatten(1).mean(dim=1)  # (B,)
-    else:
-        shown = visible.to(squared).expand_as(squared)
-        error = (squared * shown).flatten(1).sum(dim=1) / shown.flatten(1).sum(dim=1)  # (B,)
+    error = errors_by_sample(predicted, noised, visible)  # (B,)
     return (error * noised.weight).mean(), error.mean().detach()
 
 
@@ -191,7 +209,7 @@ def published_errors(
     own_t = own.time_from_log_snr(cosine.log_snr(t))
     alpha, sigma = (value.view(-1, 1, 1, 1) for value in own(own_t))  # (B, 1, 1, 1)
     x_t = alpha * x0 + sigma * noise
-    predicted = network(x_t, own.network_time(own_t)).float()
+    predicted = network(x_t, config.network_time(own_t)).float()
     x0_hat = to_x0(predicted, x_t, alpha, sigma, Prediction(config.prediction))
     error = (x0_hat - x0).square().flatten(1).mean(dim=1)  # (B,)
     return cosine(t)[0].square() * error, t

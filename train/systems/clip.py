@@ -20,6 +20,7 @@ from train.data.cached import CachedBatch
 from train.data.config import DataConfig
 from train.draws import step_draws
 from train.losses.contrastive import contrastive_loss
+from train.networks import configure_networks
 from train.optim import make_optimizer
 from train.settings import OptimConfig, RunConfig
 
@@ -138,6 +139,10 @@ class ClipSystem(LightningModule):
     def on_before_zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
         """Keep the temperature in CLIP's range (at most 100)."""
         self.network.logit_scale.data.clamp_(0.0, 4.6052)
+
+    def configure_model(self) -> None:
+        """Recompute, compile or cut the blocks, as ``run`` says."""
+        configure_networks(self, self.config.run)
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer with its per-step schedule."""

@@ -19,7 +19,9 @@ from stages.semantic_compressor import CompressorConfig, SemanticCompressor
 from train.data.cached import CachedBatch
 from train.data.config import DataConfig
 from train.draws import step_draws
+from train.initial import check_architecture
 from train.losses.reconstruction import pixel_loss
+from train.networks import configure_networks
 from train.optim import make_optimizer
 from train.settings import OptimConfig, RunConfig
 
@@ -30,24 +32,34 @@ class CompressorRun:
 
     run: RunConfig
     data: DataConfig
-    model: CompressorConfig
+    model: CompressorConfig | None = None
+    """Sizes of the compressor; null: those of ``init_from``."""
     previewer: PreviewerConfig = field(default_factory=PreviewerConfig)
     latent_noise: float = 0.1
     """Standard deviation of the noise that the decoder sees on the latents, whose own is about 1
     before ``model.scale``: near latents must mean near pictures, or Stage C's small errors show."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     init_from: str | None = None
-    """Exported compressor file to start with; the previewer starts anew."""
+    """Compressor to start with: a file in any layout, a model, or a hub id; the previewer starts
+    anew."""
 
     def __post_init__(self) -> None:
         """Refuse networks that do not fit each other."""
+        check_architecture(self)
         if self.latent_noise < 0:
             raise ValueError(f"latent_noise is {self.latent_noise}; it must not be negative")
-        if self.previewer.latent_channels != self.model.latent_channels:
+        model = self.model
+        if model is not None and self.previewer.latent_channels != model.latent_channels:
             raise ValueError(
                 f"previewer.latent_channels is {self.previewer.latent_channels} but the "
-                f"compressor's latents have {self.model.latent_channels}"
+                f"compressor's latents have {model.latent_channels}"
             )
+
+    @property
+    def sizes(self) -> CompressorConfig:
+        """The compressor's, once they are known."""
+        assert self.model is not None, "with_architecture comes first"
+        return self.model
 
 
 class CompressorSystem(LightningModule):
@@ -57,7 +69,7 @@ class CompressorSystem(LightningModule):
         """Build the networks."""
         super().__init__()
         self.config = config
-        self.compressor = SemanticCompressor(config.model)
+        self.compressor = SemanticCompressor(config.sizes)
         self.previewer = Previewer(config.previewer)
 
     def exported_networks(self) -> dict[str, nn.Module]:
@@ -69,7 +81,7 @@ class CompressorSystem(LightningModule):
         draws = step_draws(self, self.config.run.seed, batch_idx)
         latents = self.compressor.encode(batch.require("pixels")).float()  # (B, 16, h, w)
         noise = draws.normal("latent noise", latents.shape).to(latents)
-        std = self.config.latent_noise / self.config.model.scale
+        std = self.config.latent_noise / self.config.sizes.scale
         predicted = self.previewer(latents + std * noise)  # (B, 3, u h, u w)
         small = F.interpolate(
             batch.require("pixels"), size=predicted.shape[-2:], mode="bilinear", antialias=True
@@ -77,6 +89,10 @@ class CompressorSystem(LightningModule):
         loss = pixel_loss(predicted, small)
         self.log("loss", loss, prog_bar=True, sync_dist=True)
         return loss
+
+    def configure_model(self) -> None:
+        """Recompute, compile or cut the blocks, as ``run`` says."""
+        configure_networks(self, self.config.run)
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer with its per-step schedule."""

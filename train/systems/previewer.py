@@ -12,7 +12,9 @@ from torch.nn import functional as F
 from stages.previewer import Previewer, PreviewerConfig
 from train.data.cached import CachedBatch
 from train.data.config import DataConfig
+from train.initial import check_architecture
 from train.losses.reconstruction import pixel_loss
+from train.networks import configure_networks
 from train.optim import make_optimizer
 from train.settings import OptimConfig, RunConfig
 
@@ -23,12 +25,23 @@ class PreviewerRun:
 
     run: RunConfig
     data: DataConfig
-    model: PreviewerConfig
     compressor: str
-    """Semantic compressor's file; the cache must come from it."""
+    """Semantic compressor's file, or a model with one; a cache must come from it."""
+    model: PreviewerConfig | None = None
+    """Sizes of the previewer; null: those of ``init_from``."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     init_from: str | None = None
-    """Exported previewer file to start with."""
+    """Previewer to start with: a file in any layout, a model, or a hub id."""
+
+    def __post_init__(self) -> None:
+        """Refuse a run of no network."""
+        check_architecture(self)
+
+    @property
+    def sizes(self) -> PreviewerConfig:
+        """The network's, once they are known."""
+        assert self.model is not None, "with_architecture comes first"
+        return self.model
 
 
 class PreviewerSystem(LightningModule):
@@ -38,7 +51,7 @@ class PreviewerSystem(LightningModule):
         """Build the network."""
         super().__init__()
         self.config = config
-        self.network = Previewer(config.model)
+        self.network = Previewer(config.sizes)
 
     def exported_networks(self) -> dict[str, nn.Module]:
         """Return what is averaged and exported."""
@@ -53,6 +66,10 @@ class PreviewerSystem(LightningModule):
         loss = pixel_loss(predicted, small)
         self.log("loss", loss, prog_bar=True, sync_dist=True)
         return loss
+
+    def configure_model(self) -> None:
+        """Recompute, compile or cut the blocks, as ``run`` says."""
+        configure_networks(self, self.config.run)
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer with its per-step schedule."""

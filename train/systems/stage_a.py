@@ -17,12 +17,14 @@ from stages.stage_a import StageA, StageAConfig
 from train.data.cached import CachedBatch
 from train.data.config import DataConfig
 from train.draws import StepDraws, step_draws
+from train.initial import check_architecture
 from train.losses.reconstruction import (
     feature_distance,
     hinge_discriminator_loss,
     hinge_generator_loss,
     pixel_loss,
 )
+from train.networks import configure_networks
 from train.optim import make_optimizer
 from train.settings import OptimConfig, RunConfig
 from train.steps import steps_done
@@ -55,7 +57,8 @@ class StageARun:
 
     run: RunConfig
     data: DataConfig
-    model: StageAConfig
+    model: StageAConfig | None = None
+    """Sizes of Stage A; null: those of ``init_from``."""
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     loss: StageALoss = field(default_factory=StageALoss)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -66,12 +69,19 @@ class StageARun:
     clip: str | None = None
     """CLIP folder for the perceptual term; needed unless its weight is 0."""
     init_from: str | None = None
-    """Exported Stage A file to start with."""
+    """Stage A to start with: a file or folder in any layout, a model, or a hub id."""
 
     def __post_init__(self) -> None:
         """The perceptual term needs a network."""
+        check_architecture(self)
         if self.loss.perceptual > 0 and self.clip is None:
             raise ValueError(f"loss.perceptual is {self.loss.perceptual} but clip names no folder")
+
+    @property
+    def sizes(self) -> StageAConfig:
+        """The network's, once they are known."""
+        assert self.model is not None, "with_architecture comes first"
+        return self.model
 
 
 class StageASystem(LightningModule):
@@ -84,7 +94,7 @@ class StageASystem(LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.config = config
-        self.network = StageA(config.model)
+        self.network = StageA(config.sizes)
         self.discriminator = Discriminator(config.discriminator)
         self.features: FrozenClipFeatures | None = None
         if config.clip is not None and config.loss.perceptual > 0:
@@ -147,6 +157,10 @@ class StageASystem(LightningModule):
         if self.config.optim.grad_clip > 0:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(parameters, self.config.optim.grad_clip)
+
+    def configure_model(self) -> None:
+        """Recompute, compile or cut the blocks, as ``run`` says."""
+        configure_networks(self, self.config.run)
 
     def configure_optimizers(self) -> Any:
         """Return two optimizers, each with its schedule."""

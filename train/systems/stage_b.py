@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -13,19 +13,25 @@ from cascade.diffusion.schedules import CosineSchedule
 from cascade.text.encoder import TextConfig
 from stages.semantic_compressor import CompressorConfig, SemanticCompressor
 from stages.stage_b import StageB, StageBCondition, StageBConfig
+from stages.stage_b_v2 import StageBV2, StageBV2Condition, StageBV2Config
 from train.callbacks.pictures import PicturesConfig
 from train.callbacks.posthoc_ema import PosthocEmaConfig
 from train.callbacks.validation import ValidationConfig
 from train.data.cached import CachedBatch
 from train.data.config import DataConfig
 from train.draws import StepDraws, step_draws
+from train.initial import check_architecture
+from train.losses.adaptive import AdaptiveWeight
 from train.losses.denoising import (
     DiffusionConfig,
     denoising_loss,
     errors_by_noise,
+    errors_by_sample,
     noise_batch,
     published_errors,
 )
+from train.losses.pyramid import pyramid_noise
+from train.networks import configure_networks
 from train.optim import make_optimizer
 from train.settings import OptimConfig, RunConfig
 
@@ -39,22 +45,38 @@ class StageBRun:
 
     run: RunConfig
     data: DataConfig
-    model: StageBConfig
     text: str
-    """Text encoder's folder; the cache must come from it."""
+    """Text encoder's folder, or a model with one; a cache must come from it."""
     stage_a: str
-    """Stage A's file; the cache must come from it."""
+    """Stage A's file, or a model with one; a cache must come from it."""
+    model: StageBConfig | None = None
+    """Sizes of Stage B."""
+    model_v2: StageBV2Config | None = None
+    """Sizes of Würstchen v2's Stage B instead. Neither: those of ``init_from``."""
+    stage_a_scale: float | None = None
+    """What Stage A's latents are divided by, where its file does not say it: 0.43 for the
+    published one of Stable Cascade, 0.3764 for that of Würstchen v2."""
     compressor: CompressorConfig | None = None
     """Sizes of the semantic compressor that is trained with Stage B."""
+    compressor_init_from: str | None = None
+    """What that compressor starts with: a compressor's weights in any layout, or torchvision's
+    EfficientNetV2-S for ImageNet, whose trunk it takes. null: random weights."""
     frozen_compressor: str | None = None
-    """File of a finished compressor instead: Stage B learns on its cached latents, and a Stage C
-    that was trained on them stays valid."""
+    """A finished compressor instead, a file or a model: Stage B learns on its latents, and a
+    Stage C that was trained on them stays valid."""
+    compressor_input: tuple[float, float] | None = None
+    """Range of the fraction of the picture's size that the finished compressor sees, drawn once
+    a step and rounded down to its stride (0.5 to 1 in Stable Cascade): Stage B then takes latents
+    of several sizes. It needs a stream of pictures. null: the compressor's own fraction."""
     text_states: TextConfig = field(default_factory=TextConfig)
     """How the cache read the text encoder; the network itself sees the pooled states only."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     caption_dropout: float = 0.05
     """Share of samples that see the null prompt."""
+    noise: Literal["white", "pyramid"] = "white"
+    """Kind of noise on the Stage A latents; "pyramid", with coarser noise on top, in Stable
+    Cascade."""
     condition_dropout: float = 0.05
     """Share of samples whose compressor latents are zero (0.05 in v1's code, 0.1 in v3's)."""
     condition_noise: float = 0.3
@@ -69,30 +91,70 @@ class StageBRun:
     posthoc_ema: PosthocEmaConfig | None = None
     """Snapshots from which ``python -m train.posthoc_ema`` makes averages of any length."""
     init_from: str | None = None
-    """Folder with exported stage_b and compressor files to start with."""
+    """What the run starts with: a run's folder with stage_b.safetensors and, if the compressor
+    learns too, compressor.safetensors; or weights of Stage B alone in any layout, a model, or a
+    hub id."""
 
     def __post_init__(self) -> None:
-        """Refuse two compressors, or none."""
+        """Refuse two networks or two compressors, or none."""
+        check_architecture(self)
         if (self.compressor is None) == (self.frozen_compressor is None):
             raise ValueError(
                 "name compressor (sizes of one to train) or frozen_compressor (a finished one's "
                 "file), one of the two"
             )
+        if self.compressor is None and self.compressor_init_from is not None:
+            raise ValueError("compressor_init_from is set but no compressor is trained")
+        if self.compressor_input is not None:
+            low, high = self.compressor_input
+            if not 0 < low <= high <= 1:
+                raise ValueError(f"compressor_input is [{low}, {high}]; 0 < low <= high <= 1")
+            if self.frozen_compressor is None:
+                raise ValueError(
+                    "compressor_input is set but the compressor is trained, at its own "
+                    "compressor.input_fraction"
+                )
+
+    @property
+    def sizes(self) -> StageBConfig | StageBV2Config:
+        """The network's, once they are known."""
+        sizes = self.model_v2 if self.model is None else self.model
+        assert sizes is not None, "with_architecture comes first"
+        return sizes
 
 
 class StageBSystem(LightningModule):
     """Wires Stage B, the compressor if it learns too, their loss and optimizer."""
 
+    null_hidden: Tensor
     null_pooled: Tensor
 
-    def __init__(self, config: StageBRun, null_text: tuple[Tensor, Tensor]) -> None:
-        """Build the networks; ``null_text`` is the hidden (L, D) and pooled (P,) of ""."""
+    def __init__(
+        self,
+        config: StageBRun,
+        null_text: tuple[Tensor, Tensor],
+        frozen_compressor: CompressorConfig | None = None,
+    ) -> None:
+        """Build the networks.
+
+        Args:
+            config: The run.
+            null_text: The hidden (L, D) and pooled (P,) states of "".
+            frozen_compressor: Of a finished compressor: how its latents were shifted and scaled,
+                which Stage B of v2 is told without.
+        """
         super().__init__()
         self.config = config
-        self.network = StageB(config.model)
+        sizes = config.sizes
+        self.network: StageB | StageBV2 = (
+            StageBV2(sizes) if isinstance(sizes, StageBV2Config) else StageB(sizes)
+        )
+        self.adaptive = AdaptiveWeight() if config.diffusion.weight == "adaptive" else None
+        self.latents_of = frozen_compressor or config.compressor
         self.compressor: SemanticCompressor | None = None
         if config.compressor is not None:
             self.compressor = SemanticCompressor(config.compressor)
+        self.register_buffer("null_hidden", null_text[0].float(), persistent=False)
         self.register_buffer("null_pooled", null_text[1].float(), persistent=False)
 
     def exported_networks(self) -> dict[str, nn.Module]:
@@ -105,29 +167,63 @@ class StageBSystem(LightningModule):
         """Return what a network's file says beside its sizes."""
         return self.config.diffusion.metadata() if name == "stage_b" else {}
 
-    def condition(self, batch: CachedBatch, draws: StepDraws) -> StageBCondition:
+    def condition(
+        self, batch: CachedBatch, draws: StepDraws
+    ) -> StageBCondition | StageBV2Condition:
         """Compress the pictures, then noise and drop the result sample by sample."""
-        if self.compressor is None:
-            latents = batch.require("stage_c_latents")  # (B, 16, h, w)
-        else:
-            latents = self.compressor.encode(batch.require("pixels")).float()
         latents = corrupt_latents(
-            latents,
+            self.compressed(batch),
             drop=self.config.condition_dropout,
             noise=self.config.condition_noise,
             noise_t=self.config.condition_noise_t,
             draws=draws,
         )
         drop = draws.uniform("caption dropout", len(batch)) < self.config.caption_dropout
-        drop = drop.to(latents.device)
-        pooled = torch.where(drop[:, None], self.null_pooled, batch.require("text_pooled"))
+        return self.told(batch, latents, drop.to(latents.device))
+
+    def compressed(self, batch: CachedBatch) -> Tensor:
+        """Return the compressor's latents (B, 16, h, w) as the network is told them."""
+        if self.compressor is None:
+            latents = batch.require("stage_c_latents")
+        else:
+            latents = self.compressor.encode(batch.require("pixels")).float()
+        if isinstance(self.network, StageBV2):  # raw values, as the pipeline tells them
+            assert self.latents_of is not None, "a run has a compressor"
+            latents = latents * self.latents_of.scale - self.latents_of.shift
+        return latents
+
+    def told(
+        self, batch: CachedBatch, latents: Tensor, drop: Tensor | None = None
+    ) -> StageBCondition | StageBV2Condition:
+        """Return the network's condition; samples of ``drop`` (B,) lose their caption."""
+        if isinstance(self.network, StageBV2):
+            hidden = batch.require("text_hidden")
+            if drop is not None:
+                hidden = torch.where(drop[:, None, None], self.null_hidden, hidden)
+            return StageBV2Condition(stage_c_latents=latents, text_hidden=hidden)
+        pooled = batch.require("text_pooled")
+        if drop is not None:
+            pooled = torch.where(drop[:, None], self.null_pooled, pooled)
         return StageBCondition(stage_c_latents=latents, text_pooled=pooled)
 
     def training_step(self, batch: CachedBatch, batch_idx: int) -> Tensor:
         """Noise the Stage A latents, predict, compare."""
         draws = step_draws(self, self.config.run.seed, batch_idx)
-        noised = noise_batch(batch.require("stage_a_latents"), self.config.diffusion, draws)
+        x0 = batch.require("stage_a_latents")
+        noise = None
+        if self.config.noise == "pyramid":
+            batch_size, channels, height, width = x0.shape
+            noise = pyramid_noise((batch_size, channels, height, width), draws)
+        noised = noise_batch(x0, self.config.diffusion, draws, noise)
         predicted = self.network(noised.x_t, noised.network_time, self.condition(batch, draws))
+        if self.adaptive is not None:
+            noised = self.adaptive.reweigh(
+                noised,
+                errors_by_sample(predicted.detach(), noised),
+                self.config.diffusion.noise_schedule().log_snr(noised.t),
+                ends_step=draws.micro == draws.micros - 1,
+                summed=self._summed,
+            )
         loss, mse = denoising_loss(predicted, noised)
         self.log("loss", loss, prog_bar=True, sync_dist=True)
         self.log("mse", mse, sync_dist=True)
@@ -135,14 +231,16 @@ class StageBSystem(LightningModule):
             self.log_dict(errors_by_noise(predicted, noised))
         return loss
 
+    def configure_model(self) -> None:
+        """Recompute, compile or cut the blocks, as ``run`` says."""
+        configure_networks(self, self.config.run)
+
+    def _summed(self, part: Tensor) -> Tensor:
+        return self.trainer.strategy.reduce(part, reduce_op="sum")  # type: ignore[return-value]
+
     def validation_errors(self, batch: CachedBatch, draws: StepDraws) -> tuple[Tensor, Tensor]:
         """Return each sample's published loss and time, on whole and clean conditions."""
-        latents = (
-            batch.require("stage_c_latents")
-            if self.compressor is None
-            else self.compressor.encode(batch.require("pixels")).float()
-        )
-        cond = StageBCondition(stage_c_latents=latents, text_pooled=batch.require("text_pooled"))
+        cond = self.told(batch, self.compressed(batch))
 
         def network(x_t: Tensor, time: Tensor) -> Tensor:
             return self.network(x_t, time, cond)

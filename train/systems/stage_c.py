@@ -11,19 +11,24 @@ from torch import Tensor, nn
 
 from cascade.text.encoder import TextConfig
 from stages.stage_c import StageC, StageCCondition, StageCConfig
+from stages.stage_c_v2 import StageCV2, StageCV2Condition, StageCV2Config
 from train.callbacks.pictures import PicturesConfig
 from train.callbacks.posthoc_ema import PosthocEmaConfig
 from train.callbacks.validation import ValidationConfig
 from train.data.cached import CachedBatch
 from train.data.config import DataConfig
 from train.draws import StepDraws, step_draws
+from train.initial import check_architecture
+from train.losses.adaptive import AdaptiveWeight
 from train.losses.denoising import (
     DiffusionConfig,
     denoising_loss,
     errors_by_noise,
+    errors_by_sample,
     noise_batch,
     published_errors,
 )
+from train.networks import configure_networks
 from train.optim import make_optimizer
 from train.settings import OptimConfig, RunConfig
 
@@ -34,11 +39,16 @@ class StageCRun:
 
     run: RunConfig
     data: DataConfig
-    model: StageCConfig
     text: str
-    """Text encoder's folder; the cache must come from it."""
+    """Text encoder's folder, or a model with one; a cache must come from it."""
     compressor: str
-    """Semantic compressor's file; the cache must come from it."""
+    """Semantic compressor's file, or a model with one; a cache must come from it."""
+    model: StageCConfig | None = None
+    """Sizes of Stage C."""
+    model_v2: StageCV2Config | None = None
+    """Sizes of Würstchen v2's Stage C instead. Neither: those of ``init_from``."""
+    image: str | None = None
+    """CLIP's picture tower, or a model with one, for ``image_share``; null: ``text`` has it."""
     text_states: TextConfig = field(default_factory=TextConfig)
     """Which hidden states the network reads; the cache must hold these, and the model folder's
     ``model.json`` must name them under ``text``."""
@@ -63,20 +73,34 @@ class StageCRun:
     posthoc_ema: PosthocEmaConfig | None = None
     """Snapshots from which ``python -m train.posthoc_ema`` makes averages of any length."""
     init_from: str | None = None
-    """Exported Stage C file whose weights the run starts with."""
+    """Stage C that the run starts with: a file or folder in any layout, a model, or a hub id."""
 
     def __post_init__(self) -> None:
-        """Refuse a picture for a network that takes none, and masks that hide all."""
+        """Refuse two networks, what a network does not take, and masks that hide all."""
+        check_architecture(self)
         if not (0 <= self.mask_share < 1 and 0 <= self.mask_until <= 1):
             raise ValueError(
                 f"mask_share={self.mask_share} lies in [0, 1), mask_until={self.mask_until} in "
                 "[0, 1]"
             )
-        if self.image_share > 0 and self.model.image_channels is None:
+        for name in ("image_share", "mask_share"):
+            if getattr(self, name) > 0 and self.model_v2 is not None:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)} but Stage C of Würstchen v2 takes no "
+                    f"{name.removesuffix('_share').replace('image', 'picture')}"
+                )
+        if self.image_share > 0 and self.model is not None and self.model.image_channels is None:
             raise ValueError(
                 f"image_share is {self.image_share} but model.image_channels is null: the network "
                 "takes no picture"
             )
+
+    @property
+    def sizes(self) -> StageCConfig | StageCV2Config:
+        """The network's, once they are known."""
+        sizes = self.model_v2 if self.model is None else self.model
+        assert sizes is not None, "with_architecture comes first"
+        return sizes
 
 
 class StageCSystem(LightningModule):
@@ -89,7 +113,12 @@ class StageCSystem(LightningModule):
         """Build the network; ``null_text`` is the hidden (L, D) and pooled (P,) of ""."""
         super().__init__()
         self.config = config
-        self.network = StageC(config.model)
+        sizes = config.sizes
+        self.network: StageC | StageCV2 = (
+            StageCV2(sizes) if isinstance(sizes, StageCV2Config) else StageC(sizes)
+        )
+        self.patch_size = 1 if isinstance(sizes, StageCV2Config) else sizes.patch_size
+        self.adaptive = AdaptiveWeight() if config.diffusion.weight == "adaptive" else None
         self.register_buffer("null_hidden", null_text[0].float(), persistent=False)
         self.register_buffer("null_pooled", null_text[1].float(), persistent=False)
 
@@ -101,7 +130,9 @@ class StageCSystem(LightningModule):
         """Return what a network's file says beside its sizes."""
         return self.config.diffusion.metadata() if name == "stage_c" else {}
 
-    def condition(self, batch: CachedBatch, draws: StepDraws) -> StageCCondition:
+    def condition(
+        self, batch: CachedBatch, draws: StepDraws
+    ) -> StageCCondition | StageCV2Condition:
         """Build the condition; each sample loses its caption, or its picture, on its own draw."""
         config = self.config
         hidden, pooled = batch.require("text_hidden"), batch.require("text_pooled")
@@ -114,11 +145,16 @@ class StageCSystem(LightningModule):
             embeds = batch.require("image_embeds")
             image = (given.to(embeds)[:, None] * embeds)[:, None]  # (B, 1, E)
         drop = drop.to(hidden.device)
-        return StageCCondition(
-            image=image,
-            text_hidden=torch.where(drop[:, None, None], self.null_hidden, hidden),
-            text_pooled=torch.where(drop[:, None], self.null_pooled, pooled),
-        )
+        hidden = torch.where(drop[:, None, None], self.null_hidden, hidden)
+        return self.told(hidden, torch.where(drop[:, None], self.null_pooled, pooled), image)
+
+    def told(
+        self, hidden: Tensor, pooled: Tensor, image: Tensor | None
+    ) -> StageCCondition | StageCV2Condition:
+        """Return the network's condition; that of v2 is told the hidden states alone."""
+        if isinstance(self.network, StageCV2):
+            return StageCV2Condition(text_hidden=hidden)
+        return StageCCondition(text_hidden=hidden, text_pooled=pooled, image=image)
 
     def visible(self, latents: Tensor, draws: StepDraws) -> Tensor | None:
         """Draw which positions the network sees: ``(B, 1, H, W)`` of 0 and 1; None: all.
@@ -128,7 +164,7 @@ class StageCSystem(LightningModule):
         share, until = self.config.mask_share, self.config.mask_until
         if share == 0 or draws.step >= until * self.config.run.max_steps:
             return None
-        side = self.config.model.patch_size
+        side = self.patch_size
         height, width = latents.shape[-2] // side, latents.shape[-1] // side
         hidden = min(round(share * height * width), height * width - 1)
         ranks = draws.share(
@@ -144,10 +180,21 @@ class StageCSystem(LightningModule):
         noised = noise_batch(batch.require("stage_c_latents"), self.config.diffusion, draws)
         cond = self.condition(batch, draws)
         visible = self.visible(noised.x_t, draws)
-        predicted = self.network(noised.x_t, noised.network_time, cond, visible)
+        if isinstance(self.network, StageC):
+            predicted = self.network(noised.x_t, noised.network_time, cond, visible)
+        else:
+            predicted = self.network(noised.x_t, noised.network_time, cond)
         if visible is not None:  # by patch -> by position
-            visible = visible.repeat_interleave(self.config.model.patch_size, dim=2)
-            visible = visible.repeat_interleave(self.config.model.patch_size, dim=3)
+            visible = visible.repeat_interleave(self.patch_size, dim=2)
+            visible = visible.repeat_interleave(self.patch_size, dim=3)
+        if self.adaptive is not None:
+            noised = self.adaptive.reweigh(
+                noised,
+                errors_by_sample(predicted.detach(), noised, visible),
+                self.config.diffusion.noise_schedule().log_snr(noised.t),
+                ends_step=draws.micro == draws.micros - 1,
+                summed=self._summed,
+            )
         loss, mse = denoising_loss(predicted, noised, visible)
         self.log("loss", loss, prog_bar=True, sync_dist=True)
         self.log("mse", mse, sync_dist=True)
@@ -155,10 +202,16 @@ class StageCSystem(LightningModule):
             self.log_dict(errors_by_noise(predicted, noised))
         return loss
 
+    def configure_model(self) -> None:
+        """Recompute, compile or cut the blocks, as ``run`` says."""
+        configure_networks(self, self.config.run)
+
+    def _summed(self, part: Tensor) -> Tensor:
+        return self.trainer.strategy.reduce(part, reduce_op="sum")  # type: ignore[return-value]
+
     def validation_errors(self, batch: CachedBatch, draws: StepDraws) -> tuple[Tensor, Tensor]:
         """Return each sample's published loss and time, with its caption and without a picture."""
-        hidden, pooled = batch.require("text_hidden"), batch.require("text_pooled")
-        cond = StageCCondition(text_hidden=hidden, text_pooled=pooled)
+        cond = self.told(batch.require("text_hidden"), batch.require("text_pooled"), None)
 
         def network(x_t: Tensor, time: Tensor) -> Tensor:
             return self.network(x_t, time, cond)

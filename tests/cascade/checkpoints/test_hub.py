@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import re
 import shutil
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
@@ -20,6 +14,7 @@ from safetensors.torch import save_file
 
 import sample
 from cascade.checkpoints.hub import ModelFiles, resolve
+from cascade.checkpoints.hub_choice import Part
 from cascade.checkpoints.readers import open_weights
 from cascade.errors import UserError
 from cascade.pipelines.cascade import CascadePipeline
@@ -27,207 +22,15 @@ from cascade.pipelines.parts import OwnFolder, open_source
 from cascade.pipelines.unet import UNetPipeline
 from cascade.pipelines.unet_parts import is_unet
 from cascade.pipelines.unet_plan import UNetSettings
-from cascade.tools.convert import convert
+from tests.fake_hub import COMMIT, LARGE, OLD_COMMIT, V3, V3_PRIOR, Hub, read_files, sha256_of
 from tests.unet_models import save_tiny
-
-V3, V3_PRIOR = "stabilityai/stable-cascade", "stabilityai/stable-cascade-prior"
-COMMIT = "1" * 40
-OLD_COMMIT = "2" * 40
-_LARGE = (".safetensors", ".bin")
-
-
-class Hub:
-    """Repositories as dictionaries, and what was asked."""
-
-    def __init__(self) -> None:
-        self.repositories: dict[str, dict[str, bytes]] = {}
-        self.revisions = {"main": COMMIT, COMMIT: COMMIT, "old": OLD_COMMIT, OLD_COMMIT: OLD_COMMIT}
-        self.gated: set[str] = set()
-        self.asked: list[tuple[str, str, str | None]] = []
-        self.cut: list[int] = []
-        """For each request for content to come, the bytes after which the connection closes."""
-        self.served_instead: dict[str, bytes] = {}
-        self.unauthorized = False
-        self.status: int | None = None
-        hub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self) -> None:
-                hub.answer(self, with_body=True)
-
-            def do_HEAD(self) -> None:
-                hub.answer(self, with_body=False)
-
-            def log_message(self, *values: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.address = f"http://127.0.0.1:{self.server.server_address[1]}"
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
-
-    def content(self) -> list[str]:
-        """Paths of files whose content was asked for, as ``name:path``."""
-        found = []
-        for method, path, _ in self.asked:
-            match = re.fullmatch(r"/(.+/.+)/resolve/[^/]+/(.+)", path)
-            if method == "GET" and match:
-                found.append(f"{match[1]}:{match[2]}")
-        return found
-
-    def answer(self, request: BaseHTTPRequestHandler, with_body: bool) -> None:
-        path = unquote(urlsplit(request.path).path)
-        byte_range = request.headers.get("Range")
-        self.asked.append((request.command, path, byte_range))
-        if self.status is not None:
-            return _send(request, self.status, {}, b"")
-        listing = re.fullmatch(r"/api/models/([^/]+/[^/]+)/revision/(.+)", path)
-        file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
-        match = listing or file
-        assert match is not None, f"{path}: nothing that a client should ask for"
-        if self.unauthorized:
-            return _send(request, 403, {}, b"")
-        if match[1] not in self.repositories:
-            return _send(request, 404, {"X-Error-Code": "RepoNotFound"}, b"")
-        if match[2] not in self.revisions:
-            return _send(request, 404, {"X-Error-Code": "RevisionNotFound"}, b"")
-        commit, files = self.revisions[match[2]], self.repositories[match[1]]
-        if listing:
-            siblings = [_sibling(name, content) for name, content in files.items()]
-            body = {"id": match[1], "sha": commit, "siblings": siblings}
-            return _send(request, 200, {"Content-Type": "application/json"}, json.dumps(body))
-        if match[1] in self.gated:
-            return _send(request, 401, {"X-Error-Code": "GatedRepo"}, b"")
-        body = self.served_instead.get(match[3], files[match[3]])
-        headers = {"ETag": f'"{_sha256(files[match[3]])}"', "X-Repo-Commit": commit}
-        status, start = 200, 0
-        if byte_range:
-            start = int(byte_range.removeprefix("bytes=").split("-")[0])
-            status = 206
-            headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
-        cut = self.cut.pop(0) if with_body and self.cut else None
-        _send(request, status, headers, body[start:], cut=cut, with_body=with_body)
-
-
-def _send(
-    request: BaseHTTPRequestHandler,
-    status: int,
-    headers: dict[str, str],
-    body: bytes | str,
-    *,
-    cut: int | None = None,
-    with_body: bool = True,
-) -> None:
-    body = body.encode() if isinstance(body, str) else body
-    if cut == 0:
-        request.close_connection = True
-        return
-    request.send_response(status)
-    for name, value in headers.items():
-        request.send_header(name, value)
-    request.send_header("Content-Length", str(len(body)))
-    request.end_headers()
-    if with_body and request.command != "HEAD":
-        request.wfile.write(body if cut is None else body[:cut])
-    request.close_connection = cut is not None
-
-
-def _sibling(name: str, content: bytes) -> dict[str, Any]:
-    git = hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
-    sibling: dict[str, Any] = {"rfilename": name, "size": len(content), "blobId": git}
-    if name.endswith(_LARGE):
-        sibling["lfs"] = {"size": len(content), "sha256": _sha256(content), "pointerSize": 130}
-    return sibling
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """An empty hub and an empty cache."""
-    import huggingface_hub
-
-    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN", "HTTP_PROXY", "http_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    constants = "huggingface_hub.constants."
-    monkeypatch.setattr(constants + "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants + "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants + "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    monkeypatch.setattr(constants + "DOWNLOAD_CHUNK_SIZE", 256)
-    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
-    huggingface_hub.close_session()
-    imitation = Hub()
-    monkeypatch.setenv("HF_ENDPOINT", imitation.address)
-    yield imitation
-    imitation.close()
-
-
-@pytest.fixture
-def no_answer(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    """A hub that nobody can reach."""
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    return hub
-
-
-@pytest.fixture(scope="session")
-def two_folders(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole cascade as the two pipeline folders of diffusers."""
-    folder = tmp_path_factory.mktemp("published") / "tiny"
-    convert(tiny_model, "diffusers", folder, torch.float32)
-    return folder
-
-
-@pytest.fixture
-def two(hub: Hub, two_folders: Path) -> Hub:
-    """The tiny cascade as the hub has Stable Cascade, large files beside it included."""
-    for name, part in ((V3, "decoder"), (V3_PRIOR, "prior")):
-        files = _read(two_folders / part)
-        for path in [path for path in files if path.endswith(".safetensors")]:
-            files[path.replace(".safetensors", ".bf16.safetensors")] = b"half " + files[path]
-            files[path.replace(".safetensors", ".bin")] = b"pickle"
-        for path in [path for path in files if path.startswith(f"{part}/")]:
-            files[path.replace(f"{part}/", f"{part}_lite/")] = b"lite " + files[path]
-        files["README.md"] = b"# a model"
-        hub.repositories[name] = files
-    for path in ("stage_c.safetensors", "comfyui_checkpoints/stage_b.safetensors"):
-        hub.repositories[V3][path] = b"gigabytes"
-    for path in ("effnet_encoder.safetensors", "previewer.safetensors", "controlnet/a.safetensors"):
-        hub.repositories[V3][path] = f"not of this test: {path}".encode()
-    hub.repositories[V3_PRIOR] |= {
-        "image_encoder/model.safetensors": b"a gigabyte",
-        "image_encoder/model.bf16.safetensors": b"half a gigabyte",
-        "image_encoder/config.json": b'{"model_type": "clip_vision_model"}',
-        "feature_extractor/preprocessor_config.json": b'{"size": 224}',
-    }
-    return hub
-
-
-def _read(folder: Path) -> dict[str, bytes]:
-    paths = (path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
-
-
-@pytest.fixture
-def own(hub: Hub, tiny_model: Path) -> Hub:
-    """A model of our own layout on the hub."""
-    hub.repositories["someone/model"] = _read(tiny_model)
-    return hub
 
 
 def weights(files: ModelFiles) -> set[str]:
     """Names of a model's weights, from their folder's name on."""
     assert files.files is not None
     return {
-        path.relative_to(path.parents[1]).as_posix()
-        for path in files.files
-        if path.suffix in _LARGE
+        path.relative_to(path.parents[1]).as_posix() for path in files.files if path.suffix in LARGE
     }
 
 
@@ -314,7 +117,9 @@ def test_our_own_layout_is_downloaded_once_and_opened(own: Hub, tiny_model: Path
     assert isinstance(open_source(files), OwnFolder)
     asked = own.content()
     assert len(asked) == len(set(asked))
-    expected = {path for path in _read(tiny_model) if path.startswith("text/") or "/" not in path}
+    expected = {
+        path for path in read_files(tiny_model) if path.startswith("text/") or "/" not in path
+    }
     assert {name.split(":")[1] for name in asked} == expected
 
     own.asked.clear()
@@ -342,7 +147,7 @@ def test_only_what_is_needed_of_two_repositories_is_downloaded(two: Hub) -> None
         f"{COMMIT}/effnet_encoder.safetensors",
         f"{COMMIT}/previewer.safetensors",
     }
-    large = [name for name in two.content() if name.endswith(_LARGE)]
+    large = [name for name in two.content() if name.endswith(LARGE)]
     assert len(large) == 7 and f"{V3}:text_encoder/model.safetensors" in large
     assert f"{V3_PRIOR}:prior/diffusion_pytorch_model.safetensors" in large
     assert not any("scheduler" in name or "README" in name for name in two.content())
@@ -461,7 +266,7 @@ def test_a_repository_of_something_else_is_one_line_and_no_download(hub: Hub) ->
 
 
 def test_one_repository_with_both_pipelines_is_a_model(hub: Hub, two_folders: Path) -> None:
-    hub.repositories["someone/model"] = _read(two_folders)
+    hub.repositories["someone/model"] = read_files(two_folders)
     source = open_source(resolve("someone/model"))
     assert source.spec.generation == "v3"
 
@@ -607,7 +412,7 @@ def test_a_wrong_hash_is_named_and_nothing_of_it_stays(own: Hub, tmp_path: Path)
         resolve("someone/model")
     the_line(caught)
     blobs = tmp_path / "cache" / "models--someone--model" / "blobs"
-    assert not [path for path in blobs.iterdir() if path.name.startswith(_sha256(content))]
+    assert not [path for path in blobs.iterdir() if path.name.startswith(sha256_of(content))]
     assert not list(blobs.glob("*.incomplete"))
     own.served_instead.clear()
     files = resolve("someone/model")
@@ -678,6 +483,45 @@ def test_a_listing_that_is_none_is_one_line(own: Hub) -> None:
     the_line(caught)
 
 
+# A part of a model
+
+
+@pytest.mark.parametrize(
+    ("part", "expected"),
+    [
+        ("stage_a", {"vqgan/diffusion_pytorch_model.safetensors"}),
+        ("stage_b", {"decoder/diffusion_pytorch_model.safetensors"}),
+        ("stage_c", {"prior/diffusion_pytorch_model.safetensors"}),
+        ("text", {"text_encoder/model.safetensors"}),
+        ("image_encoder", {"image_encoder/model.safetensors"}),
+        ("compressor", {f"{COMMIT}/effnet_encoder.safetensors"}),
+        ("previewer", {f"{COMMIT}/previewer.safetensors"}),
+    ],
+)
+def test_of_a_part_nothing_else_is_downloaded(two: Hub, part: Part, expected: set[str]) -> None:
+    assert weights(resolve(V3, part=part)) == expected
+    large = [name for name in two.content() if name.endswith(LARGE)]
+    assert len(large) == 1, large
+
+
+def test_a_part_that_is_here_needs_no_hub(two: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = resolve(V3, part="stage_a")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert weights(resolve(V3, part="stage_a")) == weights(files)
+    with pytest.raises(UserError, match="no prior in it"):
+        resolve(V3, part="stage_c")
+
+
+def test_a_part_that_a_model_lacks_is_named(two: Hub, own: Hub) -> None:
+    del two.repositories[V3]["effnet_encoder.safetensors"]
+    with pytest.raises(UserError, match=r"no effnet_encoder\.safetensors in it"):
+        resolve(V3, part="compressor")
+    del own.repositories["someone/model"]["previewer.safetensors"]
+    with pytest.raises(UserError, match="no previewer beside its"):
+        resolve("someone/model", part="previewer")
+    assert weights(resolve("someone/model", part="stage_b")) == {f"{COMMIT}/stage_b.safetensors"}
+
+
 # U-Nets
 
 
@@ -685,7 +529,7 @@ def test_a_unets_repository_gives_its_networks_once_and_makes_a_picture(
     hub: Hub, tmp_path: Path
 ) -> None:
     name = "someone/koala"
-    files = _read(save_tiny(tmp_path / "model", "sdxl"))
+    files = read_files(save_tiny(tmp_path / "model", "sdxl"))
     weights_file = "unet/diffusion_pytorch_model.safetensors"
     others = {
         "unet/diffusion_pytorch_model.fp16.safetensors": files[weights_file],

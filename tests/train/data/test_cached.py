@@ -197,8 +197,8 @@ def test_a_network_that_does_not_fit_the_pictures_is_refused(source, tmp_path, t
         ({}, "name a network: --text, --image, --stage-a or"),
         ({"text": "/none", "batch_size": 0}, "--batch-size 0"),
         ({"text": "/none", "device": "cudaa"}, "device 'cudaa'"),
-        ({"text": "/none"}, "/none: no config.json in it"),
-        ({"stage_a": "/none.safetensors"}, "/none.safetensors: no such weights file"),
+        ({"text": "/none"}, "/none: no such file or folder"),
+        ({"stage_a": "/none.safetensors"}, "/none.safetensors: no such file or folder"),
     ],
 )
 def test_bad_precompute_options_are_refused(arguments, message, shards, tmp_path):

@@ -242,3 +242,16 @@ def test_a_worker_that_dies_is_one_clear_line(several_shapes):
     with pytest.raises(UserError, match=r"a data worker has died.*fewer data\.workers"):
         for _ in range(50):
             next(batches)
+
+
+def test_shapes_of_any_area_can_be_named():
+    config = BucketConfig(shapes=((768, 1280), (1280, 768)))
+    buckets = Buckets.of(768, config)
+    assert [buckets.name(number) for number in range(3)] == ["768x1280", "768x768", "1280x768"]
+    assert buckets.of_sizes(np.array([1000, 500, 3000]), np.array([900, 900, 1000])).tolist() == [
+        1,
+        2,
+        0,
+    ]
+    with pytest.raises(ValueError, match="shapes has 4x16"):
+        BucketConfig(shapes=((4, 16),))
