@@ -271,7 +271,8 @@ def _present(sizes: Mapping[str, Footprint], ways: Mapping[str, Way], step: str)
 
 
 def _working(size: Footprint, step: str, batch: int) -> int:
-    alone = step.startswith("text") or step in _READING  # prompts and pictures come one at a time
+    # Prompts and pictures come one at a time, and a U-Net's autoencoder decodes so.
+    alone = step.startswith("text") or step in _READING or step == "autoencoder"
     return size.working * (1 if alone else batch)
 
 
