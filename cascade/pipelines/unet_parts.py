@@ -144,7 +144,12 @@ class UNetSource:
                 "in, for inpainting or editing, which is not here"
             )
         self.is_sdxl = config.text_pooled_channels is not None
-        self.spec = self._make_spec(unet)
+        try:
+            self.spec = self._make_spec(unet)
+        except UserError:
+            raise
+        except ValueError as error:  # sizes of which no settings can be made
+            raise UserError(f"{self.where}: {error}") from error
 
     @property
     def unet_config(self) -> UNetConfig:

@@ -197,7 +197,7 @@ def _as_declared(
             ),
             notices,
         )
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"{where}: {error}") from error
 
 
