@@ -14,6 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from cascade.tools.convert import convert
 
@@ -165,9 +166,12 @@ def no_answer(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
 
 @pytest.fixture(scope="session")
 def two_folders(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole cascade as the two pipeline folders of diffusers."""
+    """A whole cascade as the two pipeline folders of diffusers, with nothing of ours beside it."""
     folder = tmp_path_factory.mktemp("published") / "tiny"
     convert(tiny_model, "diffusers", folder, torch.float32)
+    (folder / "cascade.json").unlink()
+    for path in folder.rglob("diffusion_pytorch_model.safetensors"):
+        save_file(load_file(path), path, metadata={"format": "pt"})
     return folder
 
 

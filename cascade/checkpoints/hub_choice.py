@@ -18,6 +18,7 @@ from cascade.errors import UserError
 Part = Literal["stage_a", "stage_b", "stage_c", "compressor", "previewer", "text", "image_encoder"]
 """What can be wanted of a cascade by itself."""
 OWN_SETTINGS = "model.json"
+CONVERTED_SETTINGS = "cascade.json"
 _OWN_NETWORKS = ("stage_a", "stage_b", "stage_c", "compressor", "previewer")
 _OWN_NEEDED = ("stage_a", "stage_b", "stage_c")
 _SINGLE_FILES = ("effnet_encoder", "previewer")
@@ -319,4 +320,5 @@ def _is_licence(name: str) -> bool:
 
 def _is_extra(name: str) -> bool:
     singles = {f"{single}.safetensors" for single in _SINGLE_FILES}
-    return name == "model_index.json" or name in singles or _is_licence(name)
+    settings = ("model_index.json", CONVERTED_SETTINGS)
+    return name in settings or name in singles or _is_licence(name)

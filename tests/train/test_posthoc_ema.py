@@ -86,6 +86,14 @@ def test_the_stored_averages_go_on_over_a_resumption(stored, make_run):
         )
 
 
+def test_a_finished_run_that_is_resumed_keeps_its_averages(stored):
+    before = {one.path: one.path.read_bytes() for one in find_snapshots(stored.out, "stage_c")}
+    assert stored.start("--resume") == 0
+    assert {path: path.read_bytes() for path in before} == before
+    assert stored.start("--resume", "--run.max_steps", 5) == 0
+    assert find_snapshots(stored.out, "stage_c")[-1].step == 5
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

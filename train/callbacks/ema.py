@@ -74,6 +74,8 @@ class WeightAverage(Callback):
 
         Without FSDP these are the tensors that the average goes on in.
         """
+        if name not in self._networks:  # no step was left to make: as the checkpoint brought it
+            return self.averages[name]
         return gathered(self.loadable(name))
 
     def loadable(self, name: str) -> dict[str, Tensor]:

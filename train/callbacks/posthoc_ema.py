@@ -141,6 +141,8 @@ class PosthocEma(Callback):
 
     def _whole(self) -> dict[str, dict[str, Tensor]]:
         """Return whole averages; under FSDP all ranks must take part."""
+        if not self._networks:  # no step was left to make: as the checkpoint brought them
+            return self.averages
         return {
             named: gathered(cut_as(self._network_of(named), average))
             for named, average in self.averages.items()

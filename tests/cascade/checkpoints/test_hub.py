@@ -19,9 +19,11 @@ from cascade.checkpoints.readers import open_weights
 from cascade.errors import UserError
 from cascade.pipelines.cascade import CascadePipeline
 from cascade.pipelines.parts import OwnFolder, open_source
+from cascade.pipelines.spec import load_spec
 from cascade.pipelines.unet import UNetPipeline
 from cascade.pipelines.unet_parts import is_unet
 from cascade.pipelines.unet_plan import UNetSettings
+from cascade.tools.convert import convert
 from tests.fake_hub import COMMIT, LARGE, OLD_COMMIT, V3, V3_PRIOR, Hub, read_files, sha256_of
 from tests.unet_models import save_tiny
 
@@ -269,6 +271,14 @@ def test_one_repository_with_both_pipelines_is_a_model(hub: Hub, two_folders: Pa
     hub.repositories["someone/model"] = read_files(two_folders)
     source = open_source(resolve("someone/model"))
     assert source.spec.generation == "v3"
+
+
+def test_a_converted_model_on_the_hub_brings_its_settings(
+    hub: Hub, tiny_model: Path, tmp_path: Path
+) -> None:
+    convert(tiny_model, "diffusers", tmp_path / "out", torch.float32)
+    hub.repositories["someone/model"] = read_files(tmp_path / "out")
+    assert open_source(resolve("someone/model")).spec == load_spec(tiny_model)
 
 
 def test_a_variant_of_a_folder_here_is_chosen_too(two_folders: Path, tmp_path: Path) -> None:
