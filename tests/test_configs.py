@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -226,3 +228,27 @@ def test_a_preset_that_can_t_be_is_refused_in_one_line(
     assert started == []
     [line] = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+def test_the_script_trains_what_is_there_under_a_kind_that_is_known(tmp_path: Path) -> None:
+    """Its last steps come after hours: every name must lead to a command that starts."""
+    script = (ROOT / "configs/demo/make.sh").read_text()
+    names = re.findall(r"^train (\w+)$", script, re.MULTILINE)
+    assert len(names) >= 9
+    function = re.search(r"^train\(\) \{.*?^\}", script, re.MULTILINE | re.DOTALL)
+    assert function is not None
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    calls = "\n".join(f"train {name} || true" for name in names)
+    said = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", f"{function[0]}\n{calls}"],
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    for name, line in zip(names, said, strict=True):
+        config = ROOT / "configs/demo" / f"{name}.yaml"
+        assert config.is_file()
+        assert line == f"-m train {_kind(config)} --config configs/demo/{name}.yaml --resume"

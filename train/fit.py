@@ -119,7 +119,6 @@ def prepare(run: RunConfig, config: object, *, resume: bool) -> Prepared:
     except OSError as error:
         raise UserError(f"run.out {out}: can't be made: {error.strerror}") from error
     atomic_write_text(out / "config.yaml", yaml.safe_dump(values, sort_keys=False))
-    (out / DONE_FILE).unlink(missing_ok=True)
     if _global_rank() == 0:
         note_start(out)
     return Prepared(out, newest, clock)
@@ -202,6 +201,8 @@ def fit(
     if newest is not None:
         start_step = checkpoint_global_step(newest) // optimizers
         _log.info("resuming %s at step %d of %d", out, start_step, run.max_steps)
+    if start_step < run.max_steps:
+        (out / DONE_FILE).unlink(missing_ok=True)
     errors = RankErrors()
     stop, ledger = Stop(run.max_minutes, errors), Ledger(prepared.clock, out, run.log_every_steps)
     trainer = _trainer(system, run, optim, stop, ledger, callbacks, last)

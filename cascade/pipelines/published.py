@@ -29,7 +29,13 @@ from cascade.checkpoints.load import build
 from cascade.errors import UserError
 from cascade.pipelines.parts import CascadeParts, Dialect
 from cascade.pipelines.placement import STABLE_CASCADE, Dtypes, refuse_overflow
-from cascade.pipelines.spec import CONVERTED_SPEC_FILE, CascadeSpec, StageSampling, load_spec
+from cascade.pipelines.spec import (
+    CONVERTED_SPEC_FILE,
+    SPEC_FILE,
+    CascadeSpec,
+    StageSampling,
+    load_spec,
+)
 from cascade.text.encoder import TextConfig, TextEncoder
 from cascade.text.picture_encoder import PictureEncoder
 from stages.stage_b import StageBConfig
@@ -119,6 +125,11 @@ class PublishedFiles:
         for kind in ("stage_c", "stage_b"):
             part = self._part(kind)
             if CLASS_KEY in part.opened.metadata and part.published.config not in _PUBLISHED:
+                if part.published.layout == "ours":
+                    raise UserError(
+                        f"{part.opened.where}: a file of Cascade's own layout, but no {SPEC_FILE} "
+                        f"in {self.where}; name the model's own folder"
+                    )
                 raise UserError(
                     f"{part.opened.where}: converted by Cascade, but {CONVERTED_SPEC_FILE}, which "
                     f"says how it is sampled, is not in {self.where}; copy it from the converted "

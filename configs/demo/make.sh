@@ -8,11 +8,11 @@ shards=data/demo
 cache=runs/demo/cache
 
 for split in train test test_combo test_concept; do
-  [ -d "$shards/$split" ] && continue
   for set in emoji grocery clothing; do
     case "$set-$split" in
       emoji-test | grocery-test_* | clothing-test_*) continue ;; # splits that the set does not have
     esac
+    [ -f "$shards/$split/$set-000000.tar" ] && continue # a set's shards appear together
     background=0
     [ "$set-$split" = emoji-train ] && background=0.2
     python -m train.data write --from "$data/$set.zip" --out "$shards/$split" --name "$set" \
@@ -23,7 +23,9 @@ done
 train() { # name of a configuration: trains it, or goes on with it, or leaves it when it is done
   [ -f "runs/demo/$1/done" ] && return
   local kind=${1%_joint}
-  python -m train "${kind%_last}" --config "configs/demo/$1.yaml" --resume
+  kind=${kind%_last}
+  kind=${kind%_more}
+  python -m train "$kind" --config "configs/demo/$1.yaml" --resume
   [ -f "runs/demo/$1/done" ] # a run that was told to stop ends the script as well
 }
 

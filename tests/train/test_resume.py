@@ -85,7 +85,9 @@ def test_a_finished_run_can_be_resumed_and_prolonged(make_run):
     run = make_run("previewer")
     run.start()
     before = load_file(run.out / "previewer.safetensors")
+    assert (run.out / "done").is_file()
     assert run.start("--resume") == 0
+    assert (run.out / "done").is_file()
     after = load_file(run.out / "previewer.safetensors")
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert run.start("--resume", "--run.max_steps", 6) == 0

@@ -159,7 +159,11 @@ def _check(options: argparse.Namespace, rest: list[str]) -> int:
     if options.config is not None:
         where, whole = str(options.config), _yaml(options.config)
         values = dict(whole.get("data") or {})
-        ranks = int((whole.get("run") or {}).get("devices", 1))
+        run = whole.get("run") or {}
+        found_devices = run.get("devices", 1) if isinstance(run, dict) else None
+        if not isinstance(found_devices, int) or isinstance(found_devices, bool):
+            raise UserError(f"{where}: run: a section with devices, a whole number, is needed")
+        ranks = found_devices
     # A positional argument of argparse would take the value of the first key for itself.
     if rest and not rest[0].startswith("--"):
         values["shards"], *rest = rest

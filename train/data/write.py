@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import logging
 import random
 import re
 import tarfile
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -23,7 +25,7 @@ from cascade.errors import UserError
 from train.data.members import clean_captions
 from train.data.pictures import BROKEN_PICTURE
 from train.data.shards import on_background, shard_name
-from train.data.write_sources import open_source
+from train.data.write_sources import Source, open_source
 
 _log = logging.getLogger(__name__)
 
@@ -83,7 +85,9 @@ class WriteReport:
 
 
 def write_shards(options: WriteOptions) -> WriteReport:
-    """Write shards with members ``KEY.png``, ``KEY.txt``, ``KEY.json``; each appears whole.
+    """Write shards with members ``KEY.png``, ``KEY.txt``, ``KEY.json``.
+
+    They appear, and those that they replace go, when all of them are written.
 
     Raises:
         UserError: No captions, no row of the split, shards that are there already.
@@ -98,9 +102,17 @@ def write_shards(options: WriteOptions) -> WriteReport:
     there = sorted(path for path in options.out.iterdir() if numbered.fullmatch(path.name))
     if there and not options.force:
         raise UserError(f"{there[0]}: is there already; choose another --out or add --force")
-    for old in there:
-        old.unlink()
+    with tempfile.TemporaryDirectory(prefix=f".{name[:32]}.", dir=options.out) as temporary:
+        report = _write_all(source, options, Path(temporary), name)
+        for old in there:
+            old.unlink()
+        for path in sorted(Path(temporary).iterdir()):
+            path.replace(options.out / path.name)
+    _log.info("wrote %d shards with %d pictures to %s", report.shards, report.written, options.out)
+    return report
 
+
+def _write_all(source: Source, options: WriteOptions, out: Path, name: str) -> WriteReport:
     broken: list[str] = []
     keys = _Keys()
     written = shards = 0
@@ -109,15 +121,15 @@ def write_shards(options: WriteOptions) -> WriteReport:
         if options.split not in (None, row.get("split")):
             continue
         try:
-            pending.extend(_variants(keys.of(row), row, source.read(row), options))
+            pending.extend(_variants(keys, row, source.read(row), options))
         except (*BROKEN_PICTURE, KeyError, zipfile.BadZipFile, zlib.error) as error:
             broken.append(f"{row.get('file', '(no file)')}: {error}")
         while len(pending) >= options.shard_size:
             chunk, pending = pending[: options.shard_size], pending[options.shard_size :]
-            _write_shard(shard_name(options.out, name, shards), chunk)
+            _write_shard(shard_name(out, name, shards), chunk)
             written, shards = written + len(chunk), shards + 1
     if pending:
-        _write_shard(shard_name(options.out, name, shards), pending)
+        _write_shard(shard_name(out, name, shards), pending)
         written, shards = written + len(pending), shards + 1
     for line in broken:
         _log.warning("skipped %s", line)
@@ -140,20 +152,29 @@ class _Keys:
             ValueError: The file was listed before.
         """
         path = Path(row["file"])
-        for parts in ([path.stem], path.with_suffix("").parts):
-            # A dot would end the key in a shard, a slash makes it a folder.
-            key = "_".join(parts).replace(".", "_").replace("/", "_")
-            if key not in self.taken and row["file"] not in self.files:
-                self.taken.add(key)
-                self.files.add(row["file"])
-                return key
-        raise ValueError("listed twice")
+        if row["file"] in self.files:
+            raise ValueError("listed twice")
+        self.files.add(row["file"])
+        # A dot would end the key in a shard, a slash makes it a folder.
+        names = (
+            "_".join(parts).replace(".", "_").replace("/", "_")
+            for parts in ([path.stem], path.with_suffix("").parts)
+        )
+        return self.reserve(*names)
+
+    def reserve(self, *names: str) -> str:
+        """Return the first name that is free; if none is, the last with a number."""
+        numbered = (f"{names[-1]}_{number}" for number in itertools.count(2))
+        key = next(one for one in itertools.chain(names, numbered) if one not in self.taken)
+        self.taken.add(key)
+        return key
 
 
 def _variants(
-    key: str, row: dict[str, Any], data: bytes, options: WriteOptions
+    keys: _Keys, row: dict[str, Any], data: bytes, options: WriteOptions
 ) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
     """Yield (key, PNG, metadata) of a picture, and perhaps of its coloured copy."""
+    key = keys.of(row)
     captions = list(clean_captions(row.get("captions") or [row.get("caption") or ""]))
     if not captions:
         raise ValueError("without a caption")
@@ -171,7 +192,7 @@ def _variants(
                 "captions": [f"{text} on a {words} background" for text in captions],
                 "background": words,
             }
-            yield f"{key}_bg", *_member(image, BACKGROUNDS[words], colored, options)
+            yield keys.reserve(f"{key}_bg"), *_member(image, BACKGROUNDS[words], colored, options)
 
 
 def _member(
@@ -206,7 +227,7 @@ def _write_shard(path: Path, samples: list[tuple[str, bytes, dict[str, Any]]]) -
             _add(tar, f"{key}.png", picture)
             _add(tar, f"{key}.txt", row["captions"][0].encode())
             _add(tar, f"{key}.json", json.dumps(row, sort_keys=True, default=str).encode())
-    _log.info("wrote %s: %d pictures", path, len(samples))
+    _log.info("%s: %d pictures", path.name, len(samples))
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:

@@ -63,7 +63,7 @@ class FolderSource:
     def rows(self) -> Iterator[Row]:
         """Yield the rows of the list."""
         try:
-            text = self.listed.read_text(encoding="utf-8")
+            text = self.listed.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise UserError(f"{self.listed}: not a text file in UTF-8") from error
         yield from _listed_rows(text, self.listed.parent, self.listed.name)
@@ -91,7 +91,7 @@ class ZipSource:
     def rows(self) -> Iterator[Row]:
         """Yield the rows of the list."""
         try:
-            text = self.archive.read(_LISTED).decode("utf-8")
+            text = self.archive.read(_LISTED).decode("utf-8-sig")
         except KeyError as error:
             raise UserError(f"{self.path}: no {_LISTED} in it") from error
         yield from _listed_rows(text, self.path, _LISTED)
@@ -189,7 +189,8 @@ def _renamed(row: Row) -> Row:
 
 
 def _listed_rows(text: str, where: Path, name: str) -> Iterator[Row]:
-    for number, line in enumerate(text.splitlines(), start=1):
+    # Not splitlines(): JSON may hold other line separators, such as U+2028, as they are.
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:

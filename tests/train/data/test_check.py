@@ -107,3 +107,12 @@ def test_a_picture_that_only_decoding_shows_to_be_broken_is_found(tmp_path, caps
     path = write_members(tmp_path / "a.tar", rows)
     code, table, _ = check(capsys, path, "--size", 32)
     assert code == 0 and "1  a picture that can't be read: a/b" in table
+
+
+@pytest.mark.parametrize("run", ["{devices: auto}", "[1]", "{devices: true}"])
+def test_a_run_section_that_is_none_is_one_line(run, several_shapes, tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"run: {run}\ndata: {{shards: '{several_shapes}', batch_size: 1}}\n")
+    code, _, error = check(capsys, "--config", path)
+    assert code == 2 and "devices, a whole number, is needed" in error
+    assert error.count("\n") == 1

@@ -214,3 +214,35 @@ def test_a_folder_without_captions_and_a_broken_zip_are_refused(source, tmp_path
     (tmp_path / "x.zip").write_bytes(io.BytesIO(b"PK nothing").getvalue())
     with pytest.raises(UserError, match="not a whole zip file"):
         write_shards(WriteOptions(source=tmp_path / "x.zip", out=tmp_path / "out"))
+
+
+@pytest.mark.parametrize("content", ['{"file": "no.png", "caption": "a"}', None])
+def test_a_write_that_fails_leaves_the_shards_that_were_there(content, source, tmp_path):
+    out = tmp_path / "out"
+    write_shards(WriteOptions(source=source, out=out, name="set"))
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    listed = source / "captions.jsonl"
+    listed.write_text(content if content is not None else listed.read_text() + "\n{broken")
+    with pytest.raises(UserError):
+        write_shards(WriteOptions(source=source, out=out, name="set", force=True))
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_coloured_copy_takes_no_other_picture_s_key(with_alpha, tmp_path):
+    rows = rows_of(with_alpha)
+    first = rows[0]["file"]
+    twin = f"{Path(first).stem}_bg.png"
+    (with_alpha / twin).write_bytes((with_alpha / first).read_bytes())
+    for order in ([*rows, {**rows[0], "file": twin}], [{**rows[0], "file": twin}, *rows]):
+        put_rows(with_alpha, order)
+        out = tmp_path / f"out{order[0]['file']}"
+        samples = written(out, source=with_alpha, background_variants=1.0)
+        assert len(samples) == len({one.key for one in samples}) == 2 * len(order)
+
+
+def test_a_list_with_a_byte_order_mark_and_other_line_separators_is_read(source, tmp_path):
+    rows = rows_of(source)
+    rows[0]["captions"] = ["one\u2028wording"]
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (source / "captions.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    assert len(written(tmp_path / "out", source=source)) == len(rows)
