@@ -131,7 +131,8 @@ def test_frozen_networks_come_from_the_hub_in_a_stream(make_run, two: Hub, tiny_
     effnet = (tmp_path / "original" / "effnet_encoder.safetensors").read_bytes()
     two.repositories[V3]["effnet_encoder.safetensors"] = effnet
     data = {"mode": "exact", "size": 32, "folder": None, "index_folder": str(tmp_path / "index")}
-    run = make_run("stage_b", data=data, text=V3, stage_a=V3, compressor=None, frozen_compressor=V3)
+    frozen = {"text": V3, "stage_a": V3, "stage_a_scale": 0.43, "frozen_compressor": V3}
+    run = make_run("stage_b", data=data, compressor=None, **frozen)
     assert run.start("--run.max_steps", 1) == 0
     large = {name.split(":")[1] for name in two.content() if name.endswith(".safetensors")}
     assert large == {

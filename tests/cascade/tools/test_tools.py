@@ -220,6 +220,15 @@ def test_a_conversion_without_its_settings_is_not_taken_for_the_published_cascad
         open_source(tmp_path / "out")
 
 
+def test_our_own_files_without_their_settings_are_told_as_such(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    (model / "model.json").unlink()
+    with pytest.raises(UserError, match=r"no model\.json in .*name the model's own folder"):
+        open_source(model)
+
+
 def test_a_file_is_no_cascade(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a file; name the folder of the whole cascade"):
         convert(tiny_model / "stage_a.safetensors", tmp_path / "out", "ours")
