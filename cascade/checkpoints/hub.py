@@ -68,6 +68,8 @@ def resolve(
     Raises:
         UserError: If there is no such model, or the download fails.
     """
+    if not str(model).strip():
+        raise UserError("model: the name is empty; name a folder, a file or organisation/name")
     if (file := _local_file(model)) is not None:
         if revision is not None or variant is not None or lite:
             raise UserError(f"{model}: a file here, which has no revision, variant or size")

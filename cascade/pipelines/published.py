@@ -103,15 +103,15 @@ class PublishedFiles:
                 f"{stage_b.opened.where} is {stage_b.published.generation}; use one generation"
             )
         self.generation = stage_c.published.generation
-        self._encoders = list(text_folders_in(files))
-        self._image_encoder = image_folder_in(files)
-        self._text = self._encoder_for(stage_c, "Stage C")
-        self._text_b = self._encoder_for(stage_b, "Stage B")
         self._declared = None
         if (self.folder / CONVERTED_SPEC_FILE).is_file():
             self._declared = load_spec(self.folder, CONVERTED_SPEC_FILE)
         else:
             self._refuse_lost_settings()
+        self._encoders = list(text_folders_in(files))
+        self._image_encoder = image_folder_in(files)
+        self._text = self._encoder_for(stage_c, "Stage C")
+        self._text_b = self._encoder_for(stage_b, "Stage B")
         self.spec = self._make_spec(stage_b_own=self._text_b.folder != self._text.folder)
         if self._declared is not None:
             self.spec = self._as_declared(self._declared)

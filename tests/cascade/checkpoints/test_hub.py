@@ -572,3 +572,9 @@ def test_a_unets_repository_gives_its_networks_once_and_makes_a_picture(
     del hub.repositories[name]["vae/diffusion_pytorch_model.safetensors"]
     with pytest.raises(UserError, match=f"{name}: vae: not all parts|no vae"):
         resolve(name)
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_an_empty_name_is_no_model(name: str) -> None:
+    with pytest.raises(UserError, match="the name is empty"):
+        resolve(name)
