@@ -51,10 +51,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        # mkstemp makes the file private; give it what a plain open() would have given.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        # mkstemp makes the file private.
+        _open_to_others(temporary)
         os.replace(temporary, path)
     except OSError as error:
         _discard(temporary)
@@ -78,6 +76,13 @@ def _reason(error: SafetensorError) -> str:
     return str(error) if described is None else described
 
 
+def _open_to_others(path: Path) -> None:
+    """Give a private file or folder the mode that a plain open() or mkdir() would have given."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
 def _discard(path: Path | None) -> None:
     if path is not None:
         path.unlink(missing_ok=True)
@@ -98,11 +103,9 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name[:32]}.", dir=path.parent))
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
-        for inside in temporary.rglob("*"):  # some libraries write files that only we could read
-            inside.chmod((0o777 if inside.is_dir() else 0o666) & ~umask)
+        # mkdtemp makes it private, and so do some libraries what they write.
+        for inside in (temporary, *temporary.rglob("*")):
+            _open_to_others(inside)
         if path.is_dir():
             path.rmdir()  # Windows renames onto nothing; a folder with files stays
         temporary.rename(path)

@@ -109,9 +109,14 @@ class Export(Callback):
                     "not exported, the last checkpoint is kept; lower optim.lr"
                 )
             averaged = plain_copy(network, average)
-            own = getattr(system, "export_metadata", None)
-            more = own(name) if own is not None else {}
+            more = own_metadata(system, name)
             export_one(out, name, averaged, system, self.dtype, metadata | more)
+
+
+def own_metadata(system: LightningModule, name: str) -> dict[str, str]:
+    """Return what a system itself says of an exported network, such as how it is sampled."""
+    says = getattr(system, "export_metadata", None)
+    return {} if says is None else says(name)
 
 
 def export_one(

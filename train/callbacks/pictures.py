@@ -15,6 +15,7 @@ from cascade.errors import UserError
 from cascade.images import image_grid, open_image, save_png
 from cascade.pipelines.cascade import CascadePipeline
 from train.callbacks.ema import WeightAverage
+from train.callbacks.find import find_callback
 from train.callbacks.ledger import Ledger
 from train.clock import PhaseClock
 from train.losses.denoising import DiffusionConfig
@@ -80,11 +81,9 @@ class SamplePictures(Callback):
         Raises:
             UserError: The model is not there, or its other stages do not fit the one that learns.
         """
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, WeightAverage):
-                self._average = callback
-            if isinstance(callback, Ledger):
-                self._clock = callback.clock
+        self._average = find_callback(trainer, WeightAverage)
+        if (ledger := find_callback(trainer, Ledger)) is not None:
+            self._clock = ledger.clock
         with self._clock.within("pictures"):
             device = str(pl_module.device)
             self._pipeline = CascadePipeline.from_folder(self.config.model, device=device)

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from cascade.checkpoints.files import save_network
 from train.callbacks.ema import cut_as, exported_networks
+from train.callbacks.export import own_metadata
+from train.callbacks.find import find_callback
 from train.callbacks.ledger import Ledger
 from train.clock import PhaseClock
 from train.networks import plain_copy
@@ -69,6 +71,7 @@ class PosthocEma(Callback):
         """Take what to keep, and the run's folder."""
         self.config = config
         self.folder = out / FOLDER
+        self._exponents = {length: exponent(length) for length in config.lengths}
         self.averages: dict[str, dict[str, Tensor]] = {}
         """By ``NAME_LENGTH``, float32; under FSDP this rank's parts."""
         self._networks: dict[str, nn.Module] = {}
@@ -77,9 +80,8 @@ class PosthocEma(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bring the averages of a resumed run to its device."""
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, Ledger):
-                self._clock = callback.clock
+        if (ledger := find_callback(trainer, Ledger)) is not None:
+            self._clock = ledger.clock
         self._last_step = steps_done(pl_module, trainer)
         self._networks = exported_networks(pl_module)
         for named, average in self.averages.items():
@@ -103,7 +105,7 @@ class PosthocEma(Callback):
             state = {key: local_part(value) for key, value in network.state_dict().items()}
             for length in self.config.lengths:
                 # At step 1 the share is 1: the average starts as the weights themselves.
-                share = 1.0 - (1.0 - 1.0 / step) ** (exponent(length) + 1.0)
+                share = 1.0 - (1.0 - 1.0 / step) ** (self._exponents[length] + 1.0)
                 average = self.averages.setdefault(
                     f"{name}_{length:g}", {key: value.clone() for key, value in state.items()}
                 )
@@ -128,8 +130,7 @@ class PosthocEma(Callback):
                 return
             self.folder.mkdir(exist_ok=True)
             for name, network in exported_networks(system).items():
-                own = getattr(system, "export_metadata", None)
-                more = own(name) if own is not None else {}
+                more = own_metadata(system, name)
                 for length in self.config.lengths:
                     averaged = plain_copy(network, averages[f"{name}_{length:g}"])
                     save_network(

@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from train.callbacks.ema import WeightAverage, exported_networks, with_weights
+from train.callbacks.find import find_callback
 from train.callbacks.ledger import Ledger
 from train.clock import PhaseClock
 from train.data.cached import CachedBatch
@@ -105,11 +106,10 @@ class Validation(Callback):
         Raises:
             UserError: What is there can't be read, or is too little for one batch a rank.
         """
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, WeightAverage):
-                self._average = callback
-            if isinstance(callback, Ledger):
-                self._ledger, self._clock = callback, callback.clock
+        self._average = find_callback(trainer, WeightAverage)
+        self._ledger = find_callback(trainer, Ledger)
+        if self._ledger is not None:
+            self._clock = self._ledger.clock
         with self._clock.within("validation"):
             loader = self.data.loader_from(0, trainer.global_rank, trainer.world_size)
             encode = self.data.encode
