@@ -24,14 +24,14 @@ from cascade.errors import UserError, run_main
 _log = logging.getLogger(__name__)
 
 _PRESET_SECTIONS = ("run", "data", "optim")
-KINDS = ("clip", "stage_a", "compressor", "stage_b", "stage_c", "previewer")
+KINDS = ("clip", "stage_a", "compressor", "stage_b", "stage_c", "previewer", "unet", "unet_kd")
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Split the command line into our options and overrides of the configuration."""
     parser = Parser(
         prog="python -m train",
-        description="Train one network of the cascade.",
+        description="Train one network of a cascade, or a U-Net.",
         epilog="Any key of the configuration is an option too: --optim.lr 3e-4 --run.max_steps 10",
     )
     parser.add_argument("kind", choices=KINDS, help="which network")
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, overrides = parse(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     # Lightning and transformers take seconds to import: only when a run really starts.
-    from train import runs
+    from train import runs, unet_runs
 
     kinds: dict[str, tuple[type[Any], Callable[..., None]]] = {
         "clip": (runs.ClipRun, runs.train_clip),
@@ -80,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "stage_b": (runs.StageBRun, runs.train_stage_b),
         "stage_c": (runs.StageCRun, runs.train_stage_c),
         "previewer": (runs.PreviewerRun, runs.train_previewer),
+        "unet": (unet_runs.UNetRun, unet_runs.train_unet),
+        "unet_kd": (unet_runs.UNetRun, unet_runs.train_unet_kd),
     }
     run_class, start = kinds[options.kind]
     data, where = read_yaml(options.config), options.config

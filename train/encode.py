@@ -26,6 +26,7 @@ from cascade.checkpoints.part_files import (
 from cascade.errors import UserError
 from cascade.text.encoder import TextConfig, TextEncoder
 from cascade.text.picture_encoder import PictureEncoder, centre_square
+from stages.autoencoder_kl import AutoencoderKL
 from stages.semantic_compressor import SemanticCompressor
 from stages.stage_a import StageA
 from train.data.cached import CachedBatch
@@ -35,7 +36,10 @@ from train.draws import step_draws
 def text_hash(name: str | Path, config: TextConfig | None = None, width: int | None = None) -> str:
     """Return what names text states: the hash of the encoder's weights, and how it was read."""
     weights, config = weights_hash(find_text(name, width).folder), config or TextConfig()
-    return weights if config == TextConfig() else f"{weights}/{config.hidden}/{config.pad_to}"
+    if config == TextConfig():
+        return weights
+    padding = "" if config.masks_padding else "/sees padding"
+    return f"{weights}/{config.hidden}/{config.pad_to}{padding}"
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,11 @@ class FrozenPaths:
     """How it is read; None: as by default."""
     text_width: int | None = None
     """Channels of its states, where a model has two encoders."""
+    text_2: str | None = None
+    """SDXL's second text encoder: its hidden states stand beside the first one's, and its pooled
+    state is the only one that is read. It is read as the first is."""
+    text_2_width: int | None = None
+    """Channels of its states, or of its pooled one."""
     stage_a: str | None = None
     """Stage A."""
     stage_a_scale: float | None = None
@@ -61,9 +70,11 @@ class FrozenPaths:
     """Range of the fraction of a picture's size that it sees, drawn once a step; None: its own."""
     image: str | None = None
     """CLIP's picture tower, for embeddings of the pictures."""
+    autoencoder: str | None = None
+    """The autoencoder of a U-Net."""
 
     def hashes(self) -> dict[str, str]:
-        """Return part ("text", "stage_a", "stage_c", "image") -> hash of what makes it.
+        """Return part, a key of ``CACHE_FILES`` -> hash of what makes it.
 
         Raises:
             UserError: A file is missing.
@@ -71,13 +82,38 @@ class FrozenPaths:
         found = {}
         if self.text is not None:
             found["text"] = text_hash(self.text, self.text_states, self.text_width)
+            if self.text_2 is not None:
+                second = text_hash(self.text_2, self.text_states, self.text_2_width)
+                found["text"] += f"+{second}"
         if self.stage_a is not None:
             found["stage_a"] = stage_a_hash(self.stage_a, self.stage_a_scale)
         if self.compressor is not None:
             found["stage_c"] = weights_hash(find_network(self.compressor, "compressor").path)
         if self.image is not None:
             found["image"] = weights_hash(find_image_encoder(self.image))
+        if self.autoencoder is not None:
+            autoencoder = find_network(self.autoencoder, "autoencoder_kl")
+            config = autoencoder.published.config
+            scaled = f"/{config.scale}/{config.shift}"
+            found["autoencoder"] = weights_hash(autoencoder.path) + scaled
         return found
+
+    def only(self, part: str) -> FrozenPaths:
+        """Return what makes one part, a key of ``CACHE_FILES``."""
+        others = {
+            field: None for other, fields in MADE_BY.items() if other != part for field in fields
+        }
+        return replace(self, **others)
+
+
+MADE_BY = {  # part -> fields of FrozenPaths
+    "text": ("text", "text_2"),
+    "stage_a": ("stage_a",),
+    "stage_c": ("compressor",),
+    "image": ("image",),
+    "autoencoder": ("autoencoder",),
+}
+NO_NETWORK = "precompute: name a network: --text, --image, --stage-a, --compressor or --autoencoder"
 
 
 def find_stage_a(name: str, scale: float | None) -> FoundNetwork:
@@ -145,8 +181,15 @@ class FrozenEncoders:
         self.stage_a: StageA | None = None
         self.compressor: SemanticCompressor | None = None
         self.image: PictureEncoder | None = None
+        self.text_2: TextEncoder | None = None
+        self.autoencoder: AutoencoderKL | None = None
         if paths.text is not None:
             self.text = load_text(paths.text, paths.text_states, paths.text_width, device)
+        if paths.text_2 is not None:
+            self.text_2 = load_text(paths.text_2, paths.text_states, paths.text_2_width, device)
+        if paths.autoencoder is not None:
+            found = find_network(paths.autoencoder, "autoencoder_kl")
+            self.autoencoder = cast(AutoencoderKL, load_frozen(found, device))
         if paths.stage_a is not None:
             found = find_stage_a(paths.stage_a, paths.stage_a_scale)
             self.stage_a = cast(StageA, load_frozen(found, device))
@@ -161,8 +204,8 @@ class FrozenEncoders:
         """Return the hidden (L, D) and pooled (P,) states of the empty prompt."""
         if self.text is None:
             return None
-        null = self.text.null()
-        return null.hidden[0].cpu(), null.pooled[0].cpu()
+        null = self.encode_captions([""])
+        return null["text_hidden"][0].cpu(), null["text_pooled"][0].cpu()
 
     @torch.inference_mode()
     def encode_pixels(
@@ -190,6 +233,11 @@ class FrozenEncoders:
                 )
             if self.image is not None:
                 found["image_embeds"] = self.image(centre_square(pixels))
+            if self.autoencoder is not None:
+                posterior = self.autoencoder.posterior(pixels)
+                config = self.autoencoder.config
+                found["autoencoder_mean"] = (posterior.mean - config.shift) * config.scale
+                found["autoencoder_std"] = posterior.std * config.scale
         except ValueError as error:
             raise UserError(f"the network does not take these pictures: {error}") from error
         return found
@@ -199,8 +247,12 @@ class FrozenEncoders:
         """Return the text states of captions."""
         if self.text is None:
             return {}
-        features = self.text.encode(captions)
-        return {"text_hidden": features.hidden, "text_pooled": features.pooled}
+        first = self.text.encode(captions)
+        if self.text_2 is None:
+            return {"text_hidden": first.hidden, "text_pooled": first.pooled}
+        second = self.text_2.encode(captions)
+        both = torch.cat([first.hidden, second.hidden], dim=-1)  # (B, L, D_1 + D_2)
+        return {"text_hidden": both, "text_pooled": second.pooled}
 
 
 class EncodeBatch(Callback):

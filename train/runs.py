@@ -18,6 +18,7 @@ from cascade.text.tokenizer import train_tokenizer
 from stages.stage_b_v2 import StageBV2Config
 from stages.stage_c import StageCConfig
 from stages.stage_c_v2 import StageCV2Config
+from train.callbacks.drawing import CascadeDrawing, Drawing, UNetDrawing
 from train.callbacks.pictures import SamplePictures
 from train.callbacks.posthoc_ema import PosthocEma
 from train.callbacks.validation import Validation
@@ -32,8 +33,9 @@ from train.systems.previewer import PreviewerRun, PreviewerSystem
 from train.systems.stage_a import StageARun, StageASystem
 from train.systems.stage_b import StageBRun, StageBSystem
 from train.systems.stage_c import StageCRun, StageCSystem
+from train.systems.unet import UNetRun
 
-AnyRun = ClipRun | StageARun | CompressorRun | StageBRun | StageCRun | PreviewerRun
+AnyRun = ClipRun | StageARun | CompressorRun | StageBRun | StageCRun | PreviewerRun | UNetRun
 
 
 def train_clip(config: ClipRun, *, resume: bool) -> None:
@@ -43,7 +45,7 @@ def train_clip(config: ClipRun, *, resume: bool) -> None:
     system = ClipSystem(config, _tokenizer(config, data.cache, prepared))
     if config.init_from is not None and prepared.newest is None:
         _copy(load_clip(config.init_from), system.network, config.init_from)
-    _fit(system, data, config, prepared)
+    fit_system(system, data, config, prepared)
 
 
 def train_stage_a(config: StageARun, *, resume: bool) -> None:
@@ -59,8 +61,8 @@ def train_stage_a(config: StageARun, *, resume: bool) -> None:
             f"crop is {config.crop}; Stage A needs a multiple of {config.sizes.downscale}"
         )
     system = StageASystem(config)
-    _start(system.network, config.init_from, "stage_a", prepared)
-    _fit(system, data, config, prepared)
+    start(system.network, config.init_from, "stage_a", prepared)
+    fit_system(system, data, config, prepared)
 
 
 def train_compressor(config: CompressorRun, *, resume: bool) -> None:
@@ -69,8 +71,8 @@ def train_compressor(config: CompressorRun, *, resume: bool) -> None:
     prepared = prepare(config.run, config, resume=resume)
     data = open_data(config.data)
     system = CompressorSystem(config)
-    _start(system.compressor, config.init_from, "compressor", prepared)
-    _fit(system, data, config, prepared)
+    start(system.compressor, config.init_from, "compressor", prepared)
+    fit_system(system, data, config, prepared)
 
 
 def train_stage_b(config: StageBRun, *, resume: bool) -> None:
@@ -101,7 +103,7 @@ def train_stage_b(config: StageBRun, *, resume: bool) -> None:
         finished = find_network(config.frozen_compressor, "compressor").published.config
     system = StageBSystem(config, data.null_text, finished)
     section = "model_v2" if v2 else "model"
-    _start(system.network, config.init_from, "stage_b", prepared, section)
+    start(system.network, config.init_from, "stage_b", prepared, section)
     if system.compressor is not None and prepared.newest is None:
         folder = None if config.init_from is None else Path(config.init_from)
         if config.compressor_init_from is not None:
@@ -113,7 +115,7 @@ def train_stage_b(config: StageBRun, *, resume: bool) -> None:
                 f"init_from {folder}: no compressor.safetensors in it, and the compressor learns "
                 "too; name its weights as compressor_init_from"
             )
-    _fit(system, data, config, prepared, _validation(config, frozen, prepared, pixels=pixels))
+    fit_system(system, data, config, prepared, validation(config, frozen, prepared, pixels=pixels))
 
 
 def train_stage_c(config: StageCRun, *, resume: bool) -> None:
@@ -139,10 +141,10 @@ def train_stage_c(config: StageCRun, *, resume: bool) -> None:
         pooled_channels = data.null_text[1].shape[-1]
         _fits("model.text_pooled_channels", sizes.text_pooled_channels, pooled_channels)
     system = StageCSystem(config, data.null_text)
-    _start(system.network, config.init_from, "stage_c", prepared, section)
+    start(system.network, config.init_from, "stage_c", prepared, section)
     # Held-out pictures are judged by their captions alone.
     judged = replace(frozen, image=None)
-    _fit(system, data, config, prepared, _validation(config, judged, prepared, pixels=False))
+    fit_system(system, data, config, prepared, validation(config, judged, prepared, pixels=False))
 
 
 def train_previewer(config: PreviewerRun, *, resume: bool) -> None:
@@ -151,12 +153,12 @@ def train_previewer(config: PreviewerRun, *, resume: bool) -> None:
     prepared = prepare(config.run, config, resume=resume)
     data = open_data(config.data, FrozenPaths(compressor=config.compressor))
     system = PreviewerSystem(config)
-    _start(system.network, config.init_from, "previewer", prepared)
-    _fit(system, data, config, prepared)
+    start(system.network, config.init_from, "previewer", prepared)
+    fit_system(system, data, config, prepared)
 
 
-def _validation(
-    config: StageBRun | StageCRun, frozen: FrozenPaths, prepared: Prepared, *, pixels: bool
+def validation(
+    config: StageBRun | StageCRun | UNetRun, frozen: FrozenPaths, prepared: Prepared, *, pixels: bool
 ) -> list[pl.Callback]:
     """Return what judges the run on held-out pictures, if it asks for that."""
     if config.validation is None:
@@ -165,24 +167,33 @@ def _validation(
     return [Validation(config.validation, held_out, prepared.out, pixels=pixels)]
 
 
-def _fit(
+def fit_system(
     system: pl.LightningModule,
     data: TrainingData,
     config: AnyRun,
     prepared: Prepared,
     last: Sequence[pl.Callback] = (),
+    *,
+    first: Sequence[pl.Callback] = (),
 ) -> None:
-    """Train on the data, with the frozen networks that they need."""
+    """Train on the data, with the frozen networks that they need.
+
+    Args:
+        system: What is trained.
+        data: What it is trained on.
+        config: The run.
+        prepared: Its folder.
+        last: Callbacks that act after those that all runs have.
+        first: Callbacks that act before them.
+    """
     remember_data(data, prepared.out, resume=prepared.newest is not None)
-    callbacks = [data.encode] if data.encode is not None else []
+    callbacks = [*first, *([data.encode] if data.encode is not None else [])]
     last = list(last)
-    if isinstance(config, (StageBRun, StageCRun)) and config.posthoc_ema is not None:
-        last.append(PosthocEma(config.posthoc_ema, prepared.out))
-    if isinstance(config, (StageBRun, StageCRun)) and config.pictures is not None:
-        stage: Literal["stage_b", "stage_c"] = "stage_b"
-        if isinstance(config, StageCRun):
-            stage = "stage_c"
-        last.append(SamplePictures(config.pictures, prepared.out, stage, config.diffusion))
+    if isinstance(config, (StageBRun, StageCRun, UNetRun)):
+        if config.posthoc_ema is not None:
+            last.append(PosthocEma(config.posthoc_ema, prepared.out))
+        if config.pictures is not None:
+            last.append(SamplePictures(config.pictures, prepared.out, _drawing(config)))
     fit(
         system,
         data.loader_from,
@@ -192,6 +203,17 @@ def _fit(
         callbacks=callbacks,
         last=last,
     )
+
+
+def _drawing(config: StageBRun | StageCRun | UNetRun) -> Drawing:
+    """Return what draws pictures with the network that learns."""
+    assert config.pictures is not None
+    if isinstance(config, UNetRun):
+        return UNetDrawing(config.pictures.model, config.diffusion)
+    stage: Literal["stage_b", "stage_c"] = (
+        "stage_c" if isinstance(config, StageCRun) else "stage_b"
+    )
+    return CascadeDrawing(config.pictures.model, stage, config.diffusion)
 
 
 def _tokenizer(config: ClipRun, cache: Cache | None, prepared: Prepared) -> PreTrainedTokenizerFast:
@@ -226,7 +248,7 @@ def _check_shapes(sizes: StageBV2Config, config: StageBRun, data: TrainingData) 
             )
 
 
-def _start(
+def start(
     network: nn.Module, name: str | None, kind: Kind, prepared: Prepared, section: str = "model"
 ) -> None:
     """Give a fresh run the weights of its ``init_from``; one that goes on has its own."""

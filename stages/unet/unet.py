@@ -131,6 +131,16 @@ class UNet(nn.Module):
         for name, block in own.items():
             block.recompute = name in chosen
 
+    @property
+    def recompute(self) -> bool:
+        """Whether all blocks are run again in the backward pass; see ``set_recompute``."""
+        blocks = [module for module in self.modules() if isinstance(module, UNetBlock)]
+        return all(block.recompute for block in blocks)
+
+    @recompute.setter
+    def recompute(self, value: bool) -> None:
+        self.set_recompute(None if value else ())
+
     def prepare(self, cond: UNetCondition) -> UNetPrepared:
         """Compute what does not change from step to step, once per picture.
 

@@ -17,6 +17,7 @@ from train.__main__ import main as train_main
 from train.data.__main__ import main as data_main
 from train.data.precompute import precompute
 from train.data.write import WriteOptions, write_shards
+from train.encode import FrozenPaths
 
 COLORS = ["red", "green", "blue", "black"]
 SHAPES = ["apple", "fish", "hat"]
@@ -90,9 +91,11 @@ def cache(shards: str, tiny_model: Path, tmp_path_factory: pytest.TempPathFactor
     precompute(
         shards,
         folder,
-        text=str(tiny_model / "text"),
-        stage_a=str(tiny_model / "stage_a.safetensors"),
-        compressor=str(tiny_model / "compressor.safetensors"),
+        FrozenPaths(
+            text=str(tiny_model / "text"),
+            stage_a=str(tiny_model / "stage_a.safetensors"),
+            compressor=str(tiny_model / "compressor.safetensors"),
+        ),
         batch_size=5,
     )
     return folder

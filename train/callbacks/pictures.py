@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,14 +11,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 from torch import nn
 
-from cascade.errors import UserError
 from cascade.images import image_grid, open_image, save_png
-from cascade.pipelines.cascade import CascadePipeline
+from train.callbacks.drawing import Drawing
 from train.callbacks.ema import WeightAverage
 from train.callbacks.find import find_callback
 from train.callbacks.ledger import Ledger
 from train.clock import PhaseClock
-from train.losses.denoising import DiffusionConfig
 from train.networks import plain_copy
 from train.sharding import gathered
 from train.steps import ends_step
@@ -58,51 +56,26 @@ class SamplePictures(Callback):
     noise has generators of its own, and what draws is a copy that shares the weights.
     """
 
-    def __init__(
-        self,
-        config: PicturesConfig,
-        out: Path,
-        stage: Literal["stage_b", "stage_c"],
-        diffusion: DiffusionConfig,
-    ) -> None:
-        """Take what to draw, the run's folder, which stage of the model it trains, and how."""
-        self.diffusion = diffusion
+    def __init__(self, config: PicturesConfig, out: Path, drawing: Drawing) -> None:
+        """Take what to draw, the run's folder, and what draws with the network that learns."""
         self.config = config
         self.folder = out / PICTURES_FOLDER
-        self.stage = stage
+        self.drawing = drawing
         self._average: WeightAverage | None = None
         self._clock = PhaseClock()
-        self._pipeline: CascadePipeline | None = None
         self._drawn_step = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Load the other stages now: a folder that is not there must not end a run in its middle.
+        """Load the other parts now: a folder that is not there must not end a run in its middle.
 
         Raises:
-            UserError: The model is not there, or its other stages do not fit the one that learns.
+            UserError: The model is not there, or its other parts do not fit the one that learns.
         """
         self._average = find_callback(trainer, WeightAverage)
         if (ledger := find_callback(trainer, Ledger)) is not None:
             self._clock = ledger.clock
         with self._clock.within("pictures"):
-            device = str(pl_module.device)
-            self._pipeline = CascadePipeline.from_folder(self.config.model, device=device)
-            spec = self._pipeline.spec
-            sampling = self.diffusion.sampled(getattr(spec, self.stage))
-            # The model's own stage may have been trained otherwise than the one that learns.
-            if self.stage == "stage_b":
-                self._pipeline.spec = replace(spec, stage_b=sampling)
-            else:
-                self._pipeline.spec = replace(spec, stage_c=sampling)
-            lent = getattr(self._pipeline, self.stage).config
-            learning = getattr(pl_module.network, "config", None)
-            for name in ("latent_channels", "text_pooled_channels"):
-                one, other = getattr(lent, name, None), getattr(learning, name, None)
-                if one != other:
-                    raise UserError(
-                        f"pictures.model {self.config.model}: its {self.stage} has {name} {one}, "
-                        f"the one that learns {other}: its other stages do not fit"
-                    )
+            self.drawing.load(_network(pl_module), pl_module.device)
             self.folder.mkdir(parents=True, exist_ok=True)
 
     def on_train_batch_end(
@@ -128,22 +101,17 @@ class SamplePictures(Callback):
                 self._draw(kind, step, trainer, system)
 
     def _draw(self, kind: Weights, step: int, trainer: Trainer, system: LightningModule) -> None:
-        pipeline, network, prompts = self._pipeline, system.network, self.config.prompts
-        assert pipeline is not None, "on_train_start comes first"
-        assert isinstance(network, nn.Module), "a system's network is a module"
+        network, prompts = _network(system), self.config.prompts
         assert self._average is not None, "every run averages its weights"
         # Under FSDP each rank draws with the whole network: it needs not keep step with the others.
-        state = self._average.whole(self.stage) if kind == "ema" else gathered(network.state_dict())
+        if kind == "ema":
+            state = self._average.whole(self.drawing.network_name)
+        else:
+            state = gathered(network.state_dict())
         state = {key: value.to(system.device) for key, value in state.items()}
         drawing = plain_copy(network, state).eval()
-        lent = getattr(pipeline, self.stage)
-        setattr(pipeline, self.stage, drawing)
-        try:
-            for number in range(trainer.global_rank, len(prompts), trainer.world_size):
-                picture = self._picture(pipeline, number)
-                save_png(picture, self._part(kind, step, number))
-        finally:
-            setattr(pipeline, self.stage, lent)
+        for number in range(trainer.global_rank, len(prompts), trainer.world_size):
+            save_png(self._picture(drawing, number), self._part(kind, step, number))
         trainer.strategy.barrier()
         if trainer.is_global_zero:
             parts = [self._part(kind, step, number) for number in range(len(prompts))]
@@ -153,15 +121,21 @@ class SamplePictures(Callback):
                 part.unlink()
             _log.info("drew %s", self.folder / f"step_{step:07d}_{kind}.png")
 
-    def _picture(self, pipeline: CascadePipeline, number: int) -> Image.Image:
+    def _picture(self, network: nn.Module, number: int) -> Image.Image:
         """Draw a prompt. What goes wrong is told and shown as grey: it must not end the run."""
         prompt, seed = self.config.prompts[number], self.config.seed + number
         try:
-            return pipeline(prompt, seed=seed, progress=False).pictures[0]
+            return self.drawing.draw(network, prompt, seed)
         except Exception as error:  # early weights give black pictures, memory can be short
             _log.warning("no picture of %r: %s", prompt, error)
-            size = pipeline.spec.image_size
+            size = self.drawing.image_size
             return Image.new("RGB", (size, size), "gray")
 
     def _part(self, kind: Weights, step: int, number: int) -> Path:
         return self.folder / f".step_{step:07d}_{kind}_{number:04d}.png"
+
+
+def _network(system: LightningModule) -> nn.Module:
+    network = system.network
+    assert isinstance(network, nn.Module), "a system's network is a module"
+    return network

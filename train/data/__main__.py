@@ -103,10 +103,20 @@ def _add_precompute(commands: Any) -> None:
     cache.add_argument("--text-width", type=int, help="which of a model's two: its channels")
     cache.add_argument(
         "--text-hidden",
-        choices=("pre_norm", "post_norm"),
+        choices=("pre_norm", "post_norm", "penultimate"),
         default="pre_norm",
-        help="hidden states before or after the final norm",
+        help="hidden states before or after the final norm, or before the last layer (SD: "
+        "post_norm, SDXL: penultimate)",
     )
+    cache.add_argument(
+        "--text-sees-padding",
+        action="store_true",
+        help="keep padding in the text encoder's attention, as SD and SDXL do",
+    )
+    cache.add_argument(
+        "--text-2", help="SDXL's second text encoder: cache the states of both side by side"
+    )
+    cache.add_argument("--text-2-width", type=int, help="which of a model's two: its channels")
     cache.add_argument("--text-pad-to", type=int, help="tokens to pad to (default: the window)")
     cache.add_argument("--image", help="CLIP's folder: cache embeddings of the pictures")
     cache.add_argument("--stage-a", help="Stage A's file, or a model: cache its latents")
@@ -114,6 +124,9 @@ def _add_precompute(commands: Any) -> None:
         "--stage-a-scale", type=float, help="of a published Stage A: 0.43 (v3) or 0.3764 (v2)"
     )
     cache.add_argument("--compressor", help="compressor's file, or a model: cache its latents")
+    cache.add_argument(
+        "--autoencoder", help="a U-Net's autoencoder, or a model with one: cache its latents"
+    )
     cache.add_argument("--batch-size", type=int, default=64)
     cache.add_argument("--device", default="cpu")
     cache.add_argument(
@@ -218,11 +231,26 @@ def _write(options: argparse.Namespace) -> int:
 
 def _precompute(options: argparse.Namespace, rest: list[str]) -> int:
     from cascade.text.encoder import TextConfig
+    from train.encode import FrozenPaths
 
-    states = TextConfig(hidden=options.text_hidden, pad_to=options.text_pad_to)
+    frozen = FrozenPaths(
+        text=options.text,
+        text_states=TextConfig(
+            hidden=options.text_hidden,
+            pad_to=options.text_pad_to,
+            masks_padding=not options.text_sees_padding,
+        ),
+        text_width=options.text_width,
+        text_2=options.text_2,
+        text_2_width=options.text_2_width,
+        stage_a=options.stage_a,
+        stage_a_scale=options.stage_a_scale,
+        compressor=options.compressor,
+        image=options.image,
+        autoencoder=options.autoencoder,
+    )
     if options.shards_out is not None:
         from train.data.latents import PrecomputeOptions, precompute_shards
-        from train.encode import FrozenPaths
 
         values: dict[str, Any] = {"shards": options.shards, "batch_size": options.batch_size}
         values["mode"] = "resampled"  # any source will do: each is read once, from its beginning
@@ -233,15 +261,7 @@ def _precompute(options: argparse.Namespace, rest: list[str]) -> int:
             PrecomputeOptions(
                 data=from_dict(DataConfig, values, "precompute"),
                 out=options.shards_out,
-                frozen=FrozenPaths(
-                    text=options.text,
-                    text_states=states,
-                    text_width=options.text_width,
-                    stage_a=options.stage_a,
-                    stage_a_scale=options.stage_a_scale,
-                    compressor=options.compressor,
-                    image=options.image,
-                ),
+                frozen=frozen,
                 dtype=options.dtype,
                 part=options.part,
                 device=options.device,
@@ -260,13 +280,7 @@ def _precompute(options: argparse.Namespace, rest: list[str]) -> int:
     precompute(
         options.shards,
         options.out,
-        text=options.text,
-        text_config=states,
-        text_width=options.text_width,
-        stage_a=options.stage_a,
-        stage_a_scale=options.stage_a_scale,
-        compressor=options.compressor,
-        image=options.image,
+        frozen,
         batch_size=options.batch_size,
         device=options.device,
     )

@@ -85,6 +85,8 @@ class CachedBatch:
     pixels: Tensor | None = None  # (B, 3, H, W) in [0, 1]
     stage_a_latents: Tensor | None = None  # (B, 4, H/4, W/4)
     stage_c_latents: Tensor | None = None  # (B, 16, h, w)
+    autoencoder_mean: Tensor | None = None  # (B, 4, H/8, W/8), scaled
+    autoencoder_std: Tensor | None = None  # of the same shape; a U-Net learns samples
     text_hidden: Tensor | None = None  # (B, L, D)
     text_pooled: Tensor | None = None  # (B, P)
     image_embeds: Tensor | None = None  # (B, E)
@@ -131,16 +133,12 @@ class Cache:
             groups=self.pictures.groups[indices],
             pixels=self.pictures.pixels[indices].float().div_(255.0),
         )
-        if "stage_a_latents" in self.tensors:
-            batch.stage_a_latents = self.tensors["stage_a_latents"][indices].float()
-        if "stage_c_latents" in self.tensors:
-            batch.stage_c_latents = self.tensors["stage_c_latents"][indices].float()
-        if "image_embeds" in self.tensors:
-            batch.image_embeds = self.tensors["image_embeds"][indices].float()
-        if "text_hidden" in self.tensors:
+        rows = indices
+        if self.caption_rows:
             rows = torch.tensor([self.caption_rows[caption] for caption in captions])
-            batch.text_hidden = self.tensors["text_hidden"][rows].float()
-            batch.text_pooled = self.tensors["text_pooled"][rows].float()
+        for name, tensor in self.tensors.items():
+            chosen = rows if name in CACHE_FILES["text"] else indices
+            setattr(batch, name, tensor[chosen].float())
         return batch
 
 
@@ -148,6 +146,7 @@ CACHE_FILES = {
     "text": ("text_hidden", "text_pooled"),
     "stage_a": ("stage_a_latents",),
     "stage_c": ("stage_c_latents",),
+    "autoencoder": ("autoencoder_mean", "autoencoder_std"),
     "image": ("image_embeds",),
 }
 """File of a cache folder -> tensors in it."""
@@ -158,8 +157,7 @@ def load_cache(config: DataConfig, expect: dict[str, str]) -> Cache:
 
     Args:
         config: Shards and cache folder.
-        expect: Part ("text", "stage_a", "stage_c", "image") -> hash of the weights that must have
-            made it.
+        expect: Part, a key of ``CACHE_FILES`` -> hash of the weights that must have made it.
 
     Raises:
         UserError: A part is missing, or was made from other pictures or other weights.

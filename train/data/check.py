@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from cascade.errors import UserError
+from train.data.cached import CACHE_FILES
 from train.data.config import DataConfig
 from train.data.fingerprint import CacheFound, find_cache
 from train.data.index import ShardIndex, index_of
-from train.data.members import LATENT_KEYS
 from train.data.plan import ExactPlan
 from train.data.select import Selector, SetReport, quartiles
 from train.data.sources import check_allowed, expand_shards, open_stream
@@ -175,9 +175,7 @@ def check(options: CheckOptions) -> Checked:
 def _parts(cache: CacheFound | None) -> tuple[str, ...]:
     if cache is None:
         return ()
-    prefixes = {"image": "image_"}
-    made = tuple(prefixes.get(part, part) for part in cache.fingerprint.weights)
-    return tuple(name for name in LATENT_KEYS if name.startswith(made))
+    return tuple(name for part in cache.fingerprint.weights for name in CACHE_FILES[part])
 
 
 def _reasons(report: SetReport) -> list[str]:

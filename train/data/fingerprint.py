@@ -33,7 +33,7 @@ class Fingerprint:
     """All that the numbers in a cache depend on, beside the pictures."""
 
     weights: dict[str, str]
-    """Part ("text", "stage_a", "stage_c", "image") -> hash of the weights that made it."""
+    """Part, as in ``train.data.cached.CACHE_FILES`` -> hash of the weights that made it."""
     size: int
     """Side in pixels of the square, or the root of the shapes' area."""
     buckets: BucketConfig | None = None

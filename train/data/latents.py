@@ -53,7 +53,7 @@ from train.data.resampled import FetchedShard
 from train.data.select import Selector
 from train.data.sources import check_allowed, expand_shards, scheme_of, shard_title, stamp
 from train.data.transport import shown
-from train.encode import FrozenEncoders, FrozenPaths
+from train.encode import NO_NETWORK, FrozenEncoders, FrozenPaths
 
 _log = logging.getLogger(__name__)
 
@@ -83,9 +83,7 @@ class PrecomputeOptions:
         if not 0 <= number < parts:
             raise UserError(f"--part {number}/{parts}: parts are numbered from 0")
         if not self.frozen.hashes():
-            raise UserError(
-                "precompute: name a network: --text, --image, --stage-a or --compressor"
-            )
+            raise UserError(NO_NETWORK)
         if self.data.crop != "center":
             raise UserError("--crop random: a cache keeps one crop, the middle")
 

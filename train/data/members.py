@@ -21,6 +21,8 @@ METADATA_KEY = "json"
 LATENT_KEYS = {
     "stage_a_latents": "stage_a.npy",
     "stage_c_latents": "stage_c.npy",
+    "autoencoder_mean": "autoencoder_mean.npy",
+    "autoencoder_std": "autoencoder_std.npy",
     "text_hidden": "text_hidden.npy",
     "text_pooled": "text_pooled.npy",
     "image_embeds": "image.npy",

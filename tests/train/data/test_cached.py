@@ -22,7 +22,8 @@ from train.data.cached import (
     load_pictures,
 )
 from train.data.config import DataConfig
-from train.data.precompute import precompute, text_hash
+from train.data.precompute import precompute
+from train.encode import FrozenPaths, text_hash
 
 
 def config(shards: str, **values: object) -> DataConfig:
@@ -187,14 +188,14 @@ def test_a_network_that_does_not_fit_the_pictures_is_refused(source, tmp_path, t
         precompute(
             f"{tmp_path}/shards/*.tar",
             tmp_path / "cache",
-            stage_a=str(tiny_model / "stage_a.safetensors"),
+            FrozenPaths(stage_a=str(tiny_model / "stage_a.safetensors")),
         )
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "name a network: --text, --image, --stage-a or"),
+        ({}, "name a network: --text, --image, --stage-a, --compressor or --autoencoder"),
         ({"text": "/none", "batch_size": 0}, "--batch-size 0"),
         ({"text": "/none", "device": "cudaa"}, "device 'cudaa'"),
         ({"text": "/none"}, "/none: no such file or folder"),
@@ -203,4 +204,6 @@ def test_a_network_that_does_not_fit_the_pictures_is_refused(source, tmp_path, t
 )
 def test_bad_precompute_options_are_refused(arguments, message, shards, tmp_path):
     with pytest.raises(UserError, match=message):
-        precompute(shards, tmp_path, **arguments)
+        options = {k: v for k, v in arguments.items() if k in ("batch_size", "device")}
+        paths = {k: v for k, v in arguments.items() if k not in options}
+        precompute(shards, tmp_path, FrozenPaths(**paths), **options)

@@ -1,0 +1,291 @@
+"""A U-Net of SD or SDXL, or a student of theirs: from data alone, or from data and a teacher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from cascade.text.encoder import TextConfig
+from stages.unet.config import NUM_SIZES, UNetConfig
+from stages.unet.features import Features
+from stages.unet.unet import UNet, UNetCondition
+from train.callbacks.pictures import PicturesConfig
+from train.callbacks.posthoc_ema import PosthocEmaConfig
+from train.callbacks.validation import ValidationConfig
+from train.data.cached import CachedBatch
+from train.data.config import DataConfig
+from train.distill.teacher import Teacher, TeacherDtype
+from train.draws import StepDraws, step_draws
+from train.initial import check_architecture
+from train.losses.denoising import Noised, denoising_loss, errors_by_noise
+from train.losses.distillation import (
+    FeatureConfig,
+    SitePair,
+    feature_losses,
+    output_loss,
+    total,
+)
+from train.losses.unet_denoising import (
+    UNetDiffusionConfig,
+    noise_unet_batch,
+    published_unet_errors,
+)
+from train.networks import configure_networks
+from train.optim import make_optimizer
+from train.settings import OptimConfig, RunConfig
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """What a student learns from its teacher, and how much each part counts."""
+
+    teacher: str
+    """The teacher's U-Net: a file or folder in any layout, a model, or a hub id."""
+    recipe: str | None = None
+    """Name of a recipe, or its YAML, by which the student was cut out of this teacher; null: as
+    the student's own file says (``python -m train.distill make-student`` notes it)."""
+    dtype: TeacherDtype = "bfloat16"
+    """Number format of the teacher."""
+    task_weight: float = 1.0
+    """Of the denoising loss."""
+    output_weight: float = 1.0
+    """Of the distance to the teacher's output (1 in BK-SDM and KOALA, 0.5 in Segmind's)."""
+    feature_weight: float = 1.0
+    """Of the sum of the distances to the teacher's features."""
+    features: FeatureConfig | None = None
+    """Which features; null: none."""
+
+    def __post_init__(self) -> None:
+        """Refuse weights that teach nothing."""
+        weights = (self.task_weight, self.output_weight, self.feature_weight)
+        if min(weights) < 0 or max(weights) == 0:
+            raise ValueError(
+                f"task_weight, output_weight and feature_weight are {weights}; none may be "
+                "negative, and one must be positive"
+            )
+
+
+@dataclass(frozen=True)
+class UNetRun:
+    """The training of a U-Net on its autoencoder's latents and text states."""
+
+    run: RunConfig
+    data: DataConfig
+    autoencoder: str
+    """The autoencoder, a file or a model; a cache must come from it."""
+    text: str
+    """Text encoder's folder, or a model with one; a cache must come from it."""
+    text_2: str | None = None
+    """SDXL's second text encoder, whose pooled state the network is told as well; null: the first
+    one's pooled state."""
+    text_states: TextConfig = field(
+        default_factory=lambda: TextConfig(hidden="penultimate", masks_padding=False)
+    )
+    """Which hidden states are read (SDXL's; SD 1.x and 2.x: hidden post_norm)."""
+    model: UNetConfig | None = None
+    """Sizes of the U-Net; null: those of ``init_from``."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    diffusion: UNetDiffusionConfig = field(default_factory=UNetDiffusionConfig)
+    caption_dropout: float = 0.1
+    """Share of samples that see no caption, without which guidance does not work. BK-SDM and
+    Segmind trained with 0, and inherit guidance from their teachers."""
+    empty_caption: Literal["zeros", "encoded"] | None = None
+    """What no caption is: zeros (SDXL), or the states of the empty prompt (SD); null: by the
+    network's kind."""
+    distill: DistillConfig | None = None
+    """The teacher; null: there is none."""
+    pictures: PicturesConfig | None = None
+    """Pictures of fixed prompts while it learns; null draws none."""
+    validation: ValidationConfig | None = None
+    """Held-out pictures on which the run is judged while it learns; null judges on none."""
+    posthoc_ema: PosthocEmaConfig | None = None
+    """Snapshots from which ``python -m train.posthoc_ema`` makes averages of any length."""
+    init_from: str | None = None
+    """U-Net that the run starts with: a file or folder in any layout, a model, or a hub id."""
+
+    def __post_init__(self) -> None:
+        """Refuse a run of no network, and shares that are none."""
+        check_architecture(self)
+        if not 0 <= self.caption_dropout < 1:
+            raise ValueError(f"caption_dropout is {self.caption_dropout}; it lies in [0, 1)")
+
+    @property
+    def sizes(self) -> UNetConfig:
+        """The network's, once they are known."""
+        assert self.model is not None, "with_architecture comes first"
+        return self.model
+
+    @property
+    def drops_to_zeros(self) -> bool:
+        """Whether no caption is zeros."""
+        if self.empty_caption is not None:
+            return self.empty_caption == "zeros"
+        return self.sizes.text_pooled_channels is not None
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A teacher, and the pairs of places whose features are compared."""
+
+    teacher: Teacher
+    pairs: tuple[SitePair, ...] = ()
+
+
+class UNetSystem(LightningModule):
+    """Wires a U-Net, its losses and its optimizer."""
+
+    null_hidden: Tensor
+    null_pooled: Tensor
+
+    def __init__(
+        self,
+        config: UNetRun,
+        null_text: tuple[Tensor, Tensor],
+        pixels_per_latent: int,
+        lesson: Lesson | None = None,
+    ) -> None:
+        """Build the network.
+
+        Args:
+            config: Of the run.
+            null_text: Hidden (L, D) and pooled (P,) states of no caption.
+            pixels_per_latent: Along one side, for the sizes that SDXL is told.
+            lesson: The teacher; None: there is none.
+        """
+        super().__init__()
+        self.config = config
+        self.network = UNet(config.sizes)
+        self.pixels_per_latent = pixels_per_latent
+        self.lesson = lesson
+        self.register_buffer("null_hidden", null_text[0].float(), persistent=False)
+        self.register_buffer("null_pooled", null_text[1].float(), persistent=False)
+
+    def exported_networks(self) -> dict[str, nn.Module]:
+        """Return what is averaged and exported."""
+        return {"unet": self.network}
+
+    def clean_latents(self, batch: CachedBatch, draws: StepDraws) -> Tensor:
+        """Draw latents ``(B, 4, h, w)`` from the autoencoder's Gaussians."""
+        mean, std = batch.require("autoencoder_mean"), batch.require("autoencoder_std")
+        return mean + std * draws.normal("latents", mean.shape).to(mean.device)
+
+    def told(self, batch: CachedBatch, drop: Tensor | None = None) -> UNetCondition:
+        """Return the network's condition.
+
+        Args:
+            batch: With text states.
+            drop: Samples that see no caption, ``(B,)``; None: none.
+        """
+        hidden, pooled = batch.require("text_hidden"), batch.require("text_pooled")
+        if drop is not None:
+            drop = drop.to(hidden.device)
+            hidden = torch.where(drop[:, None, None], self.null_hidden, hidden)
+            pooled = torch.where(drop[:, None], self.null_pooled, pooled)
+        if self.config.sizes.text_pooled_channels is None:
+            return UNetCondition(hidden)
+        return UNetCondition(hidden, pooled, self.size_condition(batch))
+
+    def size_condition(self, batch: CachedBatch) -> Tensor:
+        """Return ``(B, 6)``: what SDXL is told of sizes, in pixels."""
+        latents = batch.require("autoencoder_mean")
+        target = torch.tensor(latents.shape[-2:], device=latents.device) * self.pixels_per_latent
+        target = target.expand(len(batch), 2)
+        # A set in memory is served as it is: no picture was resized or cropped.
+        original = target if batch.original_sizes is None else batch.original_sizes.to(target)
+        crops = torch.zeros_like(target) if batch.crops is None else batch.crops.to(target)
+        sizes = torch.cat([original, crops, target], dim=1)
+        assert sizes.shape[1] == NUM_SIZES
+        return sizes
+
+    def training_step(self, batch: CachedBatch, batch_idx: int) -> Tensor:
+        """Noise the latents, predict, compare with the noise and with the teacher."""
+        config = self.config
+        draws = step_draws(self, config.run.seed, batch_idx)
+        noised = noise_unet_batch(self.clean_latents(batch, draws), config.diffusion, draws)
+        drop = draws.uniform("caption dropout", len(batch)) < config.caption_dropout
+        cond = self.told(batch, drop)
+        if self.lesson is None:
+            predicted = self.network(noised.x_t, noised.network_time, cond)
+            loss, mse = denoising_loss(predicted, noised)
+        else:
+            names = [pair.student for pair in self.lesson.pairs]
+            output = self.network(noised.x_t, noised.network_time, cond, names)
+            predicted = output.prediction
+            task, mse = denoising_loss(predicted, noised)
+            loss = self._taught(predicted, output.features, task, noised, cond)
+        self.log("loss", loss, prog_bar=True, sync_dist=True)
+        self.log("mse", mse, sync_dist=True)
+        if (self.global_step + 1) % config.run.log_every_steps == 0:
+            self.log_dict(errors_by_noise(predicted, noised))
+        return loss
+
+    def _taught(
+        self,
+        predicted: Tensor,
+        features: Features,
+        task: Tensor,
+        noised: Noised,
+        cond: UNetCondition,
+    ) -> Tensor:
+        """Return the loss with the teacher's part; every term is logged by itself."""
+        distill, lesson = self.config.distill, self.lesson
+        assert distill is not None and lesson is not None
+        wanted = [pair.teacher for pair in lesson.pairs]
+        taught = lesson.teacher(noised.x_t, noised.network_time, cond, wanted)
+        output = output_loss(predicted, taught.prediction, noised.weight)
+        terms = {
+            "task": distill.task_weight * task,
+            "kd_output": distill.output_weight * output,
+        }
+        if lesson.pairs:
+            normalize = distill.features is not None and distill.features.normalize
+            by_place = feature_losses(
+                features, taught.features, lesson.pairs, normalize=normalize
+            )
+            terms["kd_features"] = distill.feature_weight * total(by_place)
+            if (self.global_step + 1) % self.config.run.log_every_steps == 0:
+                self.log_dict({f"kd/{name}": value for name, value in by_place.items()})
+        for name, value in terms.items():
+            self.log(name, value, sync_dist=True)
+        return total(terms)
+
+    def configure_model(self) -> None:
+        """Recompute, compile or cut the blocks, as ``run`` says."""
+        configure_networks(self, self.config.run)
+
+    def validation_errors(self, batch: CachedBatch, draws: StepDraws) -> tuple[Tensor, Tensor]:
+        """Return each sample's published loss and time, with its caption."""
+        config = self.config.diffusion
+        x0 = self.clean_latents(batch, draws)
+        evenly = UNetDiffusionConfig(
+            config.prediction, config.beta_start, config.beta_end, stratified=True
+        )
+        noised = noise_unet_batch(x0, evenly, draws)
+        predicted = self.network(noised.x_t, noised.network_time, self.told(batch))
+        return published_unet_errors(predicted, x0, noised, config), noised.t
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimizer with its per-step schedule."""
+        optimizer, schedule = make_optimizer(
+            self.network.parameters(), self.config.optim, self.config.run.max_steps
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+
+class LoadTeacher(Callback):
+    """Loads the teacher where the run trains."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        """Take the teacher."""
+        self.teacher = teacher
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Load it."""
+        self.teacher.load(pl_module.device)

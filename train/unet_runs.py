@@ -1,0 +1,115 @@
+"""What ``python -m train unet`` and ``unet_kd`` do: load data, find the teacher, build, fit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from cascade.checkpoints.part_files import find_network, find_text
+from cascade.errors import UserError
+from stages.unet.config import UNetConfig
+from train.data.open import TrainingData, open_data
+from train.distill.plans import plan_of
+from train.distill.teacher import Teacher
+from train.encode import FrozenPaths
+from train.fit import prepare
+from train.initial import with_architecture
+from train.losses.distillation import site_pairs
+from train.runs import fit_system, start, validation
+from train.systems.unet import DistillConfig, Lesson, LoadTeacher, UNetRun, UNetSystem
+
+
+def train_unet_kd(config: UNetRun, *, resume: bool) -> None:
+    """Distill a teacher into a student."""
+    if config.distill is None:
+        raise UserError("distill is missing: name the teacher, or use: python -m train unet")
+    _train(config, resume=resume)
+
+
+def train_unet(config: UNetRun, *, resume: bool) -> None:
+    """Train a U-Net without a teacher."""
+    if config.distill is not None:
+        raise UserError("distill names a teacher: use python -m train unet_kd, or leave it out")
+    _train(config, resume=resume)
+
+
+def _train(config: UNetRun, *, resume: bool) -> None:
+    config = with_architecture(config, "unet", resume=resume)
+    prepared = prepare(config.run, config, resume=resume)
+    sizes = config.sizes
+    lesson = None if config.distill is None else _lesson(config.distill, config)
+    frozen = _frozen(config, sizes)
+    data = open_data(config.data, frozen, pixels=False)
+    null_text = _null_text(config, data)
+    autoencoder = find_network(config.autoencoder, "autoencoder_kl").published.config
+    if autoencoder.latent_channels != sizes.in_channels:
+        raise UserError(
+            f"model.in_channels is {sizes.in_channels} but {config.autoencoder} has latents of "
+            f"{autoencoder.latent_channels} channels"
+        )
+    system = UNetSystem(config, null_text, autoencoder.downscale, lesson)
+    start(system.network, config.init_from, "unet", prepared)
+    last = validation(config, frozen, prepared, pixels=False)
+    first = [] if lesson is None else [LoadTeacher(lesson.teacher)]
+    fit_system(system, data, config, prepared, first=first, last=last)
+
+
+def _lesson(distill: DistillConfig, config: UNetRun) -> Lesson:
+    """Find the teacher and what the student imitates.
+
+    Raises:
+        UserError: They do not belong together.
+    """
+    teacher = Teacher(distill.teacher, distill.dtype)
+    ours, theirs = config.sizes, teacher.config
+    for name in ("in_channels", "out_channels", "text_channels", "text_pooled_channels"):
+        if getattr(ours, name) != getattr(theirs, name):
+            raise UserError(
+                f"distill.teacher {distill.teacher}: its {name} is {getattr(theirs, name)}, the "
+                f"student's {getattr(ours, name)}: they are not told the same"
+            )
+    if distill.features is None or distill.feature_weight == 0:
+        return Lesson(teacher)
+    plan = plan_of(config.init_from, distill.recipe, student=ours, teacher=theirs)
+    try:
+        return Lesson(teacher, site_pairs(distill.features, plan))
+    except ValueError as error:
+        raise UserError(f"distill.features: {error}") from error
+
+
+def _frozen(config: UNetRun, sizes: UNetConfig) -> FrozenPaths:
+    """Return the networks that encode; of a model with two text encoders each is told by width."""
+    frozen = FrozenPaths(
+        text=config.text,
+        text_states=config.text_states,
+        text_width=sizes.text_channels,
+        autoencoder=config.autoencoder,
+    )
+    if config.text_2 is None:
+        return frozen
+    second = find_text(config.text_2, sizes.text_pooled_channels)
+    return replace(
+        frozen,
+        text_width=sizes.text_channels - second.width,
+        text_2=config.text_2,
+        text_2_width=sizes.text_pooled_channels,
+    )
+
+
+def _null_text(config: UNetRun, data: TrainingData) -> tuple[Tensor, Tensor]:
+    """Check the text's widths; return the states of no caption."""
+    assert data.null_text is not None, "open_data gives the null text with the text part"
+    sizes, (hidden, pooled) = config.sizes, data.null_text
+    found = {"text_channels": hidden.shape[-1]}
+    if sizes.text_pooled_channels is not None:
+        found["text_pooled_channels"] = pooled.shape[-1]
+    for name, width in found.items():
+        if width != getattr(sizes, name):
+            raise UserError(
+                f"model.{name} is {getattr(sizes, name)} but the text states have {width}"
+            )
+    if config.drops_to_zeros:
+        return torch.zeros_like(hidden), torch.zeros_like(pooled)
+    return hidden, pooled
