@@ -170,7 +170,7 @@ def _value(kind: object, value: object, where: str, key: str) -> object:
         return _tuple(arguments, value, where, key)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         return _dataclass(kind, {} if value is None else value, where, f"{key}.")
-    if origin is dict and isinstance(value, Mapping):
+    if origin in (dict, Mapping) and isinstance(value, Mapping):
         return {k: _value(arguments[1], v, where, f"{key}.{k}") for k, v in value.items()}
     return _scalar(kind, value, where, key)
 
