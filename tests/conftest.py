@@ -15,11 +15,14 @@ from torch import nn
 
 from cascade.checkpoints.files import save_network
 from cascade.pipelines.spec import CascadeSpec, StageSampling, save_spec
+from stages.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from stages.previewer import Previewer, PreviewerConfig
 from stages.semantic_compressor import CompressorConfig, SemanticCompressor, TrunkStage
 from stages.stage_a import StageA, StageAConfig
 from stages.stage_b import StageB, StageBConfig
 from stages.stage_c import StageC, StageCConfig
+from stages.unet.config import UNetConfig
+from stages.unet.unet import UNet
 
 pytest_plugins = ["tests.fake_hub"]
 
@@ -73,6 +76,36 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         stage_b=StageSampling(steps=2, guidance=1.1),
     )
     save_spec(spec, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_unet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher U-Net of SDXL's kind and its autoencoder, for the tiny model's text. Do not change.
+
+    32 px pictures have latents of 8 x 8.
+    """
+    folder = tmp_path_factory.mktemp("tiny_unet")
+    teacher = UNetConfig(
+        channels=(8, 16, 16),
+        num_heads=(1, 2, 2),
+        down_depths=((0, 0), (1, 1), (3, 3)),
+        mid_depth=3,
+        up_depths=((3, 3, 3), (1, 1, 1), (0, 0, 0)),
+        text_channels=TEXT_CHANNELS,
+        text_pooled_channels=TEXT_POOLED,
+        size_channels=4,
+        norm_groups=4,
+    )
+    autoencoder = AutoencoderKLConfig(
+        channels=(8, 8, 16), blocks_per_level=1, norm_groups=4, scale=0.7
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        networks = {"unet": UNet(teacher), "autoencoder_kl": AutoencoderKL(autoencoder)}
+        for name, network in networks.items():
+            _randomize(network)
+            save_network(folder / f"{name}.safetensors", network)
     return folder
 
 

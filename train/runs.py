@@ -158,7 +158,11 @@ def train_previewer(config: PreviewerRun, *, resume: bool) -> None:
 
 
 def validation(
-    config: StageBRun | StageCRun | UNetRun, frozen: FrozenPaths, prepared: Prepared, *, pixels: bool
+    config: StageBRun | StageCRun | UNetRun,
+    frozen: FrozenPaths,
+    prepared: Prepared,
+    *,
+    pixels: bool,
 ) -> list[pl.Callback]:
     """Return what judges the run on held-out pictures, if it asks for that."""
     if config.validation is None:
@@ -210,9 +214,7 @@ def _drawing(config: StageBRun | StageCRun | UNetRun) -> Drawing:
     assert config.pictures is not None
     if isinstance(config, UNetRun):
         return UNetDrawing(config.pictures.model, config.diffusion)
-    stage: Literal["stage_b", "stage_c"] = (
-        "stage_c" if isinstance(config, StageCRun) else "stage_b"
-    )
+    stage: Literal["stage_b", "stage_c"] = "stage_c" if isinstance(config, StageCRun) else "stage_b"
     return CascadeDrawing(config.pictures.model, stage, config.diffusion)
 
 

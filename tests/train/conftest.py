@@ -85,7 +85,9 @@ def clip_folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture(scope="session")
-def cache(shards: str, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cache(
+    shards: str, tiny_model: Path, tiny_unet: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A cache of all parts, made by the tiny model."""
     folder = tmp_path_factory.mktemp("cache")
     precompute(
@@ -95,6 +97,7 @@ def cache(shards: str, tiny_model: Path, tmp_path_factory: pytest.TempPathFactor
             text=str(tiny_model / "text"),
             stage_a=str(tiny_model / "stage_a.safetensors"),
             compressor=str(tiny_model / "compressor.safetensors"),
+            autoencoder=str(tiny_unet / "autoencoder_kl.safetensors"),
         ),
         batch_size=5,
     )
@@ -132,7 +135,12 @@ MakeRun = Callable[..., TinyRun]
 
 @pytest.fixture
 def make_run(
-    tmp_path: Path, shards: str, cache: Path, tiny_model: Path, clip_folder: Path
+    tmp_path: Path,
+    shards: str,
+    cache: Path,
+    tiny_model: Path,
+    tiny_unet: Path,
+    clip_folder: Path,
 ) -> MakeRun:
     """Make a run file of a kind; keyword arguments replace sections' keys."""
 
@@ -151,9 +159,13 @@ def make_run(
             },
             "data": {"shards": shards, "batch_size": 4},
             "optim": {"lr": 1e-2, "warmup_steps": 2, "schedule": "cosine"},
-            **_kind(kind, tiny_model, clip_folder),
+            **(
+                _unet(kind, tiny_unet, tiny_model)
+                if kind.startswith("unet")
+                else _kind(kind, tiny_model, clip_folder)
+            ),
         }
-        if kind in ("stage_b", "stage_c", "previewer"):
+        if kind in ("stage_b", "stage_c", "previewer", "unet", "unet_kd"):
             config["data"] |= {"folder": str(cache)}  # type: ignore[operator]
         for section, values in sections.items():
             inner = config.get(section)
@@ -164,6 +176,31 @@ def make_run(
         return TinyRun(kind, out, path)
 
     return make
+
+
+def _unet(kind: str, unet: Path, model: Path) -> dict[str, object]:
+    """A U-Net as wide as the teacher, or a student of it that has lost blocks of both kinds."""
+    teacher = config_in(unet / "unet.safetensors")
+    found: dict[str, object] = {
+        "model": teacher,
+        "autoencoder": str(unet / "autoencoder_kl.safetensors"),
+        "text": str(model / "text"),
+        "text_states": {"hidden": "pre_norm", "masks_padding": True},
+    }
+    if kind == "unet_kd":
+        fewer = {"down_depths": [[0], [1], [2]], "mid_depth": 2}
+        student = {**teacher, **fewer, "up_depths": [[2, 2], [1, 1], [0, 0]]}
+        remove = ["*_blocks.*.resnets.1", "*.transformer_blocks.2"]
+        recipe = unet / "recipe.yaml"
+        recipe.write_text(yaml.safe_dump({"remove": remove}))
+        found["model"] = student
+        found["distill"] = {
+            "teacher": str(unet / "unet.safetensors"),
+            "recipe": str(recipe),
+            "dtype": "float32",
+            "features": {"kinds": ["self_attention"], "sites": {"up_blocks.2": "up_blocks.2"}},
+        }
+    return found
 
 
 def _kind(kind: str, model: Path, clip: Path) -> dict[str, object]:

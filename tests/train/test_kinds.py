@@ -17,6 +17,7 @@ from stages.semantic_compressor import SemanticCompressor
 from stages.stage_a import StageA
 from stages.stage_b import StageB
 from stages.stage_c import StageC
+from stages.unet.unet import UNet
 
 # One batch is the whole data set: what is learnt by heart must be learnt.
 LEARN = {"data": {"batch_size": 12}, "run": {"log_every_steps": 1, "checkpoint_every_steps": 1000}}
@@ -27,6 +28,8 @@ CASES = {
     "stage_b": (60, 0.9, {"diffusion": {"prediction": "v", "weight": "constant"}}),
     "stage_c": (60, 0.8, {"diffusion": {"prediction": "v", "weight": "constant"}}),
     "previewer": (60, 0.3, {}),
+    "unet": (60, 0.8, {}),
+    "unet_kd": (60, 0.8, {"distill": {"features": {"kinds": ["self_attention"]}}}),
 }
 NETWORKS = {
     "stage_a": {"stage_a": StageA},
@@ -34,6 +37,8 @@ NETWORKS = {
     "stage_b": {"stage_b": StageB, "compressor": SemanticCompressor},
     "stage_c": {"stage_c": StageC},
     "previewer": {"previewer": Previewer},
+    "unet": {"unet": UNet},
+    "unet_kd": {"unet": UNet},
 }
 
 

@@ -20,6 +20,8 @@ EXPORTS = {
     "stage_b": ["stage_b.safetensors", "compressor.safetensors"],
     "stage_c": ["stage_c.safetensors"],
     "previewer": ["previewer.safetensors"],
+    "unet": ["unet.safetensors"],
+    "unet_kd": ["unet.safetensors"],
 }
 # Dropout and Muon are in here too: what they draw and keep must survive.
 SECTIONS = {

@@ -20,8 +20,11 @@ from train.losses.unet_denoising import UNetDiffusionConfig
 class Drawing(Protocol):
     """What draws a prompt with the network that learns."""
 
-    network_name: str
-    """Of the network, among those that the system exports."""
+    @property
+    def network_name(self) -> str:
+        """Name of the network among those that the system exports."""
+        ...
+
     image_size: int
     """Side of a picture in pixels."""
 

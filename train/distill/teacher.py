@@ -1,4 +1,4 @@
-"""The teacher of a distillation: loaded where the run trains, frozen, in a number format of its own.
+"""The teacher of a distillation: loaded where the run trains, frozen, in its own number format.
 
 It is no part of the system: nothing wraps it, no checkpoint and no optimizer holds it.
 """

@@ -243,9 +243,7 @@ class UNetSystem(LightningModule):
         }
         if lesson.pairs:
             normalize = distill.features is not None and distill.features.normalize
-            by_place = feature_losses(
-                features, taught.features, lesson.pairs, normalize=normalize
-            )
+            by_place = feature_losses(features, taught.features, lesson.pairs, normalize=normalize)
             terms["kd_features"] = distill.feature_weight * total(by_place)
             if (self.global_step + 1) % self.config.run.log_every_steps == 0:
                 self.log_dict({f"kd/{name}": value for name, value in by_place.items()})

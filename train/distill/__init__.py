@@ -1,0 +1,1 @@
+"""Distillation: students cut out of a teacher, and the teachers that they learn from."""
