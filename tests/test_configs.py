@@ -11,6 +11,7 @@ from torch import nn
 
 from cascade.checkpoints.files import on_meta
 from cascade.errors import run_main
+from stages.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from stages.previewer import Previewer, PreviewerConfig
 from stages.semantic_compressor import SemanticCompressor
 from stages.stage_a import StageA, StageAConfig
@@ -51,7 +52,8 @@ def _kind(path: Path) -> str:
     if path.parent.name == "recipes":  # all of one network, so their names say the recipe
         return "stage_c"
     name = path.stem.removeprefix("finetune_")
-    [kind] = [k for k in command.KINDS if name == k or name.startswith(f"{k}_")]
+    fitting = [k for k in command.KINDS if name == k or name.startswith(f"{k}_")]
+    [kind] = fitting or [k for k in command.KINDS if k.startswith(f"{name}_")]  # "autoencoder"
     return kind
 
 
@@ -66,7 +68,7 @@ def _header(path: Path) -> str:
 
 
 def test_the_demonstration_has_a_run_of_every_network() -> None:
-    demo = {_kind(path) for path in RUNS if path.parent.name == "demo"}
+    demo = {_kind(path) for path in RUNS if path.parent.name.startswith("demo")}
     assert demo == set(command.KINDS)
 
 
@@ -135,6 +137,7 @@ def _of(sizes: object) -> nn.Module:
         StageCConfig: StageC,
         StageAConfig: StageA,
         PreviewerConfig: Previewer,
+        AutoencoderKLConfig: AutoencoderKL,
     }
     return networks[type(sizes)](sizes)  # type: ignore[index, abstract]
 

@@ -24,7 +24,17 @@ from cascade.errors import UserError, run_main
 _log = logging.getLogger(__name__)
 
 _PRESET_SECTIONS = ("run", "data", "optim")
-KINDS = ("clip", "stage_a", "compressor", "stage_b", "stage_c", "previewer", "unet", "unet_kd")
+KINDS = (
+    "clip",
+    "stage_a",
+    "compressor",
+    "stage_b",
+    "stage_c",
+    "previewer",
+    "autoencoder_kl",
+    "unet",
+    "unet_kd",
+)
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -76,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     kinds: dict[str, tuple[type[Any], Callable[..., None]]] = {
         "clip": (runs.ClipRun, runs.train_clip),
         "stage_a": (runs.StageARun, runs.train_stage_a),
+        "autoencoder_kl": (runs.AutoencoderKLRun, runs.train_autoencoder_kl),
         "compressor": (runs.CompressorRun, runs.train_compressor),
         "stage_b": (runs.StageBRun, runs.train_stage_b),
         "stage_c": (runs.StageCRun, runs.train_stage_c),

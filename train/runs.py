@@ -15,6 +15,7 @@ from cascade.checkpoints.detect import Kind
 from cascade.checkpoints.part_files import find_network
 from cascade.errors import UserError
 from cascade.text.tokenizer import train_tokenizer
+from stages.autoencoder_kl import AutoencoderKLConfig
 from stages.stage_b_v2 import StageBV2Config
 from stages.stage_c import StageCConfig
 from stages.stage_c_v2 import StageCV2Config
@@ -27,6 +28,8 @@ from train.data.open import TrainingData, open_data, remember_data
 from train.encode import FrozenPaths
 from train.fit import Prepared, fit, prepare
 from train.initial import start_compressor_from, start_from, with_architecture
+from train.systems.adversarial import AutoencoderRun
+from train.systems.autoencoder_kl import AutoencoderKLRun, AutoencoderKLSystem
 from train.systems.clip import ClipRun, ClipSystem, load_clip, load_tokenizer
 from train.systems.compressor import CompressorRun, CompressorSystem
 from train.systems.previewer import PreviewerRun, PreviewerSystem
@@ -35,7 +38,16 @@ from train.systems.stage_b import StageBRun, StageBSystem
 from train.systems.stage_c import StageCRun, StageCSystem
 from train.systems.unet import UNetRun
 
-AnyRun = ClipRun | StageARun | CompressorRun | StageBRun | StageCRun | PreviewerRun | UNetRun
+AnyRun = (
+    ClipRun
+    | StageARun
+    | AutoencoderKLRun
+    | CompressorRun
+    | StageBRun
+    | StageCRun
+    | PreviewerRun
+    | UNetRun
+)
 
 
 def train_clip(config: ClipRun, *, resume: bool) -> None:
@@ -53,15 +65,22 @@ def train_stage_a(config: StageARun, *, resume: bool) -> None:
     config = with_architecture(config, "stage_a", resume=resume)
     prepared = prepare(config.run, config, resume=resume)
     data = open_data(config.data)
-    for height, width in data.shapes:
-        if config.crop > min(height, width):
-            raise UserError(f"crop is {config.crop} but the pictures are {width}x{height}")
-    if config.crop % config.sizes.downscale:
-        raise UserError(
-            f"crop is {config.crop}; Stage A needs a multiple of {config.sizes.downscale}"
-        )
+    _check_crop(config, data, "Stage A", config.sizes.downscale)
     system = StageASystem(config)
     start(system.network, config.init_from, "stage_a", prepared)
+    fit_system(system, data, config, prepared)
+
+
+def train_autoencoder_kl(config: AutoencoderKLRun, *, resume: bool) -> None:
+    """Train a U-Net's autoencoder."""
+    config = with_architecture(config, "autoencoder_kl", resume=resume)
+    prepared = prepare(config.run, config, resume=resume)
+    data = open_data(config.data)
+    _check_crop(config, data, "this autoencoder", config.sizes.downscale)
+    if config.init_from is not None and prepared.newest is None:
+        _check_scale(config, find_network(config.init_from, "autoencoder_kl").published.config)
+    system = AutoencoderKLSystem(config)
+    start(system.network, config.init_from, "autoencoder_kl", prepared)
     fit_system(system, data, config, prepared)
 
 
@@ -237,6 +256,26 @@ def _fits(key: str, wanted: int, found: int, what: str = "text states") -> None:
     """Check a width of the network against the cache's."""
     if found != wanted:
         raise UserError(f"{key} is {wanted} but the cached {what} have {found}")
+
+
+def _check_crop(config: AutoencoderRun, data: TrainingData, network: str, downscale: int) -> None:
+    """Refuse crops that do not fit into the pictures, or that the autoencoder can't halve."""
+    for height, width in data.shapes:
+        if config.crop > min(height, width):
+            raise UserError(f"crop is {config.crop} but the pictures are {width}x{height}")
+    if config.crop % downscale:
+        raise UserError(f"crop is {config.crop}; {network} needs a multiple of {downscale}")
+
+
+def _check_scale(config: AutoencoderKLRun, start: AutoencoderKLConfig) -> None:
+    """Refuse to keep a scale of the latents that the initial weights do not have."""
+    for name in ("scale", "shift"):
+        theirs, ours = getattr(start, name), getattr(config.sizes, name)
+        if theirs != ours and not (name == "scale" and config.measures_scale):
+            raise UserError(
+                f"model.{name} is {ours} but {config.init_from} was trained with {theirs}; set "
+                f"that, or leave model out to take it"
+            )
 
 
 def _check_shapes(sizes: StageBV2Config, config: StageBRun, data: TrainingData) -> None:

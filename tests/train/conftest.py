@@ -211,13 +211,14 @@ def _kind(kind: str, model: Path, clip: Path) -> dict[str, object]:
             layers |= {f"{tower}_width": width, f"{tower}_layers": 1, f"{tower}_heads": 2}
         more = {"vocab_size": 300, "max_tokens": 12, "image_size": 16, "patch_size": 8}
         return {"model": {**layers, **more, "projection": 8}}
+    if kind == "autoencoder_kl":
+        sizes = {"channels": [8, 16], "blocks_per_level": 1, "norm_groups": 4}
+        return {"model": sizes, **_judged(clip)}
     networks: dict[str, object] = {"model": config_in(model / f"{kind}.safetensors")}
     if kind == "compressor":
         return {**networks, "previewer": config_in(model / "previewer.safetensors")}
     if kind == "stage_a":
-        networks |= {"discriminator": {"channels": [4, 8]}, "crop": 16, "clip": str(clip)}
-        loss = {"perceptual_layers": [1], "adversarial_from_step": 2}
-        return {**networks, "loss": loss}
+        return {**networks, **_judged(clip)}
     if kind == "stage_b":
         compressor = config_in(model / "compressor.safetensors") | {"stochastic_depth": 0.5}
         networks |= {"compressor": compressor, "stage_a": str(model / "stage_a.safetensors")}
@@ -226,3 +227,9 @@ def _kind(kind: str, model: Path, clip: Path) -> dict[str, object]:
     if kind != "previewer":
         networks |= {"text": str(model / "text")}
     return networks
+
+
+def _judged(clip: Path) -> dict[str, object]:
+    """What judges an autoencoder."""
+    loss = {"perceptual_layers": [1], "adversarial_from_step": 2}
+    return {"discriminator": {"channels": [4, 8]}, "crop": 16, "clip": str(clip), "loss": loss}

@@ -12,6 +12,7 @@ from cascade.checkpoints.files import load_network, read_metadata
 from cascade.errors import UserError
 from cascade.evaluate.clip_scorer import ClipScorer
 from cascade.text.encoder import TextConfig, TextEncoder
+from stages.autoencoder_kl import AutoencoderKL
 from stages.previewer import Previewer
 from stages.semantic_compressor import SemanticCompressor
 from stages.stage_a import StageA
@@ -24,6 +25,7 @@ LEARN = {"data": {"batch_size": 12}, "run": {"log_every_steps": 1, "checkpoint_e
 CASES = {
     "clip": (60, 0.6, {"optim": {"lr": 1e-2, "schedule": "constant"}}),
     "stage_a": (60, 0.5, {"loss": {"adversarial_from_step": 1000}, "quantize": 0.0}),
+    "autoencoder_kl": (100, 0.5, {"loss": {"adversarial_from_step": 1000, "distance": "mse"}}),
     "compressor": (60, 0.5, {}),
     "stage_b": (60, 0.9, {"diffusion": {"prediction": "v", "weight": "constant"}}),
     "stage_c": (60, 0.8, {"diffusion": {"prediction": "v", "weight": "constant"}}),
@@ -33,6 +35,7 @@ CASES = {
 }
 NETWORKS = {
     "stage_a": {"stage_a": StageA},
+    "autoencoder_kl": {"autoencoder_kl": AutoencoderKL},
     "compressor": {"compressor": SemanticCompressor, "previewer": Previewer},
     "stage_b": {"stage_b": StageB, "compressor": SemanticCompressor},
     "stage_c": {"stage_c": StageC},

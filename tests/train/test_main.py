@@ -54,6 +54,12 @@ def refusal(run, capsys, *arguments: object) -> str:
         ("stage_a", ["--crop", "18"], "crop is 18; Stage A needs a multiple of 4"),
         ("stage_a", ["--clip", "null"], "loss.perceptual is 0.1 but clip names no folder"),
         ("stage_a", ["--clip", "/none"], "/none: not a CLIP with both towers"),
+        ("autoencoder_kl", ["--crop", "64"], "crop is 64 but the pictures are 32x32"),
+        ("autoencoder_kl", ["--crop", "17"], "crop is 17; this autoencoder needs a multiple of 2"),
+        ("autoencoder_kl", ["--clip", "null"], "loss.perceptual is 0.1 but clip names no folder"),
+        ("autoencoder_kl", ["--loss.distance", "l2"], "loss.distance: 'l2' is not one of l1, mse"),
+        ("autoencoder_kl", ["--model.norm_groups", "3"], "norm_groups=3 does not divide channels"),
+        ("autoencoder_kl", ["--init_from", "/none"], "/none: no such file or folder"),
         ("clip", ["--init_from", "/none"], "/none: no tokenizer.json in it"),
     ],
 )

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cascade.checkpoints.files import read_metadata
 from cascade.errors import UserError, run_main
 from train.callbacks.checkpoints import newest_checkpoint
 from train.callbacks.stop import Stop
@@ -17,12 +18,14 @@ from train.callbacks.stop import Stop
 EXPORTS = {
     "clip": ["text/model.safetensors"],
     "stage_a": ["stage_a.safetensors"],
+    "autoencoder_kl": ["autoencoder_kl.safetensors"],
     "stage_b": ["stage_b.safetensors", "compressor.safetensors"],
     "stage_c": ["stage_c.safetensors"],
     "previewer": ["previewer.safetensors"],
     "unet": ["unet.safetensors"],
     "unet_kd": ["unet.safetensors"],
 }
+TWO_OPTIMIZERS = ("stage_a", "autoencoder_kl")
 # Dropout and Muon are in here too: what they draw and keep must survive.
 SECTIONS = {
     "stage_c": {"model": {"dropout": 0.2}, "optim": {"name": "muon"}},
@@ -32,7 +35,7 @@ SECTIONS = {
 
 def steps_of(run):
     checkpoint = torch.load(newest_checkpoint(run.out), weights_only=True)
-    return checkpoint["global_step"] // (2 if run.kind == "stage_a" else 1)
+    return checkpoint["global_step"] // (2 if run.kind in TWO_OPTIMIZERS else 1)
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
@@ -57,13 +60,15 @@ def test_half_a_run_and_its_resumption_equal_a_whole_run(kind, make_run, monkeyp
         assert expected.keys() == found.keys()
         for key, value in expected.items():
             assert torch.equal(value, found[key]), key
+        said = [read_metadata(run.out / name).get("cascade_config") for run in (whole, halves)]
+        assert said[0] == said[1]  # the measured scale of an autoencoder's latents, too
     ends = [newest_checkpoint(run.out) for run in (whole, halves)]
     expected, found = (torch.load(end, weights_only=True) for end in ends)
     assert expected["global_step"] == found["global_step"]
     for key, value in expected["state_dict"].items():
         assert torch.equal(value, found["state_dict"][key]), key
     assert expected["lr_schedulers"] == found["lr_schedulers"]
-    steps = [12, 14] if kind == "stage_a" else [6, 7]
+    steps = [12, 14] if kind in TWO_OPTIMIZERS else [6, 7]
     assert sorted(p.name for p in halves.out.glob("checkpoints/*")) == [
         f"step={step}.ckpt" for step in steps
     ]

@@ -52,7 +52,9 @@ def assert_equal_ends(whole, other) -> None:
         assert torch.equal(value, found[key]), key
 
 
-@pytest.mark.parametrize("kind", ["stage_a", "compressor", "stage_b", "stage_c", "previewer"])
+@pytest.mark.parametrize(
+    "kind", ["stage_a", "autoencoder_kl", "compressor", "stage_b", "stage_c", "previewer"]
+)
 def test_every_kind_trains_from_a_stream_of_pictures(kind, make_run):
     buckets = {"step": 8, "max_aspect": 1.0}
     run = make_run(kind, data={**STREAM, "buckets": buckets, "crop": "random"})

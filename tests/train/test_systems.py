@@ -15,8 +15,10 @@ from stages.stage_c import StageCCondition
 from train.callbacks.checkpoints import newest_checkpoint
 from train.data.cached import CachedBatch
 from train.draws import StepDraws
+from train.systems.adversarial import random_crops
 from train.systems.clip import random_crop
-from train.systems.stage_a import FrozenClipFeatures, StageARun, StageASystem, random_crops
+from train.systems.clip_features import FrozenClipFeatures
+from train.systems.stage_a import StageARun, StageASystem
 from train.systems.stage_b import StageBRun, StageBSystem, corrupt_latents
 from train.systems.stage_c import StageCRun, StageCSystem
 

@@ -1,17 +1,38 @@
-"""Stage A's loss terms."""
+"""The autoencoders' loss terms."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 
-def pixel_loss(reconstruction: Tensor, pixels: Tensor) -> Tensor:
-    """Return the mean squared error, a scalar."""
-    return F.mse_loss(reconstruction.float(), pixels.float())
+def pixel_loss(
+    reconstruction: Tensor, pixels: Tensor, distance: Literal["l1", "mse"] = "mse"
+) -> Tensor:
+    """Return the mean absolute or squared error, a scalar."""
+    loss = F.l1_loss if distance == "l1" else F.mse_loss
+    return loss(reconstruction.float(), pixels.float())
+
+
+def kl_to_normal(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """Return the KL divergence of Gaussians from a standard normal.
+
+    Args:
+        mean: Shape ``(B, ...)``.
+        log_variance: Same shape.
+
+    Returns:
+        ``(B,)`` float32: summed over a sample's values.
+
+    Reference: Kingma & Welling, 2014, arXiv:1312.6114, appendix B.
+    """
+    mean, log_variance = mean.float(), log_variance.float()
+    values = 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance)
+    return values.flatten(1).sum(dim=1)
 
 
 def feature_distance(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:

@@ -35,7 +35,7 @@ def test_a_checkpoint_that_can_t_be_written_is_found_before_the_first_step(make_
     assert steps == []
 
 
-@pytest.mark.parametrize("kind", ["stage_a", "clip", "compressor"])
+@pytest.mark.parametrize("kind", ["stage_a", "autoencoder_kl", "clip", "compressor"])
 def test_a_rehearsal_leaves_nothing_and_a_resumed_run_has_none(kind, make_run, monkeypatch):
     run = make_run(kind)
     run.start("--run.max_minutes", "0.0001")

@@ -20,6 +20,7 @@ from train.losses.reconstruction import (
     feature_distance,
     hinge_discriminator_loss,
     hinge_generator_loss,
+    kl_to_normal,
     pixel_loss,
 )
 
@@ -177,3 +178,19 @@ def test_positions_that_are_not_seen_do_not_count():
     wrong = noised.target + torch.tensor([[2.0, 50.0], [1.0, 1.0]])
     loss, mse = denoising_loss(wrong, noised, visible)
     assert loss.item() == mse.item() == pytest.approx((4 + 1 + 1) / 3, rel=1e-5)
+
+
+def test_the_kl_divergence_is_that_of_torch_s_distributions_summed_over_a_sample():
+    from torch.distributions import Normal, kl_divergence
+
+    mean, log_variance = torch.randn(2, 3, 4, 5, 5, generator=generator()).unbind()
+    expected = kl_divergence(Normal(mean, (0.5 * log_variance).exp()), Normal(0.0, 1.0))
+    found = kl_to_normal(mean, log_variance)
+    torch.testing.assert_close(found, expected.sum(dim=(1, 2, 3)))
+    assert kl_to_normal(torch.zeros(1, 4), torch.zeros(1, 4)).item() == 0.0
+
+
+def test_pixels_are_compared_by_absolute_or_squared_differences():
+    ours, theirs = torch.tensor([0.0, 0.5]), torch.tensor([1.0, 0.0])
+    assert pixel_loss(ours, theirs, "l1").item() == pytest.approx(0.75)
+    assert pixel_loss(ours, theirs).item() == pytest.approx(0.625)
