@@ -23,10 +23,10 @@ def check_unet_fit(parts: UNetParts, where: str) -> None:
         ("the text encoders' states", hidden, "the U-Net", config.text_channels),
         ("the U-Net's latents", config.out_channels, "its autoencoder", latent),
     ]
-    if second is not None and config.text_pooled_channels is not None:
-        wanted = config.text_pooled_channels
-        what = "the second text encoder's pooled state"
-        meetings.append((what, second.pooled_channels, "the U-Net", wanted))
+    if config.text_pooled_channels is not None:
+        what = "the text encoder's pooled state" if second is None else "the second text encoder's"
+        pooled = (second or parts.text).pooled_channels
+        meetings.append((what, pooled, "the U-Net", config.text_pooled_channels))
     for what, made, reader, wanted in meetings:
         if made != wanted:
             raise UserError(

@@ -53,7 +53,8 @@ class UNetParts:
     unet: UNet
     autoencoder: AutoencoderKL
     text: TextEncoder
-    """The one text encoder of SD, or SDXL's first."""
+    """The one text encoder of SD, or SDXL's first. A U-Net of SDXL's kind may have one alone, which
+    then gives the pooled state as well."""
     text_2: TextEncoder | None = None
     """SDXL's second, whose pooled state the U-Net reads as well."""
 
@@ -172,7 +173,7 @@ class UNetSource:
             part = self._parts[name]
             return build(part.opened, part.published, device=device, dtype=dtype)
 
-        text = self._load_text("text_encoder", self.spec.text, device, dtypes.text)
+        text = self._load_text(self._first_text, self.spec.text, device, dtypes.text)
         text_2 = None
         if self.spec.text_2 is not None:
             text_2 = self._load_text("text_encoder_2", self.spec.text_2, device, dtypes.text)
@@ -190,6 +191,15 @@ class UNetSource:
         for name, part in sorted(self._parts.items()):
             digest.update(f"{name} {part.published.layout} {sampled_hash(part.path)}\n".encode())
         return digest.hexdigest()[:12]
+
+    @property
+    def _first_text(self) -> str:
+        """Name of the text encoder that is never missing.
+
+        A single one of SDXL's kind lies where diffusers looks for the one that it pools.
+        """
+        there = "text_encoder" in self._parts or (self.folder / "text_encoder").is_dir()
+        return "text_encoder" if there or not self.is_sdxl else "text_encoder_2"
 
     # Finding the parts
 
@@ -276,7 +286,7 @@ class UNetSource:
         advice = advice_for(self.unet_config, name, scheduler)
         sampling, notices = sampling_of(advice, self.is_sdxl, scheduler, str(path))
         if written is not None:  # another U-Net in a model of ours
-            return replace(written, sampling=replace(sampling, steps=sampling.steps))
+            return written if advice is None else replace(written, sampling=sampling)
         unsure = scheduler is None and self.unet_config.text_channels == 1024
         if unsure and not self.is_sdxl and "base" not in Path(self.where).name:
             # SD 2.x of 768 pixels and its base are the same network.
@@ -302,7 +312,8 @@ class UNetSource:
             empty_negative="zeros" if self._zeros() else "encoded",
             autoencoder_in_float16=not (self.is_sdxl and autoencoder.get("force_upcast", True)),
             text=_SDXL_TEXT if self.is_sdxl else _SD_TEXT,
-            text_2=_SDXL_TEXT if self.is_sdxl else None,
+            text_2=_SDXL_TEXT if self.is_sdxl and self._first_text == "text_encoder" else None,
+            told_sizes=self.is_sdxl,
             licence="" if advice is None else advice.licence,
             notices=tuple(notices),
         )

@@ -125,7 +125,7 @@ def make_unet_plan(
 def _sizes(spec: UNetSpec, wanted: UNetSettings, own: tuple[int, int]) -> SizeCondition | None:
     names = ("original_size", "crop", "target_size")
     given = {name: getattr(wanted, name) for name in names if getattr(wanted, name) is not None}
-    if spec.text_2 is None:
+    if not spec.is_told_sizes:
         for name in given:
             raise UserError(f"{name}: this model is told no sizes; SDXL and its students are")
         return None

@@ -39,7 +39,8 @@ def told_of(
 
     Args:
         states: Of the text encoder, or of SDXL's first.
-        states_2: Of SDXL's second, whose pooled states the U-Net reads as well.
+        states_2: Of SDXL's second, whose pooled states the U-Net reads as well; None: it reads
+            the first one's, if it reads any.
         prompts: One for each picture.
         negative_prompt: Of all of them.
         sizes: What SDXL is told of sizes.
@@ -48,16 +49,19 @@ def told_of(
     first = states.pair(prompts, negative_prompt)
     sides = [first.text, first.negative]
     zeros = empty_is_zeros and not negative_prompt.strip()
-    if states_2 is None or sizes is None:
+    if sizes is None:
         hidden = [side.hidden for side in sides]
         uncond = torch.zeros_like(hidden[1]) if zeros else hidden[1]
         return UNetPrompted(UNetCondition(hidden[0]), UNetCondition(uncond))
-    second = states_2.pair(prompts, negative_prompt)
     told = torch.tensor(sizes.values(), device=first.text.hidden.device).expand(len(prompts), -1)
-    conds = []
-    for one, two in zip(sides, (second.text, second.negative), strict=True):
-        hidden_both = torch.cat([one.hidden, two.hidden], dim=-1)  # (B, L, D_1 + D_2)
-        conds.append(UNetCondition(hidden_both, two.pooled, told))
+    if states_2 is None:
+        conds = [UNetCondition(one.hidden, one.pooled, told) for one in sides]
+    else:
+        second = states_2.pair(prompts, negative_prompt)
+        conds = []
+        for one, two in zip(sides, (second.text, second.negative), strict=True):
+            hidden_both = torch.cat([one.hidden, two.hidden], dim=-1)  # (B, L, D_1 + D_2)
+            conds.append(UNetCondition(hidden_both, two.pooled, told))
     cond, other = conds
     if zeros:
         assert other.text_pooled is not None

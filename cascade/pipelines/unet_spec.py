@@ -152,6 +152,8 @@ class UNetSpec:
     """Which text states the U-Net was trained on."""
     text_2: TextConfig | None = None
     """The same of SDXL's second text model, whose pooled state it is told as well."""
+    told_sizes: bool | None = None
+    """Whether the U-Net is told of sizes, as SDXL; null: if it has two text models."""
     licence: str = ""
     """Licence of the weights."""
     notices: tuple[str, ...] = ()
@@ -167,6 +169,11 @@ class UNetSpec:
             )
         if not 0 < self.min_size <= self.image_size <= self.max_size:
             raise ValueError(f"min_size <= image_size <= max_size does not hold: {sizes}")
+
+    @property
+    def is_told_sizes(self) -> bool:
+        """Whether the U-Net is told of sizes and of a pooled text."""
+        return self.text_2 is not None if self.told_sizes is None else self.told_sizes
 
 
 def load_unet_spec(folder: Path) -> UNetSpec:

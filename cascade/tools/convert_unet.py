@@ -87,12 +87,14 @@ def write_unet_folder(spec: UNetSpec, parts: UNetParts, out: Path, dtype: torch.
         index[name] = ["transformers", type(encoder.model).__name__]
         index[tokens] = ["transformers", type(encoder.tokenizer).__name__]
         folders += [name, tokens]
-    if parts.text_2 is None:
+    if unet.config.text_pooled_channels is None:
         index |= {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}
         index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
     else:
         index["_class_name"] = "StableDiffusionXLPipeline"
         index["force_zeros_for_empty_prompt"] = spec.empty_negative == "zeros"
+        for absent in ("text_encoder", "tokenizer"):
+            index.setdefault(absent, [None, None])  # of SDXL's kind with one text encoder
     (out / "scheduler").mkdir()
     scheduler = json.dumps(scheduler_of(spec.sampling), indent=2) + "\n"
     atomic_write_text(out / "scheduler" / "scheduler_config.json", scheduler)
@@ -126,7 +128,8 @@ def write_unet_file(spec: UNetSpec, parts: UNetParts, out: Path, dtype: torch.dt
     folders = []
     for part, tokens, encoder in _encoders(parts):
         config = TextTowerConfig.of_transformers(encoder.model)
-        prefix, state = _text_of(encoder, config, part, is_sdxl=parts.text_2 is not None)
+        is_sdxl = unet.config.text_pooled_channels is not None
+        prefix, state = _text_of(encoder, config, part, is_sdxl=is_sdxl)
         metadata[f"{CLASS_KEY}.{part}"] = TEXT_CLASS
         metadata[f"{CONFIG_KEY}.{part}"] = json.dumps(to_dict(config))
         tensors |= with_prefix(state, prefix)
@@ -143,10 +146,15 @@ def write_unet_file(spec: UNetSpec, parts: UNetParts, out: Path, dtype: torch.dt
 
 
 def _encoders(parts: UNetParts) -> list[tuple[PartName, str, TextEncoder]]:
-    encoders: list[tuple[PartName, str, TextEncoder]] = [("text_encoder", "tokenizer", parts.text)]
+    """Return each text encoder's place, its tokenizer's, and itself."""
     if parts.text_2 is not None:
-        encoders.append(("text_encoder_2", "tokenizer_2", parts.text_2))
-    return encoders
+        return [
+            ("text_encoder", "tokenizer", parts.text),
+            ("text_encoder_2", "tokenizer_2", parts.text_2),
+        ]
+    if parts.unet.config.text_pooled_channels is not None:
+        return [("text_encoder_2", "tokenizer_2", parts.text)]
+    return [("text_encoder", "tokenizer", parts.text)]
 
 
 def _text_of(

@@ -64,7 +64,7 @@ def plan_of(
         )
     else:
         where = f"init_from {init_from}"
-        text = find_network(init_from, "unet").opened.file_metadata.get(STUDENT_KEY)
+        text = find_network(init_from, "unet").opened.metadata.get(STUDENT_KEY)
         if text is None:
             raise UserError(
                 f"{where}: does not say how it was cut out of its teacher; name the recipe as "

@@ -1,0 +1,115 @@
+"""A U-Net of SDXL's kind with one text encoder: put together, sampled, read by diffusers."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import sample
+from cascade.errors import UserError
+from cascade.images import open_image
+from cascade.pipelines.unet import UNetPipeline
+from cascade.pipelines.unet_plan import UNetSettings
+from cascade.rng import PictureNoise
+from cascade.tools.convert import convert
+from train.assemble_unet import main
+
+
+@pytest.fixture
+def config(tiny_unet: Path, tiny_model: Path, tmp_path: Path) -> Path:
+    values = {
+        "spec": {
+            "name": "tiny-unet",
+            "image_size": 32,
+            "size_multiple": 4,
+            "min_size": 16,
+            "max_size": 64,
+            "sampling": {"steps": 3, "guidance": 2.0, "spacing": "trailing"},
+        },
+        "unet": str(tiny_unet / "unet.safetensors"),
+        "autoencoder": str(tiny_unet / "autoencoder_kl.safetensors"),
+        "text": str(tiny_model / "text"),
+        "beside": {"teacher": str(tiny_unet / "unet.safetensors")},
+        "dtype": "float32",
+    }
+    path = tmp_path / "model.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.fixture
+def model(config: Path, tmp_path: Path) -> Path:
+    assert main(["--config", str(config), "--out", str(tmp_path / "model")]) == 0
+    return tmp_path / "model"
+
+
+def test_sample_makes_pictures_of_the_student_and_of_the_teacher_beside_it(model, tmp_path):
+    arguments = ["--prompt", "a red apple", "--seed", "3", "--model", str(model)]
+    assert sample.main([*arguments, "--out", str(tmp_path / "a")]) == 0
+    teacher = str(model / "teacher.safetensors")
+    assert sample.main([*arguments, "--unet", teacher, "--out", str(tmp_path / "b")]) == 0
+    one, other = (next((tmp_path / name).glob("*.png")) for name in "ab")
+    # Beside itself it is its own teacher.
+    assert np.array_equal(np.asarray(open_image(one)), np.asarray(open_image(other)))
+    assert open_image(one).size == (32, 32)
+
+
+def test_diffusers_draws_the_same_latents_from_the_folder(model):
+    from diffusers import StableDiffusionXLPipeline
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = StableDiffusionXLPipeline.from_pretrained(model)
+    pipeline = UNetPipeline(model, device="cpu")
+    settings = UNetSettings(seed=5)
+    drawn = pipeline("a blue fish", settings).latents[0]
+    prompt = pipeline._parts.text.encode(["a blue fish"])
+    noise = PictureNoise([5], "unet").randn(pipeline.latent_shape(32, 32))
+    theirs.set_progress_bar_config(disable=True)
+    found = theirs(
+        prompt_embeds=prompt.hidden,
+        pooled_prompt_embeds=prompt.pooled,
+        negative_prompt_embeds=torch.zeros_like(prompt.hidden),
+        negative_pooled_prompt_embeds=torch.zeros_like(prompt.pooled),
+        num_inference_steps=3,
+        guidance_scale=2.0,
+        latents=noise,
+        height=32,
+        width=32,
+        output_type="latent",
+    ).images[0]
+    scale = found.std()
+    assert (drawn - found).abs().max() < 1e-4 * scale
+
+
+def test_its_single_file_makes_the_same_picture(model, tmp_path):
+    convert(model, "original", tmp_path / "single", torch.float32)
+    settings = UNetSettings(seed=5)
+    latents = [
+        UNetPipeline(source, device="cpu")("a red apple", settings).latents
+        for source in (model, tmp_path / "single" / "tiny-unet.safetensors")
+    ]
+    assert torch.equal(*latents)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_mb": 0.001}, "max_mb allows 0.001"),
+        ({"unet": "/none"}, "/none: no such file or folder"),
+        ({"beside": {"teacher": "AUTOENCODER"}}, "holds a autoencoder_kl, but a unet is needed"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_nothing_is_left(changes, message, config, tmp_path):
+    values = yaml.safe_load(config.read_text())
+    text = json.dumps(changes).replace("AUTOENCODER", values["autoencoder"])
+    config.write_text(yaml.safe_dump(values | json.loads(text)))
+    with pytest.raises(UserError, match=message):
+        main(["--config", str(config), "--out", str(tmp_path / "model")])
+    assert not (tmp_path / "model").exists()
