@@ -44,6 +44,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--recipe", required=True, help="a published recipe, a YAML file of your own, or auto"
     )
     make.add_argument("--out", type=Path, required=True, help="new folder")
+    make.add_argument(
+        "--model-out",
+        type=Path,
+        help="new folder for the teacher's whole model with the student in it, as diffusers has it",
+    )
     _add_auto(make)
     return parse_all(parser, argv)
 
@@ -66,7 +71,7 @@ def _add_auto(make: argparse.ArgumentParser) -> None:
         metavar="SIDE",
         help="of random latents (default: 128 for SDXL, else 64; 8 pixels each)",
     )
-    auto.add_argument("--batch-size", type=int, metavar="N", help="latents in one call (default 1)")
+    auto.add_argument("--batch-size", type=int, metavar="N", help="latents in one call (default 4)")
     auto.add_argument("--repeats", type=int, metavar="N", help="timed calls (default 5)")
     auto.add_argument("--device", help="auto, cpu, cuda, mps (default cpu)")
     auto.add_argument("--dtype", help="number format of what is measured (default float32)")
@@ -121,12 +126,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_new,
         load_teacher,
         make_student,
+        metadata_of,
         read_recipe,
         write_student,
     )
+    from train.distill.model_folder import open_model, write_model
 
     check_new(options.out)
     named = None if options.recipe == "auto" else read_recipe(options.recipe)
+    model = None
+    if options.model_out is not None:
+        check_new(options.model_out, "--model-out")
+        model = open_model(options.teacher)
     teacher = load_teacher(options.teacher)
     measured: Sequence[str] = ()
     importance: Sequence[str] = ()
@@ -135,8 +146,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         named = NamedRecipe("auto", choice.recipe)
         measured, importance = ("", *choice.summary), ("", *choice.importance)
     student = make_student(teacher, named)
+    content = None if model is None else model.unet_config(student.network.config)
     summary = write_student(teacher, named, student, options.out, (*measured, *importance))
     print("\n".join([*summary, *measured, "", f"wrote {options.out}"]))
+    if model is not None and content is not None:
+        metadata = metadata_of(teacher, named, student.plan)
+        write_model(model, student.network, content, options.model_out, metadata)
+        print(f"wrote {options.model_out}")
     return 0
 
 
@@ -160,7 +176,7 @@ def _choose_automatically(teacher: Teacher, options: argparse.Namespace) -> Auto
         count=options.calibration_size or 8,
         latent_size=options.latent_size or (64 if config.text_pooled_channels is None else 128),
     )
-    bench = Bench(calibration, device, dtype, options.batch_size or 1, options.repeats or 5)
+    bench = Bench(calibration, device, dtype, options.batch_size or 4, options.repeats or 5)
     # Its file's tensors stay as they are: the student inherits those.
     return choose_recipe(teacher.copy_on(device, dtype), budget, bench)
 

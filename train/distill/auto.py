@@ -26,7 +26,7 @@ from train.distill.importance import (
     removable_units,
 )
 from train.distill.latency import seconds_of, shares_of_modules
-from train.distill.make_student import student_of
+from train.distill.make_student import network_of
 from train.distill.student_report import table
 
 _log = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ def choose_recipe(teacher: UNet, budget: Budget, bench: Bench) -> AutoChoice:
     _log.info("measuring %d units of the teacher on %s", len(units), calibration.described)
 
     def predict_without(recipe: Recipe) -> Tensor:
-        return predict(student_of(state, plan_student(config, recipe)).network)
+        return predict(network_of(state, plan_student(config, recipe)))
 
     def seconds(network: UNet) -> float:
         return seconds_of(lambda: predict(network), bench.device, bench.repeats)
@@ -193,7 +193,7 @@ def _choose_by_latency(
     for _ in range(_TRIES):
         chosen = _choose(config, measured, cost, aim)
         plan = plan_student(config, recipe_of(config, chosen))
-        found = seconds(student_of(state, plan).network) / whole
+        found = seconds(network_of(state, plan)) / whole
         _log.info("a student of an estimated %.1f%% takes %.1f%%", 100 * cost(plan), 100 * found)
         if found <= share:
             height, width = bench.calibration.x_t.shape[-2:]

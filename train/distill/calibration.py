@@ -99,7 +99,9 @@ def calibrate(
     else:
         given = _read(name, config)
         height, width = given["latents"].shape[-2:]
-        described = f"{count} of {len(given['latents'])} latents of {height}x{width} of {name}"
+        described = (
+            f"{count} noisings of {len(given['latents'])} latents of {height}x{width} of {name}"
+        )
     picked = torch.arange(count) % len(given["latents"])
     latents = given["latents"][picked].float()
     timesteps = ((torch.arange(count) + 0.5) * NUM_TIMESTEPS / count).floor()

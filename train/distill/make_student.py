@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,11 @@ class Teacher:
     found: FoundNetwork
     network: UNet
     """On the CPU in its file's number format, memory-mapped where it can be."""
+
+    @functools.cached_property
+    def weights_hash(self) -> str:
+        """12 hex digits over the file it is in."""
+        return weights_hash(self.found.path)
 
     def copy_on(self, device: torch.device, dtype: torch.dtype) -> UNet:
         """Return the network elsewhere or in another number format, to measure it."""
@@ -119,11 +125,27 @@ def make_student(teacher: Teacher, named: NamedRecipe) -> Student:
 
 
 def student_of(teacher_state: Mapping[str, Tensor], plan: StudentPlan) -> Student:
-    """Build the student of a plan with its teacher's own tensors."""
-    state, report = inherit(teacher_state, plan)
+    """Give the student of a plan its teacher's own tensors, with a report of each."""
+    _, report = inherit(teacher_state, plan)
+    return Student(network_of(teacher_state, plan), plan, report)
+
+
+def network_of(teacher_state: Mapping[str, Tensor], plan: StudentPlan) -> UNet:
+    """Build the network of a plan with its teacher's own tensors; strict."""
     network = build_on_meta(UNet, plan.student, "the plan")
+    state = {name: teacher_state[plan.teacher_name(name)] for name in network.state_dict()}
     assign_strictly(network, state, "the plan")
-    return Student(network.eval(), plan, report)
+    return network.eval()
+
+
+def metadata_of(teacher: Teacher, named: NamedRecipe, plan: StudentPlan) -> dict[str, str]:
+    """Return what a student's file says of where it comes from."""
+    source = {"name": teacher.name, "weights_hash": teacher.weights_hash}
+    return {
+        STUDENT_KEY: json.dumps(to_dict(plan)),
+        RECIPE_KEY: json.dumps(to_dict(named.recipe)),
+        TEACHER_KEY: json.dumps(source),
+    }
 
 
 def write_student(
@@ -149,14 +171,9 @@ def write_student(
         UserError: The folder is not empty or can't be made, or the disk is full.
     """
     check_new(out)
-    source = {"name": teacher.name, "weights_hash": weights_hash(teacher.found.path)}
-    made_by = f"{named.name} of {teacher.name} (weights {source['weights_hash']})"
+    made_by = f"{named.name} of {teacher.name} (weights {teacher.weights_hash})"
     summary = [made_by, "", *summary_lines(student.plan, student.report)]
-    metadata = {
-        STUDENT_KEY: json.dumps(to_dict(student.plan)),
-        RECIPE_KEY: json.dumps(to_dict(named.recipe)),
-        TEACHER_KEY: json.dumps(source),
-    }
+    metadata = metadata_of(teacher, named, student.plan)
     with atomic_folder(out) as temporary:
         save_network(temporary / STUDENT_FILE, student.network, metadata=metadata)
         lines = [*summary, *more, "", *report_lines(student.report)]
@@ -167,14 +184,14 @@ def write_student(
     return summary
 
 
-def check_new(out: Path) -> None:
-    """Refuse a folder that holds something already.
+def check_new(out: Path, option: str = "--out") -> None:
+    """Refuse a folder that holds something already; the option is what names it.
 
     Raises:
         UserError: It does, or it is a file.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: something is there already; name a new folder with --out")
+        raise UserError(f"{out}: something is there already; name a new folder with {option}")
 
 
 def read_plan(metadata: Mapping[str, str], where: str) -> StudentPlan:
