@@ -23,8 +23,9 @@ from train import __main__ as command
 from train import runs
 
 ROOT = Path(__file__).parents[1]
-NOT_A_RUN = {"model.yaml", "switches.yaml"}
-"""Configurations of other commands: of train.assemble, of benchmarks/recipes.py."""
+NOT_A_RUN = {"model.yaml", "switches.yaml", "my_student.yaml"}
+"""Configurations of other commands: of train.assemble, of benchmarks/recipes.py, of train.distill.
+"""
 ALL = sorted((ROOT / "configs").rglob("*.yaml"))
 PRESETS = sorted((ROOT / "configs" / "presets").glob("*.yaml"))
 RUNS = [path for path in ALL if path.name not in NOT_A_RUN and path not in PRESETS]

@@ -12,7 +12,7 @@ from cascade.errors import UserError
 from stages.unet.config import UNetConfig
 from train.data.open import TrainingData, open_data
 from train.distill.plans import plan_of
-from train.distill.teacher import Teacher
+from train.distill.teacher import FrozenTeacher
 from train.encode import FrozenPaths
 from train.fit import prepare
 from train.initial import with_architecture
@@ -62,7 +62,7 @@ def _lesson(distill: DistillConfig, config: UNetRun) -> Lesson:
     Raises:
         UserError: They do not belong together.
     """
-    teacher = Teacher(distill.teacher, distill.dtype)
+    teacher = FrozenTeacher(distill.teacher, distill.dtype)
     ours, theirs = config.sizes, teacher.config
     for name in ("in_channels", "out_channels", "text_channels", "text_pooled_channels"):
         if getattr(ours, name) != getattr(theirs, name):

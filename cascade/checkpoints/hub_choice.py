@@ -15,8 +15,10 @@ from typing import Literal
 
 from cascade.errors import UserError
 
-Part = Literal["stage_a", "stage_b", "stage_c", "compressor", "previewer", "text", "image_encoder"]
-"""What can be wanted of a cascade by itself."""
+Part = Literal[
+    "stage_a", "stage_b", "stage_c", "compressor", "previewer", "text", "image_encoder", "unet"
+]
+"""What can be wanted of a cascade, or of a pipeline of SD or SDXL, by itself."""
 OWN_SETTINGS = "model.json"
 CONVERTED_SETTINGS = "cascade.json"
 _OWN_NETWORKS = ("stage_a", "stage_b", "stage_c", "compressor", "previewer")
@@ -116,8 +118,11 @@ def choose(
     Raises:
         UserError: If that is no such model, or there is no such size or variant.
     """
-    if part is None and len(repositories) == 1 and _is_unet(repositories[0]):
-        return [_choose_unet(repositories[0], where, lite=lite, variant=variant)]
+    if part in (None, "unet") and len(repositories) == 1 and _is_unet(repositories[0]):
+        names = _choose_unet(repositories[0], where, lite=lite, variant=variant)
+        return [[name for name in names if part is None or _parent(name) == part]]
+    if part == "unet":
+        raise UserError(f"{where}: no folder unet beside a model_index.json, as diffusers has it")
     if any(OWN_SETTINGS in files for files in repositories):
         if lite or variant is not None:
             asked = ":lite" if lite else f"variant {variant!r}"

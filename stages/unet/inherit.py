@@ -5,8 +5,10 @@ Reference: Kim et al., 2023, BK-SDM, arXiv:2305.15798, section 3.1.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -73,11 +75,11 @@ class InheritanceReport:
         before: dict[str, int] = {}
         after: dict[str, int] = {}
         for origin, shape in [(one.origin, one.shape) for one in self.inherited]:
-            stage = _stage(origin)
+            stage = stage_of(origin)
             before[stage] = before.get(stage, 0) + _numbers(shape)
             after[stage] = after.get(stage, 0) + _numbers(shape)
         for one in self.left_out:
-            stage = _stage(one.name)
+            stage = stage_of(one.name)
             before[stage] = before.get(stage, 0) + _numbers(one.shape)
         return {stage: (before[stage], after.get(stage, 0)) for stage in sorted(before, key=_place)}
 
@@ -139,15 +141,18 @@ def _check_teacher(state: Mapping[str, Tensor], config: UNetConfig) -> None:
             )
 
 
-def _shapes(config: UNetConfig) -> dict[str, tuple[int, ...]]:
+@functools.lru_cache(maxsize=4)  # who measures many students of one teacher asks for it each time
+def _shapes(config: UNetConfig) -> Mapping[str, tuple[int, ...]]:
     """Return the shape of every tensor of a U-Net."""
     with torch.device("meta"):
         network = UNet(config)
-    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    return MappingProxyType(shapes)
 
 
-def _stage(name: str) -> str:
-    first, second, *_ = name.split(".")
+def stage_of(name: str) -> str:
+    """Return the stage of a tensor or a module: ``down_blocks.0``, ``mid_block``, ``conv_in``."""
+    first, second, *_ = (*name.split("."), "")
     return f"{first}.{second}" if first in ("down_blocks", "up_blocks") else first
 
 

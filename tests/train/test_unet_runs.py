@@ -18,7 +18,7 @@ from stages.unet.unet import UNet
 from train.callbacks.checkpoints import newest_checkpoint
 from train.data.cached import CachedBatch
 from train.distill.plans import plan_metadata
-from train.distill.teacher import Teacher
+from train.distill.teacher import FrozenTeacher
 from train.draws import StepDraws
 from train.losses.distillation import FeatureConfig, feature_losses, site_pairs
 from train.losses.unet_denoising import (
@@ -336,7 +336,7 @@ def test_bad_input_is_told_in_one_line(changes, message, make_run):
 
 
 def test_a_teacher_speaks_in_its_own_number_format_under_autocast(tiny_unet):
-    teacher = Teacher(str(tiny_unet / "unet.safetensors"), "float32")
+    teacher = FrozenTeacher(str(tiny_unet / "unet.safetensors"), "float32")
     teacher.load(torch.device("cpu"))
     inputs = _inputs(teacher.config)
     plain = teacher(*inputs, ["mid_block"])

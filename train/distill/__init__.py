@@ -1,1 +1,1 @@
-"""Distillation: students cut out of a teacher, and the teachers that they learn from."""
+"""Teachers and students: compressing a network, and what the small one learns from the large."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from cascade.checkpoints.part_files import find_network
@@ -12,24 +14,53 @@ from stages.unet.compress import PUBLISHED, Recipe, StudentPlan, plan_student
 from stages.unet.config import UNetConfig
 
 STUDENT_KEY = "cascade_student"
-"""Metadata of a student's file: its plan."""
+"""Metadata of a student's file: its plan, which says whose features it imitates."""
 
 
-def read_recipe(name: str) -> Recipe:
-    """Return a published recipe, or a YAML file's.
+@dataclass(frozen=True)
+class NamedRecipe:
+    """A recipe, and what it is called in reports."""
+
+    name: str
+    recipe: Recipe
+
+
+def read_recipe(name: str) -> NamedRecipe:
+    """Return a published recipe, or that of a YAML file.
 
     Raises:
-        UserError: It is neither.
+        UserError: There is no such recipe (the nearest is named), or the file is not one.
     """
     if name in PUBLISHED:
-        return PUBLISHED[name]
-    if Path(name).is_file():
-        return load_yaml(Recipe, name)
-    like = nearest(name, PUBLISHED)
-    hint = f"; did you mean {like}?" if like else ""
+        return NamedRecipe(name, PUBLISHED[name])
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        return NamedRecipe(name, load_yaml(Recipe, path))
+    guess = nearest(name, (*PUBLISHED, "auto"))
+    hint = f"did you mean {guess}? " if guess else ""
     raise UserError(
-        f"{name}: neither a YAML file nor a known recipe ({', '.join(PUBLISHED)}){hint}"
+        f"recipe {name}: no such recipe; {hint}There are {', '.join(PUBLISHED)}, auto, or a "
+        "file as my.yaml"
     )
+
+
+def read_plan(metadata: Mapping[str, str], where: str) -> StudentPlan:
+    """Read the plan that a student's file carries.
+
+    Args:
+        metadata: Metadata of the file.
+        where: Its name, for errors.
+
+    Raises:
+        UserError: It carries none, or a broken one.
+    """
+    if STUDENT_KEY not in metadata:
+        raise UserError(f"{where}: no student made by `python -m train.distill make-student`")
+    try:
+        values = json.loads(metadata[STUDENT_KEY])
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: its plan is not valid JSON ({error}); make it again") from error
+    return from_dict(StudentPlan, values, f"{where} (plan)")
 
 
 def plan_metadata(plan: StudentPlan) -> dict[str, str]:
@@ -54,7 +85,7 @@ def plan_of(
     if recipe is not None:
         where = f"distill.recipe {recipe}"
         try:
-            plan = plan_student(teacher, read_recipe(recipe))
+            plan = plan_student(teacher, read_recipe(recipe).recipe)
         except ValueError as error:
             raise UserError(f"{where}: {error}") from error
     elif init_from is None:
@@ -64,13 +95,13 @@ def plan_of(
         )
     else:
         where = f"init_from {init_from}"
-        text = find_network(init_from, "unet").opened.metadata.get(STUDENT_KEY)
-        if text is None:
+        metadata = find_network(init_from, "unet").opened.metadata
+        if STUDENT_KEY not in metadata:
             raise UserError(
                 f"{where}: does not say how it was cut out of its teacher; name the recipe as "
                 "distill.recipe"
             )
-        plan = from_dict(StudentPlan, json.loads(text), where)
+        plan = read_plan(metadata, where)
     for which, wanted, found in (
         ("student", student, plan.student),
         ("teacher", teacher, plan.teacher),

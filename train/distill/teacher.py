@@ -20,7 +20,7 @@ from stages.unet.unet import UNet, UNetCondition, UNetOutput
 TeacherDtype = Literal["float32", "bfloat16", "float16"]
 
 
-class Teacher:
+class FrozenTeacher:
     """A frozen U-Net in evaluation mode."""
 
     def __init__(self, name: str, dtype: TeacherDtype) -> None:

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from cascade.text.encoder import TextConfig
+from stages.unet.compress import StudentPlan
 from stages.unet.config import NUM_SIZES, UNetConfig
 from stages.unet.features import Features
 from stages.unet.unet import UNet, UNetCondition
@@ -18,7 +19,8 @@ from train.callbacks.posthoc_ema import PosthocEmaConfig
 from train.callbacks.validation import ValidationConfig
 from train.data.cached import CachedBatch
 from train.data.config import DataConfig
-from train.distill.teacher import Teacher, TeacherDtype
+from train.distill.plans import plan_metadata
+from train.distill.teacher import FrozenTeacher, TeacherDtype
 from train.draws import StepDraws, step_draws
 from train.initial import check_architecture
 from train.losses.denoising import Noised, denoising_loss, errors_by_noise
@@ -131,8 +133,10 @@ class UNetRun:
 class Lesson:
     """A teacher, and the pairs of places whose features are compared."""
 
-    teacher: Teacher
+    teacher: FrozenTeacher
     pairs: tuple[SitePair, ...] = ()
+    plan: StudentPlan | None = None
+    """Where the student's modules came from; its exported file says it on."""
 
 
 class UNetSystem(LightningModule):
@@ -167,6 +171,12 @@ class UNetSystem(LightningModule):
     def exported_networks(self) -> dict[str, nn.Module]:
         """Return what is averaged and exported."""
         return {"unet": self.network}
+
+    def export_metadata(self, name: str) -> dict[str, str]:
+        """Return what the network's file says beside its sizes."""
+        if self.lesson is None or self.lesson.plan is None:
+            return {}
+        return plan_metadata(self.lesson.plan)
 
     def clean_latents(self, batch: CachedBatch, draws: StepDraws) -> Tensor:
         """Draw latents ``(B, 4, h, w)`` from the autoencoder's Gaussians."""
@@ -280,7 +290,7 @@ class UNetSystem(LightningModule):
 class LoadTeacher(Callback):
     """Loads the teacher where the run trains."""
 
-    def __init__(self, teacher: Teacher) -> None:
+    def __init__(self, teacher: FrozenTeacher) -> None:
         """Take the teacher."""
         self.teacher = teacher
 

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 import sample
 from cascade.checkpoints.hub import ModelFiles, resolve
 from cascade.checkpoints.hub_choice import Part
+from cascade.checkpoints.part_files import find_network
 from cascade.checkpoints.readers import open_weights
 from cascade.errors import UserError
 from cascade.pipelines.cascade import CascadePipeline
@@ -572,6 +573,17 @@ def test_a_unets_repository_gives_its_networks_once_and_makes_a_picture(
     del hub.repositories[name]["vae/diffusion_pytorch_model.safetensors"]
     with pytest.raises(UserError, match=f"{name}: vae: not all parts|no vae"):
         resolve(name)
+
+
+def test_of_a_pipelines_unet_nothing_else_is_downloaded(hub: Hub, own: Hub, tmp_path: Path) -> None:
+    name = "someone/koala"
+    hub.repositories[name] = read_files(save_tiny(tmp_path / "model", "sdxl"))
+    found = find_network(name, "unet")
+    assert found.path.name == "diffusion_pytorch_model.safetensors"
+    asked = {path for path in hub.content() if path.endswith(LARGE)}
+    assert asked == {"unet/diffusion_pytorch_model.safetensors"}
+    with pytest.raises(UserError, match="no folder unet beside a model_index"):
+        find_network("someone/model", "unet")
 
 
 @pytest.mark.parametrize("name", ["", " "])
