@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from cascade.adapters.lora import Updates
-from cascade.adapters.lora_names import PARTS, Part, published_path
+from cascade.adapters.lora_names import PARTS, Part
 from cascade.checkpoints.readers import read_json
 from cascade.errors import UserError
+from cascade.text.towers import TEXT_PREFIX
 
 METADATA_KEY = "lora_adapter_metadata"
 """Where a file of diffusers holds its settings."""
@@ -109,7 +110,8 @@ def settings_of(updates: Mapping[Part, Updates]) -> str:
     """Return what diffusers writes into the metadata of a file, from which it rebuilds alphas."""
     settings: dict[str, object] = {}
     for part in (one for one in PARTS if updates.get(one)):
-        own = {published_path(part, path): update for path, update in updates[part].items()}
+        # Ends of paths, which fit a text encoder of every version of transformers.
+        own = {path.removeprefix(TEXT_PREFIX): one for path, one in updates[part].items()}
         ranks = {path: update.rank for path, update in own.items()}
         alphas = {path: _plain(update.alpha) for path, update in own.items()}
         rank, alpha = _usual(ranks), _usual(alphas)

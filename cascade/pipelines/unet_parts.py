@@ -65,6 +65,12 @@ class UNetParts:
     text_2: TextEncoder | None = None
     """SDXL's second, whose pooled state the U-Net reads as well."""
 
+    @property
+    def updatable(self) -> dict[Part, nn.Module]:
+        """The networks that a LoRA may update."""
+        networks: dict[Part, nn.Module] = {"unet": self.unet, "text_encoder": self.text.model}
+        return networks | ({} if self.text_2 is None else {"text_encoder_2": self.text_2.model})
+
 
 def is_unet(files: ModelFiles) -> bool:
     """Tell whether a model is a U-Net's pipeline; only names and headers are read.
@@ -188,15 +194,16 @@ class UNetSource:
         """
         if not self.loras:
             return self._load(device, dtypes.unet, dtypes.autoencoder, dtypes.text)
-        # As they are in the files, so that a weight with its update is rounded once.
-        parts = self._load(torch.device("cpu"), None, None, None)
-        networks: dict[Part, nn.Module] = {"unet": parts.unet, "text_encoder": parts.text.model}
-        if parts.text_2 is not None:
-            networks["text_encoder_2"] = parts.text_2.model
+        parts = self.load_as_stored()
+        networks = parts.updatable
         formats = dict.fromkeys(networks, dtypes.text) | {"unet": dtypes.unet}
         merge_loras(self.loras, networks, formats, device)
         parts.autoencoder.to(device, dtypes.autoencoder)
         return parts
+
+    def load_as_stored(self) -> UNetParts:
+        """Load the networks without any LoRA, on the CPU and as they are in the files, mapped."""
+        return self._load(torch.device("cpu"), None, None, None)
 
     def _load(
         self,
