@@ -160,11 +160,13 @@ def cascade_job(options: argparse.Namespace, prompts: list[str], files: ModelFil
 def unet_job(options: argparse.Namespace, prompts: list[str], files: ModelFiles) -> Job:
     """Settle what a U-Net is to make."""
     from cascade.pipelines.placement import pick_device, pick_unet_dtypes
+    from cascade.pipelines.unet_lora import LoraChoice
     from cascade.pipelines.unet_parts import open_unet_source
     from cascade.pipelines.unet_plan import UNetSettings, make_unet_plan
 
     pick_unet_dtypes(options.dtype, pick_device(options.device))
-    source = open_unet_source(files, options.unet)
+    loras = [LoraChoice(path, weight) for path, weight in options.lora or ()]
+    source = open_unet_source(files, options.unet, loras)
     settings = UNetSettings(
         negative_prompt=options.negative_prompt,
         seed=options.seed,

@@ -26,6 +26,7 @@ ONLY_UNETS = {
     "guidance": "--guidance-c and --guidance-b",
     "spacing": "",
     "unet": "",
+    "lora": "",
     "original_size": "",
     "crop": "",
     "target_size": "",
@@ -138,6 +139,14 @@ def make_parser() -> Parser:
         help="run this U-Net in place of the model's own, such as one of SDXL-Lightning's",
     )
     unet.add_argument(
+        "--lora",
+        type=lora_and_weight,
+        action="append",
+        metavar="FILE[:WEIGHT]",
+        help="a LoRA, by PEFT's or kohya's names, and how much of it counts (default 1); may be "
+        "repeated",
+    )
+    unet.add_argument(
         "--original-size",
         type=two_sides,
         metavar="WxH",
@@ -225,6 +234,24 @@ def two_sides(text: str) -> tuple[int, int]:
     if not (first.isdecimal() and second.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text!r} is no WxH in pixels, such as 1024x768")
     return int(second), int(first)
+
+
+def lora_and_weight(text: str) -> tuple[Path, float]:
+    """Return the file and the weight of ``FILE[:WEIGHT]``, whose file may have colons in its name.
+
+    What is there as a whole is a file; else what is behind the last colon is a weight, if it is a
+    number.
+    """
+    before, _, behind = text.rpartition(":")
+    if before and not Path(text).exists():
+        try:
+            return Path(before), float(behind)
+        except ValueError:  # then it is a name, which is not there, unless what is before it is
+            if Path(before).exists():
+                raise argparse.ArgumentTypeError(
+                    f"{text!r}: {behind!r} is no weight; write a number, as in {before}:0.8"
+                ) from None
+    return Path(text), 1.0
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -56,6 +56,16 @@ def unet_to_diffusers(state: State, config: UNetConfig) -> dict[str, Tensor]:
     return to_theirs(state, [same(name, name) for name in network.state_dict()], network)
 
 
+def unet_original_layers(config: UNetConfig) -> dict[str, str]:
+    """Return the original path of each of our layers that has a weight."""
+    layers = {}
+    for link in _unet(config, _meta_unet(config)):
+        (ours,), (theirs,) = link.ours, link.theirs
+        if ours.endswith(".weight"):
+            layers[ours.removesuffix(".weight")] = theirs.removesuffix(".weight")
+    return layers
+
+
 def _meta_unet(config: UNetConfig) -> nn.Module:
     with on_meta():
         return UNet(config)

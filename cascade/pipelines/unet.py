@@ -25,6 +25,7 @@ from cascade.pipelines.placement import DtypeChoice, pick_device, pick_unet_dtyp
 from cascade.pipelines.prompts import PromptStates, batches_of
 from cascade.pipelines.results import UNetPicture, UNetPictures, collect_unet, gather, text_of
 from cascade.pipelines.unet_fit import check_unet_fit
+from cascade.pipelines.unet_lora import LoraChoice
 from cascade.pipelines.unet_memory import UNetMemory
 from cascade.pipelines.unet_parts import UNetSource, open_unet_source
 from cascade.pipelines.unet_plan import UNetPlan, UNetSettings, make_unet_plan
@@ -90,6 +91,7 @@ class UNetPipeline:
         model: str | Path,
         *,
         unet: Path | None = None,
+        loras: Sequence[LoraChoice] = (),
         device: str = "auto",
         dtype: DtypeChoice = "auto",
         offload: str | None = None,
@@ -102,6 +104,7 @@ class UNetPipeline:
         Args:
             model: The folder, the file, or ``organisation/name[@revision]``.
             unet: A U-Net to run in place of the model's own: its file, or its folder.
+            loras: LoRAs to merge into its networks; their files, and how much each counts.
             device: See the constructor.
             dtype: See the constructor.
             offload: See ``place``.
@@ -112,7 +115,7 @@ class UNetPipeline:
         Raises:
             UserError: If it is neither, cannot be fetched, or does not fit.
         """
-        source = open_unet_source(resolve(model, revision=revision, variant=variant), unet)
+        source = open_unet_source(resolve(model, revision=revision, variant=variant), unet, loras)
         return cls(source, device=device, dtype=dtype, offload=offload, vram=vram)
 
     def __call__(
@@ -264,6 +267,8 @@ class UNetPipeline:
         settings: dict[str, object] = {"unet": vars(plan.sampling)}
         if plan.sizes is not None:
             settings["sizes"] = list(plan.sizes.values())
+        if self._source.loras:
+            settings["loras"] = [one.described for one in self._source.loras]
         return text_of(
             plan,
             index,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from cascade.adapters.lora_names import Part
 from cascade.checkpoints.detect import Kind, Published
 from cascade.checkpoints.hub import ModelFiles
 from cascade.checkpoints.load import build, identify
@@ -29,6 +30,13 @@ from cascade.errors import UserError
 from cascade.pipelines.placement import UNetDtypes
 from cascade.pipelines.published import sampled_hash
 from cascade.pipelines.spec import SPEC_FILE
+from cascade.pipelines.unet_lora import (
+    LoraChoice,
+    OpenedLora,
+    advice_of,
+    by_its_name,
+    merge_loras,
+)
 from cascade.pipelines.unet_published import advice_for, sampling_of
 from cascade.pipelines.unet_spec import UNET_SPEC_FILE, UNetSpec, load_unet_spec
 from cascade.text.encoder import TextConfig, TextEncoder, load_tokenizer
@@ -58,6 +66,12 @@ class UNetParts:
     text_2: TextEncoder | None = None
     """SDXL's second, whose pooled state the U-Net reads as well."""
 
+    @property
+    def updatable(self) -> dict[Part, nn.Module]:
+        """The networks that a LoRA may update."""
+        networks: dict[Part, nn.Module] = {"unet": self.unet, "text_encoder": self.text.model}
+        return networks | ({} if self.text_2 is None else {"text_encoder_2": self.text_2.model})
+
 
 def is_unet(files: ModelFiles) -> bool:
     """Tell whether a model is a U-Net's pipeline; only names and headers are read.
@@ -75,12 +89,17 @@ def is_unet(files: ModelFiles) -> bool:
     return (folder / "unet" / "config.json").is_file() or bool(_single_files(folder))
 
 
-def open_unet_source(files: ModelFiles | str | Path, unet: Path | None = None) -> UNetSource:
+def open_unet_source(
+    files: ModelFiles | str | Path,
+    unet: Path | None = None,
+    loras: Sequence[LoraChoice] = (),
+) -> UNetSource:
     """Find the parts of a U-Net's pipeline; only headers are read.
 
     Args:
         files: What ``resolve`` found, a folder, or a single file.
         unet: A U-Net to run in place of the model's own: its file, or its folder.
+        loras: LoRAs to merge into its networks when they are loaded.
 
     Raises:
         UserError: If a part is missing, or does not belong to the others.
@@ -102,7 +121,7 @@ def open_unet_source(files: ModelFiles | str | Path, unet: Path | None = None) -
         if not found:
             raise UserError(f"{folder}: no U-Net in it, neither diffusers' folders nor a file")
         single = found[0]
-    return UNetSource(folder, single, files, unet)
+    return UNetSource(folder, single, files, unet, loras)
 
 
 def written_in(opened: Opened) -> UNetSpec | None:
@@ -125,13 +144,19 @@ class UNetSource:
     """A model on this disk: its settings at once, its networks when asked."""
 
     def __init__(
-        self, folder: Path, single: Path | None, files: ModelFiles, unet: Path | None
+        self,
+        folder: Path,
+        single: Path | None,
+        files: ModelFiles,
+        unet: Path | None,
+        loras: Sequence[LoraChoice],
     ) -> None:
         """Look through the files; see ``open_unet_source``."""
         self.folder = folder
         self.where = str(single or folder)
         self._files = files.files
         self._single = single
+        self.loras = [OpenedLora(one) for one in loras]
         self._parts = self._open_single(single) if single else self._open_folder()
         if unet is not None:
             self._parts["unet"] = _open_one(unet, "unet", str(unet))
@@ -166,22 +191,43 @@ class UNetSource:
         """Load the networks.
 
         Raises:
-            UserError: If one of them does not fit.
+            UserError: If one of them, or a LoRA, does not fit.
         """
+        if not self.loras:
+            return self._load(device, dtypes.unet, dtypes.autoencoder, dtypes.text)
+        parts = self.load_as_stored()
+        networks = parts.updatable
+        formats = dict.fromkeys(networks, dtypes.text) | {"unet": dtypes.unet}
+        merge_loras(self.loras, networks, formats, device)
+        parts.autoencoder.to(device, dtypes.autoencoder)
+        return parts
 
-        def network(name: str, dtype: torch.dtype) -> nn.Module:
+    def load_as_stored(self) -> UNetParts:
+        """Load the networks without any LoRA, on the CPU and as they are in the files, mapped."""
+        return self._load(torch.device("cpu"), None, None, None)
+
+    def _load(
+        self,
+        device: torch.device,
+        unet: torch.dtype | None,
+        autoencoder: torch.dtype | None,
+        text: torch.dtype | None,
+    ) -> UNetParts:
+        """Load the networks in number formats; None is a file's own."""
+
+        def network(name: str, dtype: torch.dtype | None) -> nn.Module:
             part = self._parts[name]
             return build(part.opened, part.published, device=device, dtype=dtype)
 
-        text = self._load_text(self._first_text, self.spec.text, device, dtypes.text)
-        text_2 = None
+        first = self._load_text(self._first_text, self.spec.text, device, text)
+        second = None
         if self.spec.text_2 is not None:
-            text_2 = self._load_text("text_encoder_2", self.spec.text_2, device, dtypes.text)
+            second = self._load_text("text_encoder_2", self.spec.text_2, device, text)
         return UNetParts(
-            unet=cast(UNet, network("unet", dtypes.unet)),
-            autoencoder=cast(AutoencoderKL, network("autoencoder", dtypes.autoencoder)),
-            text=text,
-            text_2=text_2,
+            unet=cast(UNet, network("unet", unet)),
+            autoencoder=cast(AutoencoderKL, network("autoencoder", autoencoder)),
+            text=first,
+            text_2=second,
         )
 
     @cached_property
@@ -240,7 +286,7 @@ class UNetSource:
         return read_json(path) if path.is_file() and self._single is None else {}
 
     def _load_text(
-        self, name: str, config: TextConfig, device: torch.device, dtype: torch.dtype
+        self, name: str, config: TextConfig, device: torch.device, dtype: torch.dtype | None
     ) -> TextEncoder:
         tokens = name.replace("text_encoder", "tokenizer")
         if self._single is None:
@@ -278,13 +324,17 @@ class UNetSource:
 
     def _make_spec(self, unet: Path | None) -> UNetSpec:
         written = self._written_spec()
+        lora = advice_of(self.loras, self.unet_config)
+        if written is not None and lora is not None:
+            return replace(written, sampling=lora.sampling, notices=(by_its_name(lora),))
         if written is not None and unet is None:
             return written
         name = " ".join(str(path) for path in (unet, self._single, self.folder) if path)
         path = self.folder / "scheduler" / "scheduler_config.json"
         scheduler = read_json(path) if path.is_file() and self._single is None else None
-        advice = advice_for(self.unet_config, name, scheduler)
+        advice = lora or advice_for(self.unet_config, name, scheduler)
         sampling, notices = sampling_of(advice, self.is_sdxl, scheduler, str(path))
+        notices += [] if lora is None else [by_its_name(lora)]
         if written is not None:  # another U-Net in a model of ours
             return written if advice is None else replace(written, sampling=sampling)
         unsure = scheduler is None and self.unet_config.text_channels == 1024

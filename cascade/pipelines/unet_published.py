@@ -107,6 +107,15 @@ ADVICE: tuple[Advice, ...] = (
 )
 """Of several that fit, the first; the sampler and the spacing of a folder's scheduler go before."""
 
+LORA_ADVICE: tuple[Advice, ...] = (
+    *(
+        Advice("LCM-LoRA", shape, UNetSampling("lcm", 4, 1.0), names="lcm[-_]?lora|lora[-_]?lcm")
+        for shape in (UNetConfig.sdxl(), UNetConfig.ssd_1b(), UNetConfig.sd15())
+    ),
+    *(advice for advice in ADVICE if advice.names),
+)
+"""The same for the names of LoRAs: distilled networks are published as LoRAs of their base too."""
+
 
 def advice_for(
     shape: UNetConfig, name: str, scheduler: Mapping[str, Any] | None = None
@@ -123,6 +132,17 @@ def advice_for(
     if names_turbo == {own.get("_class_name"), own.get("timestep_spacing")}:
         name = f"{name} sdxl-turbo"
     for advice in ADVICE:
+        if advice.shape == shape and re.search(advice.names, name, re.IGNORECASE):
+            return advice
+    return None
+
+
+def lora_advice(shape: UNetConfig, name: str) -> Advice | None:
+    """Return what is advised for a U-Net of this shape with a LoRA of this file name.
+
+    None: nothing is known, as of the many LoRAs that change what is seen, not how it is sampled.
+    """
+    for advice in LORA_ADVICE:
         if advice.shape == shape and re.search(advice.names, name, re.IGNORECASE):
             return advice
     return None

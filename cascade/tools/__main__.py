@@ -1,4 +1,4 @@
-"""``python -m cascade.tools describe PATH...``, ``convert`` and ``average``."""
+"""``python -m cascade.tools describe PATH...``, ``convert``, ``convert-lora`` and ``average``."""
 
 from __future__ import annotations
 
@@ -37,6 +37,21 @@ def make_parser() -> Parser:
     convert.add_argument(
         "--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="default: %(default)s"
     )
+    lora = commands.add_parser("convert-lora", help="write a LoRA of a U-Net by other names")
+    lora.add_argument("file", type=Path, metavar="FILE", help="its file")
+    lora.add_argument(
+        "--to",
+        choices=("peft", "kohya"),
+        required=True,
+        help="PEFT's names, as diffusers writes, or kohya's, which ComfyUI and others read",
+    )
+    lora.add_argument("--out", type=Path, required=True, help="file to write")
+    lora.add_argument(
+        "--model",
+        type=Path,
+        metavar="MODEL",
+        help="the model that it is for (default: the published one that it fits)",
+    )
     average = commands.add_parser("average", help="write the mean of files of one network")
     average.add_argument("files", nargs="+", type=Path, metavar="FILE", help="files of weights")
     average.add_argument(
@@ -69,6 +84,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         from cascade.tools.average import average
 
         average(options.files, options.weights, options.out)
+        print(options.out)
+        return 0
+    if options.command == "convert-lora":
+        from cascade.tools.convert_lora import convert_lora
+
+        convert_lora(options.file, options.to, options.out, options.model)
         print(options.out)
         return 0
     from cascade.tools.convert import DTYPES, convert
