@@ -14,7 +14,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-Purpose = Literal["order", "captions", "layers", "rests", "crops", "blocks", "buckets", "spares"]
+Purpose = Literal[
+    "order", "captions", "layers", "rests", "crops", "blocks", "buckets", "spares", "lora"
+]
 
 
 def derived_seed(purpose: Purpose, seed: int, step: int, rank: int = 0) -> int:

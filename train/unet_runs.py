@@ -11,11 +11,12 @@ from cascade.checkpoints.part_files import find_network, find_text
 from cascade.errors import UserError
 from stages.unet.config import UNetConfig
 from train.data.open import TrainingData, open_data
+from train.data.paired import PairedLoader, PriorConfig
 from train.distill.plans import plan_of
 from train.distill.teacher import FrozenTeacher
 from train.encode import FrozenPaths
 from train.fit import prepare
-from train.initial import with_architecture
+from train.initial import start_from, with_architecture
 from train.losses.distillation import site_pairs
 from train.runs import fit_system, start, validation
 from train.systems.unet import DistillConfig, Lesson, LoadTeacher, UNetRun, UNetSystem
@@ -43,6 +44,8 @@ def _train(config: UNetRun, *, resume: bool) -> None:
     frozen = _frozen(config, sizes)
     data = open_data(config.data, frozen, pixels=False)
     null_text = _null_text(config, data)
+    if config.prior is not None:
+        data = _with_prior(config.prior, config, frozen, data)
     autoencoder = find_network(config.autoencoder, "autoencoder_kl").published.config
     if autoencoder.latent_channels != sizes.in_channels:
         raise UserError(
@@ -50,10 +53,30 @@ def _train(config: UNetRun, *, resume: bool) -> None:
             f"{autoencoder.latent_channels} channels"
         )
     system = UNetSystem(config, null_text, autoencoder.downscale, lesson)
-    start(system.network, config.init_from, "unet", prepared)
+    if config.lora is None:
+        start(system.network, config.init_from, "unet", prepared)
+    else:  # no checkpoint holds what a LoRA updates
+        assert config.init_from is not None, "UNetRun requires it"
+        start_from(system.network, config.init_from, "unet")
+        system.attach(config.lora)
     last = validation(config, frozen, prepared, pixels=False)
     first = [] if lesson is None else [LoadTeacher(lesson.teacher)]
     fit_system(system, data, config, prepared, first=first, last=last)
+
+
+def _with_prior(
+    prior: PriorConfig, config: UNetRun, frozen: FrozenPaths, data: TrainingData
+) -> TrainingData:
+    """Return data whose batches hold pictures of the second set as well."""
+    other = open_data(prior.data(config.data), frozen, pixels=False)
+    if (data.encode is None) != (other.encode is None):
+        raise UserError("prior.shards and data.shards: both pictures, or both latents of a cache")
+
+    def loader(step: int, rank: int, world: int) -> PairedLoader:
+        own, others = (one.loader_from(step, rank, world) for one in (data, other))
+        return PairedLoader(own, others, prior.weight)
+
+    return replace(data, loader_from=loader, digest=f"{data.digest}+{other.digest}")
 
 
 def _lesson(distill: DistillConfig, config: UNetRun) -> Lesson:

@@ -8,15 +8,22 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
+from cascade.adapters.lora import LoraConfig, attach_lora, merge_lora
+from cascade.adapters.lora_files import LoraFile
 from cascade.checkpoints.files import load_network, save_network
 from cascade.config import from_dict, load_yaml
+from cascade.errors import UserError
+from cascade.images import open_image
 from stages.unet.compress import PUBLISHED, Recipe, plan_student
 from stages.unet.config import UNetConfig
 from stages.unet.inherit import inherit
 from stages.unet.unet import UNet
+from train.assemble_unet import AssembleUNetConfig, assemble_unet
 from train.callbacks.checkpoints import newest_checkpoint
 from train.data.cached import CachedBatch
+from train.data.paired import joined
 from train.distill.plans import plan_metadata
 from train.distill.teacher import FrozenTeacher
 from train.draws import StepDraws
@@ -29,6 +36,7 @@ from train.losses.unet_denoising import (
 from train.systems.unet import UNetRun, UNetSystem
 
 SAMPLES = 2000
+KINDS = ("raw", "ema")
 TINY_SDXL = UNetConfig(
     channels=(32, 64, 128),
     num_heads=(1, 2, 4),
@@ -328,8 +336,6 @@ def test_features_that_are_not_there_are_told_in_one_line(features, message):
     ids=lambda one: str(one)[:40],
 )
 def test_bad_input_is_told_in_one_line(changes, message, make_run):
-    from cascade.errors import UserError
-
     run = make_run("unet_kd", **changes)
     with pytest.raises(UserError, match=message):
         run.start()
@@ -347,19 +353,109 @@ def test_a_teacher_speaks_in_its_own_number_format_under_autocast(tiny_unet):
     assert not plain.prediction.requires_grad
 
 
-def test_pictures_are_drawn_while_a_u_net_learns(make_run, tiny_unet, tiny_model, tmp_path):
-    model = tmp_path / "model"
-    model.mkdir()
-    run = make_run("unet", validation={"shards": "PLACEHOLDER"})
+# LoRA and DreamBooth
+
+
+def test_a_lora_learns_beside_frozen_weights_and_its_file_is_merged_to_the_same_output(
+    make_run, tiny_unet, tmp_path
+):
+    teacher = tiny_unet / "unet.safetensors"
+    lora = {"rank": 2, "alpha": 4.0, "targets": ["to_q", "to_v"]}
+    run = make_run("unet", model=None, init_from=str(teacher), lora=lora, caption_dropout=0.0)
+    before = teacher.read_bytes()
+    assert run.start("--run.max_steps", 4, "--run.ema_decay", 0.0) == 0
+    assert teacher.read_bytes() == before
+    assert not (run.out / "unet.safetensors").exists()
+    state = torch.load(newest_checkpoint(run.out), weights_only=True)["state_dict"]
+    assert state and all(".lora." in key for key in state)
+    base, trained = (load_network(teacher, expect=UNet) for _ in range(2))
+    adapter = attach_lora(trained, LoraConfig(2, 4.0, ("to_q", "to_v")))
+    trained.load_state_dict(
+        {key.removeprefix("network."): one for key, one in state.items()}, strict=False
+    )
+    assert any(layer.up.any() for layer in adapter.layers.values())
+    inputs = _inputs(base.config)
+    with torch.no_grad():
+        learned = trained(*inputs)
+        assert not torch.allclose(base(*inputs), learned, atol=1e-4)
+        updates = LoraFile(run.out / "lora.safetensors").fit({"unet": base})
+        merge_lora(base, [(updates["unet"], 1.0)])
+        assert torch.allclose(base(*inputs), learned, atol=1e-4)
+
+
+def test_half_a_lora_run_and_its_resumption_equal_a_whole_run(make_run, tiny_unet):
+    options = {"model": None, "init_from": str(tiny_unet / "unet.safetensors"), "lora": {"rank": 2}}
+    whole, halves = make_run("unet", "whole", **options), make_run("unet", "halves", **options)
+    assert whole.start("--run.max_steps", 4, "--optim.schedule", "constant") == 0
+    assert halves.start("--run.max_steps", 2, "--optim.schedule", "constant") == 0
+    assert halves.start("--run.max_steps", 4, "--optim.schedule", "constant", "--resume") == 0
+    one, other = (load_file(run.out / "lora.safetensors") for run in (whole, halves))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_second_sets_samples_weigh_as_published():
+    own, prior = batch_of(2), batch_of(6, autoencoder_mean=torch.zeros(6, 4, 4, 4))
+    both = joined(own, prior, 0.5)
+    assert len(both) == 8 and both.pixels is None
+    losses = torch.tensor([1.0, 3.0, *range(6)])
+    weighted = (losses * both.loss_weights).mean()
+    assert weighted == pytest.approx(2.0 + 0.5 * 2.5)
+    assert torch.equal(both.autoencoder_mean[:2], own.autoencoder_mean)
+
+
+def test_dreambooth_trains_on_a_subject_beside_its_kind(make_run):
+    run = make_run("unet", data={"batch_size": 2})
     config = yaml.safe_load(run.config.read_text())
-    config["validation"] = {
-        "shards": config["data"]["shards"],
-        "folder": config["data"]["folder"],
-        "every_steps": 2,
-        "samples": 8,
-    }
+    data = config["data"]
+    config["prior"] = {"shards": data["shards"], "folder": data["folder"], "batch_size": 3}
     run.config.write_text(yaml.safe_dump(config))
     assert run.start() == 0
+    rows = (run.out / "ledger.jsonl").read_text().splitlines()
+    assert json.loads(rows[-1])["samples"] == 4 * 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora": {"rank": 2}}, "init_from is missing"),
+        ({"lora": {"rank": 2, "targets": ["to_x"]}, "init_from": "TEACHER"}, "'to_x'"),
+        ({"prior": {"shards": "/none/*.tar"}}, "/none/"),
+    ],
+    ids=str,
+)
+def test_loras_and_priors_that_can_not_be_are_told_in_one_line(
+    changes, message, make_run, tiny_unet
+):
+    text = json.dumps(changes).replace("TEACHER", str(tiny_unet / "unet.safetensors"))
+    run = make_run("unet", **json.loads(text))
+    with pytest.raises(UserError, match=message):
+        run.start()
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+def test_a_u_net_is_drawn_with_and_judged_while_it_learns(
+    lora, make_run, tiny_unet, tiny_model, tmp_path
+):
+    spec = {"name": "tiny", "image_size": 32, "size_multiple": 4, "min_size": 16, "max_size": 64}
+    parts = {"unet": "unet", "autoencoder": "autoencoder_kl"}
+    model = {
+        "spec": {**spec, "sampling": {"steps": 2}},
+        "text": str(tiny_model / "text"),
+        **{key: str(tiny_unet / f"{name}.safetensors") for key, name in parts.items()},
+    }
+    assemble_unet(from_dict(AssembleUNetConfig, model, "model"), tmp_path / "model")
+    run = make_run("unet", init_from=str(tiny_unet / "unet.safetensors"), lora=lora)
+    config = yaml.safe_load(run.config.read_text())
+    held_out = {key: config["data"][key] for key in ("shards", "folder")}
+    config["validation"] = {**held_out, "every_steps": 2, "samples": 8}
+    config["pictures"] = {"model": str(tmp_path / "model"), "prompts": ["a red apple", "a hat"]}
+    run.config.write_text(yaml.safe_dump(config))
+    plain = make_run("unet", "plain", init_from=str(tiny_unet / "unet.safetensors"), lora=lora)
+    assert run.start() == 0 and plain.start() == 0
+    assert run.losses() == plain.losses()
     rows = [json.loads(row) for row in (run.out / "validation.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4]
-    assert rows[0]["val_loss"] > 0
+    assert rows[0]["val_loss"] > 0 and rows[0]["val_loss"] != rows[1]["val_loss"]
+    raw, ema = (open_image(run.out / "pictures" / f"step_0000004_{kind}.png") for kind in KINDS)
+    assert raw.size == ema.size and raw.tobytes() != ema.tobytes()

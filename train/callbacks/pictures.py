@@ -105,7 +105,9 @@ class SamplePictures(Callback):
         assert self._average is not None, "every run averages its weights"
         # Under FSDP each rank draws with the whole network: it needs not keep step with the others.
         if kind == "ema":
-            state = self._average.whole(self.drawing.network_name)
+            own = getattr(system, "averaged_state", None)
+            whole = self._average.whole
+            state = whole(self.drawing.network_name) if own is None else own(self._average)
         else:
             state = gathered(network.state_dict())
         state = {key: value.to(system.device) for key, value in state.items()}

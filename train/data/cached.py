@@ -94,6 +94,8 @@ class CachedBatch:
     """``SHARD/KEY`` of each sample of a stream."""
     original_sizes: Tensor | None = None
     """Height and width of each picture file of a stream, (B, 2)."""
+    loss_weights: Tensor | None = None
+    """How much each sample counts, (B,), where two sets are served side by side."""
     crops: Tensor | None = None
     """Top and left edge of each crop of a stream, in pixels of the resized picture, (B, 2)."""
 

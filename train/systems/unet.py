@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from cascade.adapters.lora import LoraConfig
+from cascade.checkpoints.files import save_network
+from cascade.errors import UserError
 from cascade.text.encoder import TextConfig
 from stages.unet.compress import StudentPlan
 from stages.unet.config import NUM_SIZES, UNetConfig
 from stages.unet.features import Features
 from stages.unet.unet import UNet, UNetCondition
+from train.adapters import TrainedLora
+from train.callbacks.ema import WeightAverage
 from train.callbacks.pictures import PicturesConfig
 from train.callbacks.posthoc_ema import PosthocEmaConfig
 from train.callbacks.validation import ValidationConfig
 from train.data.cached import CachedBatch
 from train.data.config import DataConfig
+from train.data.paired import PriorConfig
 from train.distill.plans import plan_metadata
 from train.distill.teacher import FrozenTeacher, TeacherDtype
 from train.draws import StepDraws, step_draws
@@ -100,6 +107,11 @@ class UNetRun:
     network's kind."""
     distill: DistillConfig | None = None
     """The teacher; null: there is none."""
+    lora: LoraConfig | None = None
+    """Train low-rank updates of ``init_from`` alone, which are exported as ``lora.safetensors``;
+    null: all of the network."""
+    prior: PriorConfig | None = None
+    """DreamBooth's second set, beside a subject's few pictures; null: there is none."""
     pictures: PicturesConfig | None = None
     """Pictures of fixed prompts while it learns; null draws none."""
     validation: ValidationConfig | None = None
@@ -112,6 +124,12 @@ class UNetRun:
     def __post_init__(self) -> None:
         """Refuse a run of no network, and shares that are none."""
         check_architecture(self)
+        if self.lora is not None and self.init_from is None:
+            raise ValueError("lora is set but init_from is missing: name what it updates")
+        if self.lora is not None and self.posthoc_ema is not None:
+            raise ValueError("posthoc_ema averages networks, and lora trains updates of one")
+        if self.lora is not None and self.run.strategy == "fsdp":
+            raise ValueError("run.strategy is fsdp: a LoRA is small; use ddp")
         if not 0 <= self.caption_dropout < 1:
             raise ValueError(f"caption_dropout is {self.caption_dropout}; it lies in [0, 1)")
 
@@ -165,12 +183,63 @@ class UNetSystem(LightningModule):
         self.network = UNet(config.sizes)
         self.pixels_per_latent = pixels_per_latent
         self.lesson = lesson
+        self._lora: list[TrainedLora] = []
         self.register_buffer("null_hidden", null_text[0].float(), persistent=False)
         self.register_buffer("null_pooled", null_text[1].float(), persistent=False)
 
+    def attach(self, lora: LoraConfig) -> None:
+        """Train low-rank updates of the network, which has its weights by now, and freeze it.
+
+        Raises:
+            UserError: A target is no layer's.
+        """
+        try:
+            trained = TrainedLora.attached(self.network, lora, self.config.run.seed)
+        except ValueError as error:
+            raise UserError(f"lora: {error}") from error
+        # In a list: its parameters are the network's, whose part they stay.
+        self._lora = [trained]
+
     def exported_networks(self) -> dict[str, nn.Module]:
         """Return what is averaged and exported."""
-        return {"unet": self.network}
+        return {"lora": self._lora[0]} if self._lora else {"unet": self.network}
+
+    def export_network(
+        self,
+        out: Path,
+        name: str,
+        network: nn.Module,
+        dtype: torch.dtype,
+        metadata: dict[str, str],
+    ) -> None:
+        """Write a U-Net, or a LoRA of one."""
+        if isinstance(network, TrainedLora):
+            network.write(out, dtype, metadata)
+        else:
+            save_network(out / f"{name}.safetensors", network, dtype=dtype, metadata=metadata)
+
+    def averaged_state(self, average: WeightAverage) -> dict[str, Tensor]:
+        """Return the network's whole state with averaged weights."""
+        if not self._lora:
+            return average.whole("unet")
+        updates = self._lora[0].keys_in(average.whole("lora"))
+        return {**self.network.state_dict(), **updates}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave a frozen network out of the checkpoint; ``init_from`` has it."""
+        for key in self._frozen_keys():
+            del checkpoint["state_dict"][key]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Give it back, so that loading stays strict."""
+        own = self.state_dict()
+        checkpoint["state_dict"].update({key: own[key] for key in self._frozen_keys()})
+
+    def _frozen_keys(self) -> list[str]:
+        if not self._lora:
+            return []
+        updates = self._lora[0].keys_in(self._lora[0].state_dict())
+        return [f"network.{key}" for key in self.network.state_dict() if key not in updates]
 
     def export_metadata(self, name: str) -> dict[str, str]:
         """Return what the network's file says beside its sizes."""
@@ -216,6 +285,8 @@ class UNetSystem(LightningModule):
         config = self.config
         draws = step_draws(self, config.run.seed, batch_idx)
         noised = noise_unet_batch(self.clean_latents(batch, draws), config.diffusion, draws)
+        if batch.loss_weights is not None:
+            noised = replace(noised, weight=noised.weight * batch.loss_weights)
         drop = draws.uniform("caption dropout", len(batch)) < config.caption_dropout
         cond = self.told(batch, drop)
         if self.lesson is None:
