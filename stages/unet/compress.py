@@ -168,7 +168,7 @@ def _removed(teacher: UNetConfig, recipe: Recipe) -> set[str]:
 
 def _words(path: str) -> str:
     """Return a path with N for its numbers, which a slip of the pen does not concern."""
-    return re.sub(r"\d+|\[[^]]*\]", "N", path)
+    return re.sub(r"\d+|\[[^]]*\]|[*?]", "N", path)
 
 
 def _shape(config: UNetConfig) -> str:

@@ -17,6 +17,7 @@ from stages.unet.config import UNetConfig
 from stages.unet.unet import UNet
 from train.distill.calibration import Calibration
 from train.distill.importance import (
+    Cost,
     MeasuredUnit,
     Unit,
     choose,
@@ -25,7 +26,7 @@ from train.distill.importance import (
     recipe_of,
     removable_units,
 )
-from train.distill.latency import seconds_of, shares_of_modules
+from train.distill.latency import compare_seconds, shares_of_modules
 from train.distill.make_student import network_of
 from train.distill.student_report import table
 
@@ -57,6 +58,19 @@ class Bench:
     """Latents in one call, of outputs as of durations."""
     repeats: int
     """Calls of which the median counts as a duration."""
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What is saved, and how tables show it."""
+
+    title: str
+    shown: str
+    """How a number of it is formatted."""
+    rate_title: str
+    rate_unit: float
+    """Errors are shown for so much saved."""
+    cost: Cost
 
 
 @dataclass(frozen=True)
@@ -120,9 +134,6 @@ def choose_recipe(teacher: UNet, budget: Budget, bench: Bench) -> AutoChoice:
     def predict_without(recipe: Recipe) -> Tensor:
         return predict(network_of(state, plan_student(config, recipe)))
 
-    def seconds(network: UNet) -> float:
-        return seconds_of(lambda: predict(network), bench.device, bench.repeats)
-
     try:
         output_error(expected, expected)  # finite, and not zero
         measured = measure(units, predict_without, expected)
@@ -130,11 +141,14 @@ def choose_recipe(teacher: UNet, budget: Budget, bench: Bench) -> AutoChoice:
         raise UserError(f"--recipe auto: {error}") from error
     parameters = _parameters(config, state)
     lines: list[str] = []
+    saving = Saving("parameters", "{:,.0f}", "error per 1M", 1e6, parameters)
     if budget.parameters is not None:
         chosen = _choose(config, measured, parameters, budget.parameters)
     else:
         assert budget.latency is not None, "a budget of one kind"
-        chosen, lines = _choose_by_latency(teacher, measured, budget.latency, bench, seconds)
+        shares = shares_of_modules(teacher, lambda: predict(teacher), bench.device, bench.repeats)
+        saving = Saving("% of time", "{:.2f}", "error per 1%", 1.0, _percent_of_time(shares))
+        chosen, lines = _choose_by_latency(teacher, measured, budget.latency, bench, saving.cost)
     recipe = recipe_of(config, chosen)
     plan = plan_student(config, recipe)
     own_error = output_error(predict_without(recipe), expected)
@@ -147,10 +161,10 @@ def choose_recipe(teacher: UNet, budget: Budget, bench: Bench) -> AutoChoice:
         ),
         *lines,
     ]
-    return AutoChoice(recipe, tuple(summary), tuple(_table(config, measured, parameters, plan)))
+    return AutoChoice(recipe, tuple(summary), tuple(_table(config, measured, saving, plan)))
 
 
-def _parameters(config: UNetConfig, state: Mapping[str, Tensor]) -> Callable[[StudentPlan], float]:
+def _parameters(config: UNetConfig, state: Mapping[str, Tensor]) -> Cost:
     """Return a function that counts a student's parameters."""
     own: dict[str, int] = {path: 0 for path in plan_student(config, Recipe()).origins}
     for name, tensor in state.items():
@@ -164,7 +178,7 @@ def _parameters(config: UNetConfig, state: Mapping[str, Tensor]) -> Callable[[St
 def _choose(
     config: UNetConfig,
     measured: Sequence[MeasuredUnit],
-    cost: Callable[[StudentPlan], float],
+    cost: Cost,
     budget: float,
 ) -> tuple[Unit, ...]:
     try:
@@ -173,46 +187,52 @@ def _choose(
         raise UserError(f"--recipe auto: no student meets {budget:g}: {error}") from error
 
 
+def _percent_of_time(shares: Mapping[str, float]) -> Cost:
+    """Return a function that estimates a student's duration, in percent of the teacher's."""
+    return lambda plan: 100 * (shares[""] + sum(shares[one] for one in plan.origins.values()))
+
+
 def _choose_by_latency(
     teacher: UNet,
     measured: Sequence[MeasuredUnit],
     share: float,
     bench: Bench,
-    seconds: Callable[[UNet], float],
+    cost: Cost,
 ) -> tuple[tuple[Unit, ...], list[str]]:
     """Choose by the modules' shares of a call, then by what the student really takes."""
     config, state = teacher.config, teacher.state_dict()
     predict = bench.calibration.predictor(bench.device, bench.dtype, bench.batch_size)
-    shares = shares_of_modules(teacher, lambda: predict(teacher), bench.device, bench.repeats)
-
-    def cost(plan: StudentPlan) -> float:
-        return shares[""] + sum(shares[origin] for origin in plan.origins.values())
-
-    whole = seconds(teacher)
-    aim = share
+    aim = 100 * share
     for _ in range(_TRIES):
         chosen = _choose(config, measured, cost, aim)
         plan = plan_student(config, recipe_of(config, chosen))
-        found = seconds(network_of(state, plan)) / whole
-        _log.info("a student of an estimated %.1f%% takes %.1f%%", 100 * cost(plan), 100 * found)
+        student = network_of(state, plan)
+        whole, own = compare_seconds(
+            lambda: predict(teacher),
+            lambda student=student: predict(student),  # type: ignore[misc]
+            bench.device,
+            bench.repeats,
+        )
+        found = own / whole
+        _log.info("a student of an estimated %.1f%% takes %.1f%%", cost(plan), 100 * found)
         if found <= share:
             height, width = bench.calibration.x_t.shape[-2:]
             line = (
                 f"its duration: {100 * found:.1f}% of the teacher's {whole:.3f} s for "
                 f"{len(bench.calibration.x_t)} latents of {height}x{width}, {bench.batch_size} at "
-                f"once, the median of {bench.repeats}"
+                f"once, the fastest of {bench.repeats}"
             )
             return chosen, [line]
         aim = min(aim, cost(plan)) * min(_MARGIN, share / found)
     raise UserError(
         f"--max-latency: after {_TRIES} choices the student still takes {100 * found:.1f}% of the "
-        "teacher's time; ask for less, or measure on an idle machine"
+        "teacher's time; allow more, or measure on an idle machine"
     )
 
 
 def _hand_made(
     config: UNetConfig,
-    parameters: Callable[[StudentPlan], float],
+    parameters: Cost,
     plan: StudentPlan,
     error: Callable[[Recipe], float],
 ) -> list[str]:
@@ -235,30 +255,21 @@ def _hand_made(
 
 
 def _table(
-    config: UNetConfig,
-    measured: Sequence[MeasuredUnit],
-    parameters: Callable[[StudentPlan], float],
-    plan: StudentPlan,
+    config: UNetConfig, measured: Sequence[MeasuredUnit], saving: Saving, plan: StudentPlan
 ) -> list[str]:
-    """Return every unit's importance, the least important per parameter first."""
+    """Return every unit's importance, the least important for what it saves first."""
     whole = plan_student(config, Recipe())
     kept = set(plan.origins.values())
-    rows = []
+    rows: list[tuple[float, tuple[str, ...]]] = []
     for one in measured:
         alone = plan_student(config, one.unit.recipe)
-        saved = parameters(whole) - parameters(alone)
+        saved = saving.cost(whole) - saving.cost(alone)
+        rate = one.error / saved * saving.rate_unit if saved > 0 else math.inf
         gone = set(whole.origins) - set(alone.origins.values())
         left = len(gone & kept)
         state = "removed" if not left else "in part" if left < len(gone) else ""
-        rate = one.error / saved if saved else math.inf
-        rows.append((rate, str(one.unit), f"{one.error:.3g}", f"{saved:,}", state))
+        cells = (str(one.unit), f"{one.error:.3g}", saving.shown.format(saved), f"{rate:.3g}")
+        rows.append((rate, (*cells, state)))
     rows.sort(key=lambda row: row[0])
-    return table(
-        [
-            ("unit", "error without it", "parameters", "error per 1M", ""),
-            *(
-                (name, err, saved, f"{rate * 1e6:.3g}", state)
-                for rate, name, err, saved, state in rows
-            ),
-        ]
-    )
+    head = ("unit", "error without it", saving.title, saving.rate_title, "")
+    return table([head, *(cells for _, cells in rows)])

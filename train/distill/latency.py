@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -16,15 +15,21 @@ from stages.unet.compress import Recipe, plan_student
 from stages.unet.unet import UNet
 
 
-def seconds_of(call: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Return the median duration of a call, after one that is not counted."""
-    call()
-    found = []
-    for _ in range(repeats):
-        start = _now(device)
-        call()
-        found.append(_now(device) - start)
-    return statistics.median(found)
+def compare_seconds(
+    one: Callable[[], object], other: Callable[[], object], device: torch.device, repeats: int
+) -> tuple[float, float]:
+    """Return the durations of two calls, made in turn, after one of each that is not counted.
+
+    The fastest of each counts: what else a machine does makes calls slower, never faster.
+    """
+    found: tuple[list[float], list[float]] = ([], [])
+    for number in range(repeats + 1):
+        for call, durations in zip((one, other), found, strict=True):
+            start = _now(device)
+            call()
+            if number:
+                durations.append(_now(device) - start)
+    return min(found[0]), min(found[1])
 
 
 def shares_of_modules(
@@ -36,7 +41,7 @@ def shares_of_modules(
         network: The network.
         call: Runs it once.
         device: Where it is.
-        repeats: Runs; each module's median counts.
+        repeats: Runs; each module's fastest counts.
 
     Returns:
         By the module's path, of all that a plan has an origin for; ``""`` is the rest, as the
@@ -51,9 +56,9 @@ def shares_of_modules(
         for path in paths:
             inside = [other for other in paths if other and _parent(other, paths) == path]
             own[path].append(max(0.0, whole[path] - sum(whole[other] for other in inside)))
-    medians = {path: statistics.median(found) for path, found in own.items()}
-    total = sum(medians.values())
-    return {path: seconds / total for path, seconds in medians.items()}
+    fastest = {path: min(found) for path, found in own.items()}
+    total = sum(fastest.values())
+    return {path: seconds / total for path, seconds in fastest.items()}
 
 
 @contextmanager

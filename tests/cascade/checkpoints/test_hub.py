@@ -581,7 +581,7 @@ def test_of_a_pipelines_unet_nothing_else_is_downloaded(hub: Hub, own: Hub, tmp_
     found = find_network(name, "unet")
     assert found.path.name == "diffusion_pytorch_model.safetensors"
     asked = {path for path in hub.content() if path.endswith(LARGE)}
-    assert asked == {"unet/diffusion_pytorch_model.safetensors"}
+    assert asked == {f"{name}:unet/diffusion_pytorch_model.safetensors"}
     with pytest.raises(UserError, match="no folder unet beside a model_index"):
         find_network("someone/model", "unet")
 

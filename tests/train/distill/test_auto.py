@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from train.distill import auto
 from train.distill.__main__ import main
 from train.distill.auto import Bench, Budget, choose_recipe, parse_parameters, parse_share
 from train.distill.calibration import Calibration, calibrate
-from train.distill.latency import shares_of_modules
+from train.distill.latency import compare_seconds, shares_of_modules
 
 CPU = torch.device("cpu")
 BLOCK = "up_blocks.0.attentions.1.transformer_blocks.0"
@@ -103,17 +104,13 @@ def _shares(network: UNet) -> Mapping[str, float]:
 
 def test_a_student_that_is_slower_than_estimated_is_cut_further(middling, monkeypatch):
     whole = _count(middling)
-    asked: list[float] = []
-
-    def seconds(call: object, device: torch.device, repeats: int) -> float:
-        return asked.pop(0)
-
-    # The teacher takes 1 s; the first student is half again as slow as estimated, the second not.
-    asked += [1.0, 0.9, 0.55]
-    monkeypatch.setattr(auto, "seconds_of", seconds)
+    # The first student is half again as slow as estimated, the second is not.
+    asked = [(1.0, 0.9), (1.0, 0.55)]
+    monkeypatch.setattr(auto, "compare_seconds", lambda *given: asked.pop(0))
     monkeypatch.setattr(auto, "shares_of_modules", lambda network, *rest: _shares(network))
     choice = choose_recipe(middling, Budget(latency=0.6), _bench())
     assert not asked
+    assert "% of time" in choice.importance[0]
     assert "its duration: 55.0% of the teacher's 1.000 s for 3 latents of 4x4" in choice.summary[-1]
     plan = plan_student(MIDDLING, choice.recipe)
     assert _share(middling, plan) <= 0.6 * 0.6 / 0.9
@@ -121,7 +118,7 @@ def test_a_student_that_is_slower_than_estimated_is_cut_further(middling, monkey
 
 
 def test_a_student_that_never_gets_fast_enough_is_refused(middling, monkeypatch):
-    monkeypatch.setattr(auto, "seconds_of", lambda *given: 1.0)
+    monkeypatch.setattr(auto, "compare_seconds", lambda *given: (1.0, 1.0))
     monkeypatch.setattr(auto, "shares_of_modules", lambda network, *rest: _shares(network))
     with pytest.raises(UserError, match=r"after 8 choices the student still takes 100\.0%"):
         choose_recipe(middling, Budget(latency=0.99), _bench())
@@ -135,6 +132,19 @@ def test_each_modules_share_of_the_time_is_measured_and_nothing_is_left_behind(m
     assert min(shares.values()) >= 0
     assert all(shares[name] > 0 for name in ("mid_block.resnets.0", BLOCK, "conv_in"))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in middling.modules())
+
+
+def test_durations_are_the_fastest_of_calls_made_in_turn():
+    calls: list[str] = []
+
+    def call(name: str, seconds: float) -> None:
+        calls.append(name)
+        # Only the last one of each is fast.
+        time.sleep(seconds if len(calls) > 4 else 10 * seconds)
+
+    one, other = compare_seconds(lambda: call("a", 0.002), lambda: call("b", 0.02), CPU, 2)
+    assert calls == ["a", "b"] * 3
+    assert 0.002 <= one and 0.02 <= other < 0.2
 
 
 # What is asked
