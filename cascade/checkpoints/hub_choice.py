@@ -16,7 +16,15 @@ from typing import Literal
 from cascade.errors import UserError
 
 Part = Literal[
-    "stage_a", "stage_b", "stage_c", "compressor", "previewer", "text", "image_encoder", "unet"
+    "stage_a",
+    "stage_b",
+    "stage_c",
+    "compressor",
+    "previewer",
+    "text",
+    "image_encoder",
+    "unet",
+    "autoencoder_kl",
 ]
 """What can be wanted of a cascade, or of a pipeline of SD or SDXL, by itself."""
 OWN_SETTINGS = "model.json"
@@ -69,6 +77,11 @@ _SETTINGS_SUFFIXES = {".json", ".txt"}
 
 _UNET_NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _UNET_FOLDERS = (*_UNET_NETWORKS, "tokenizer", "tokenizer_2", "scheduler")
+_UNET_PARTS: dict[Part, tuple[str, ...]] = {
+    "unet": ("unet",),
+    "autoencoder_kl": ("vae",),
+    "text": ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
+}
 _UNET_NEEDED = ("unet", "vae", "text_encoder", "tokenizer")
 """Folders of diffusers' pipelines of SD and SDXL."""
 
@@ -118,11 +131,19 @@ def choose(
     Raises:
         UserError: If that is no such model, or there is no such size or variant.
     """
-    if part in (None, "unet") and len(repositories) == 1 and _is_unet(repositories[0]):
+    if len(repositories) == 1 and _is_unet(repositories[0]):
         names = _choose_unet(repositories[0], where, lite=lite, variant=variant)
-        return [[name for name in names if part is None or _parent(name) == part]]
-    if part == "unet":
-        raise UserError(f"{where}: no folder unet beside a model_index.json, as diffusers has it")
+        if part is None:
+            return [names]
+        folders_of_part = _UNET_PARTS.get(part, ())
+        if not folders_of_part:
+            raise UserError(f"{where}: a U-Net's pipeline, which has no {part}")
+        return [[name for name in names if _parent(name) in folders_of_part]]
+    if part in ("unet", "autoencoder_kl"):
+        folder = _UNET_PARTS[part][0]
+        raise UserError(
+            f"{where}: no folder {folder} beside a model_index.json, as diffusers has it"
+        )
     if any(OWN_SETTINGS in files for files in repositories):
         if lite or variant is not None:
             asked = ":lite" if lite else f"variant {variant!r}"
@@ -192,7 +213,9 @@ def _choose_unet(
             marks |= {one.mark for one in sets}
             names += _best(sets, variant, f"{where}: {folder}").files
         names += [name for name in inside if _is_settings(name)]
-    missing = [one for one in _UNET_NEEDED if not any(_parent(name) == one for name in names)]
+    there = {_parent(name) for name in names}
+    # A single text encoder of SDXL's kind is the second.
+    missing = [one for one in _UNET_NEEDED if not there & {one, f"{one}_2"}]
     if missing:
         raise UserError(f"{where}: no {' and no '.join(missing)} in it, which a U-Net needs")
     if variant is not None and variant not in marks:

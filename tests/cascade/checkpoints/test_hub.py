@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 import sample
 from cascade.checkpoints.hub import ModelFiles, resolve
 from cascade.checkpoints.hub_choice import Part
-from cascade.checkpoints.part_files import find_network
+from cascade.checkpoints.part_files import find_network, find_text
 from cascade.checkpoints.readers import open_weights
 from cascade.errors import UserError
 from cascade.pipelines.cascade import CascadePipeline
@@ -582,8 +582,15 @@ def test_of_a_pipelines_unet_nothing_else_is_downloaded(hub: Hub, own: Hub, tmp_
     assert found.path.name == "diffusion_pytorch_model.safetensors"
     asked = {path for path in hub.content() if path.endswith(LARGE)}
     assert asked == {f"{name}:unet/diffusion_pytorch_model.safetensors"}
-    with pytest.raises(UserError, match="no folder unet beside a model_index"):
-        find_network("someone/model", "unet")
+    assert find_network(name, "autoencoder_kl").path.parent.name == "vae"
+    asked = {path for path in hub.content() if path.endswith(LARGE)}
+    assert f"{name}:vae/diffusion_pytorch_model.safetensors" in asked and len(asked) == 2
+    assert find_text(name, 24).folder.name == "text_encoder_2"
+    with pytest.raises(UserError, match="a U-Net's pipeline, which has no stage_c"):
+        find_network(name, "stage_c")
+    for part, folder in (("unet", "unet"), ("autoencoder_kl", "vae")):
+        with pytest.raises(UserError, match=f"no folder {folder} beside a model_index"):
+            find_network("someone/model", part)
 
 
 @pytest.mark.parametrize("name", ["", " "])
