@@ -80,7 +80,7 @@ def test_a_run_loads_as_its_name_says_and_starts_what_it_names(
     assert command.main([kind, "--config", str(path), "--resume", "--run.max_steps", "7"]) == 0
     [(begun, config, resume)] = started
     assert (begun, resume) == (kind, True)
-    assert type(config).__name__ == kind.title().replace("_", "") + "Run"
+    assert type(config).__name__.lower() == kind.replace("_", "") + "run"  # "AutoencoderKLRun"
     assert config.run.max_steps == 7  # type: ignore[attr-defined]
     if path.parent.name != "recipes":
         assert Path(config.run.out).name.startswith(kind)  # type: ignore[attr-defined]
