@@ -173,7 +173,8 @@ def _compare(title: str, config: UNetConfig, macs: float, options: argparse.Name
             min(seconds[side]) / min(seconds[THEIRS]),
             statistics.median(processor[side]) / statistics.median(processor[THEIRS]),
         ]
-        peak = f"{peaks[side] / 1e6:.0f}" if peaks[side] is not None else "-"
+        found = peaks[side]
+        peak = "-" if found is None else f"{found / 1e6:.0f}"
         lines.append(
             f"{'':11}{side:18}{statistics.median(seconds[side]):10.4f}{min(seconds[side]):10.4f}"
             f"{ratios[0]:8.2f}{ratios[1]:10.2f}{ratios[2]:11.2f}{peak:>9}"
@@ -204,11 +205,12 @@ def same_in_diffusers(ours: UNet) -> nn.Module:
         raise UserError('diffusers is not installed; pip install -e ".[test]"') from error
     content = unet_config_of(ours.config, UNetSpec("benchmark"))
     with torch.device("meta"):
-        theirs: nn.Module = UNet2DConditionModel(
+        theirs: Any = UNet2DConditionModel(
             **{key: value for key, value in content.items() if key != "_class_name"}
         )
     theirs.load_state_dict(ours.state_dict(), assign=True)
-    return theirs.eval().requires_grad_(False)
+    network: nn.Module = theirs.eval().requires_grad_(False)
+    return network
 
 
 def make_work(config: UNetConfig, options: argparse.Namespace, dtype: torch.dtype) -> Work:
