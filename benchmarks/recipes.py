@@ -1,4 +1,4 @@
-r"""Training recipes of Stage C side by side: the same network, data, samples and seeds.
+r"""Training recipes side by side: the same data, samples and seeds.
 
 ``python benchmarks/recipes.py --out runs/recipes`` trains every recipe of
 ``configs/recipes/switches.yaml`` with every seed, one after the other, and prints a table: the loss
@@ -6,6 +6,8 @@ on held-out pictures at the end, and the samples and seconds after which a recip
 the baseline reaches at its end, as a share of the baseline's. That loss is the published one
 whatever a recipe trains on (``train/callbacks/validation.py``). Seconds are of training alone, and
 only mean something on a machine that does nothing else.
+
+``--recipes configs/demo_koala/switches.yaml`` compares what students of a U-Net learn from.
 
 An interrupted comparison goes on with the same command; runs that are done are not made again.
 ``--tables-only`` prints what there is.
@@ -81,8 +83,19 @@ class Curve:
     commit: str
 
 
-def read_recipes(path: Path) -> tuple[str, list[Recipe]]:
-    """Return the baseline's configuration file and all recipes.
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared."""
+
+    kind: str
+    """What ``python -m train`` trains."""
+    base: str
+    """The baseline's configuration file."""
+    recipes: list[Recipe]
+
+
+def read_recipes(path: Path) -> Comparison:
+    """Read what is compared.
 
     Raises:
         UserError: A recipe is like one that does not come before it.
@@ -95,10 +108,12 @@ def read_recipes(path: Path) -> tuple[str, list[Recipe]]:
             raise UserError(f"{path}: {name} is like {like}, which does not come before it")
         before = found[like].options if like is not None else {}
         found[name] = Recipe(name, {**before, **values["set"]})
-    return content["base"], list(found.values())
+    return Comparison(content.get("kind", "stage_c"), content["base"], list(found.values()))
 
 
-def train_one(base: str, recipe: Recipe, seed: int, out: Path, more: Sequence[str]) -> None:
+def train_one(
+    compared: Comparison, recipe: Recipe, seed: int, out: Path, more: Sequence[str]
+) -> None:
     """Train one recipe with one seed, or go on with it; its output goes to a file beside it.
 
     Raises:
@@ -108,7 +123,8 @@ def train_one(base: str, recipe: Recipe, seed: int, out: Path, more: Sequence[st
     if (folder / DONE_FILE).is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "train", "stage_c", "--config", base, "--resume"]
+    command = [sys.executable, "-m", "train", compared.kind]
+    command += ["--config", compared.base, "--resume"]
     options = {**recipe.options, "run.out": folder, "run.seed": seed, "data.seed": seed}
     for key, value in options.items():
         command += [f"--{key}", str(value)]
@@ -222,7 +238,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", nargs="+", default=[], help="more options of every run: KEY=VALUE")
     options = parse_all(parser, sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    base, recipes = read_recipes(options.recipes)
+    compared = read_recipes(options.recipes)
+    recipes = compared.recipes
     unknown = set(options.only or ()) - {one.name for one in recipes}
     if unknown:
         names = ", ".join(one.name for one in recipes)
@@ -234,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for seed in options.seeds:
         for recipe in chosen:
             if not options.tables_only:
-                train_one(base, recipe, seed, out, more)
+                train_one(compared, recipe, seed, out, more)
     curves: dict[str, list[Curve]] = {}
     for recipe in recipes:
         found = (read_curve(out, recipe, seed) for seed in options.seeds)
@@ -246,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "posthoc_ema.every_steps" not in recipe.options:
             continue
         for seed in options.seeds[: len(curves[recipe.name])]:
-            losses = posthoc_losses(base, recipe, seed, out)
+            losses = posthoc_losses(compared.base, recipe, seed, out)
             shown = ", ".join(f"{length:g}: {loss:.4f}" for length, loss in losses.items())
             print(f"\n{recipe.name}, seed {seed}, by length: {shown}")
     commits = sorted({curve.commit for runs in curves.values() for curve in runs})

@@ -10,6 +10,7 @@ import yaml
 from torch import nn
 
 from cascade.checkpoints.files import on_meta
+from cascade.config import load_yaml
 from cascade.errors import run_main
 from stages.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from stages.previewer import Previewer, PreviewerConfig
@@ -19,16 +20,23 @@ from stages.stage_b import StageB, StageBConfig
 from stages.stage_b_v2 import StageBV2, StageBV2Config
 from stages.stage_c import StageC, StageCConfig
 from stages.stage_c_v2 import StageCV2, StageCV2Config
+from stages.unet.compress import PUBLISHED, plan_student
+from stages.unet.config import UNetConfig
+from stages.unet.unet import UNet
 from train import __main__ as command
-from train import runs
+from train import runs, unet_runs
+from train.distill.plans import read_recipe
+from train.losses.distillation import site_pairs
+from train.systems.unet import UNetRun
 
 ROOT = Path(__file__).parents[1]
-NOT_A_RUN = {"model.yaml", "switches.yaml", "my_student.yaml"}
+NOT_A_RUN = {"model.yaml", "switches.yaml"}
 """Configurations of other commands: of train.assemble, of benchmarks/recipes.py, of train.distill.
 """
 ALL = sorted((ROOT / "configs").rglob("*.yaml"))
 PRESETS = sorted((ROOT / "configs" / "presets").glob("*.yaml"))
-RUNS = [path for path in ALL if path.name not in NOT_A_RUN and path not in PRESETS]
+STUDENTS = sorted((ROOT / "configs" / "distill").glob("*.yaml"))
+RUNS = [path for path in ALL if path.name not in NOT_A_RUN and path not in (*PRESETS, *STUDENTS)]
 
 EVERY_RUN = pytest.mark.parametrize(
     "path", RUNS, ids=lambda path: str(path.relative_to(ROOT / "configs"))
@@ -44,7 +52,8 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, object, bool]]:
         def start(config: object, *, resume: bool, kind: str = kind) -> None:
             calls.append((kind, config, resume))
 
-        monkeypatch.setattr(runs, f"train_{kind}", start)
+        module = unet_runs if kind.startswith("unet") else runs
+        monkeypatch.setattr(module, f"train_{kind}", start)
     return calls
 
 
@@ -54,8 +63,8 @@ def _kind(path: Path) -> str:
         return "stage_c"
     name = path.stem.removeprefix("finetune_")
     fitting = [k for k in command.KINDS if name == k or name.startswith(f"{k}_")]
-    [kind] = fitting or [k for k in command.KINDS if k.startswith(f"{name}_")]  # "autoencoder"
-    return kind
+    # "unet_kd_koala" is of "unet_kd", "autoencoder" of "autoencoder_kl".
+    return max(fitting or [k for k in command.KINDS if k.startswith(f"{name}_")], key=len)
 
 
 def _header(path: Path) -> str:
@@ -81,7 +90,8 @@ def test_a_run_loads_as_its_name_says_and_starts_what_it_names(
     assert command.main([kind, "--config", str(path), "--resume", "--run.max_steps", "7"]) == 0
     [(begun, config, resume)] = started
     assert (begun, resume) == (kind, True)
-    assert type(config).__name__ == kind.title().replace("_", "") + "Run"
+    kind = kind.removesuffix("_kd")  # the same run with a teacher
+    assert type(config).__name__.lower() == kind.replace("_", "") + "run"  # "AutoencoderKLRun"
     assert config.run.max_steps == 7  # type: ignore[attr-defined]
     if path.parent.name != "recipes":
         assert Path(config.run.out).name.startswith(kind)  # type: ignore[attr-defined]
@@ -125,8 +135,26 @@ def _networks(kind: str, config: object) -> list[nn.Module]:
 def _sizes(config: object) -> object:
     """The sizes of a run's network; of one without a model section, those of its init_from."""
     if config.model is None and getattr(config, "model_v2", None) is None:  # type: ignore[attr-defined]
-        return {"stabilityai/stable-cascade:lite": StageCConfig.lite()}[config.init_from]  # type: ignore[attr-defined]
+        name = config.init_from  # type: ignore[attr-defined]
+        if name.startswith("runs/demo_koala/students/"):
+            teacher = load_yaml(UNetRun, ROOT / "configs/demo_koala/unet.yaml").sizes
+            recipe = read_recipe(f"{ROOT}/configs/distill/demo_{Path(name).parent.name}.yaml")
+            return plan_student(teacher, recipe.recipe).student
+        return _INIT_FROM[name]
     return config.sizes  # type: ignore[attr-defined]
+
+
+_STUDENTS = ("bk_base", "bk_small", "bk_tiny", "sd_small", "sd_tiny", "ssd_1b", "vega")
+_INIT_FROM = {
+    "stabilityai/stable-cascade:lite": StageCConfig.lite(),
+    "stabilityai/stable-diffusion-xl-base-1.0": UNetConfig.sdxl(),
+    "nota-ai/bk-sdm-small": UNetConfig.bk_small(),
+    "segmind/tiny-sd": UNetConfig.sd_tiny(),
+    **{
+        f"runs/published/{name}/student.safetensors": getattr(UNetConfig, name)()
+        for name in (*_STUDENTS, "koala_700m", "koala_1b")
+    },
+}
 
 
 def _of(sizes: object) -> nn.Module:
@@ -139,6 +167,7 @@ def _of(sizes: object) -> nn.Module:
         StageAConfig: StageA,
         PreviewerConfig: Previewer,
         AutoencoderKLConfig: AutoencoderKL,
+        UNetConfig: UNet,
     }
     return networks[type(sizes)](sizes)  # type: ignore[index, abstract]
 
@@ -153,6 +182,27 @@ class _Vocabulary:
 
     def __len__(self) -> int:
         return self.size
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in RUNS if path.name.startswith("unet_kd")], ids=lambda path: path.stem
+)
+def test_a_distillation_imitates_as_many_places_as_published(
+    path: Path, started: list[tuple[str, object, bool]]
+) -> None:
+    """Facts 2: eight block outputs, six of Tiny, nine of Segmind's; KOALA's 21 and 30 and two."""
+    if path.parent.name != "published":
+        pytest.skip("not a published one")
+    command.main(["unet_kd", "--config", str(path)])
+    recipe = path.stem.removeprefix("unet_kd_")
+    teacher = UNetConfig.sdxl() if started[0][1].text_2 else UNetConfig.sd15()  # type: ignore[attr-defined]
+    pairs = site_pairs(
+        started[0][1].distill.features,  # type: ignore[attr-defined]
+        plan_student(teacher, PUBLISHED[recipe]),
+    )
+    counts = {"bk_base": 8, "bk_small": 8, "bk_tiny": 6, "sd_small": 9, "sd_tiny": 6}
+    counts |= {"koala_700m": 21 + 2, "koala_1b": 30 + 2, "ssd_1b": 15 + 10 + 1, "vega": 15 + 10 + 1}
+    assert len(pairs) == counts[recipe]
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,9 @@ class Footprint:
     working: int
     """What one picture needs besides."""
     tiled: Mapping[int, int] | None = None
-    """The same by side of a tile in latent cells, largest first; Stage A alone has it."""
+    """The same by side of a tile in latent cells, largest first; autoencoders alone have it."""
+    tiles_differ: bool = False
+    """Whether tiles make another picture than the whole: they are then the last resort."""
     of: str | None = None
     """The part whose weights these are: Stage A's encoder runs with Stage A's. None: its own."""
     idle: bool = False

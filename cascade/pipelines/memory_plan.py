@@ -44,14 +44,17 @@ _PARTS = tuple(part for part in _TITLES if part != "stage_a_encoder")
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Where the parts are while pictures are made; every plan makes the same pictures."""
+    """Where the parts are while pictures are made.
+
+    Every plan makes the same pictures, but for the tiles of a U-Net's autoencoder: see ``tiles``.
+    """
 
     offload: Offload
     """The way of the parts that ``ways`` does not name."""
     ways: Mapping[str, Way] = field(default_factory=dict)
     """The way of "text", "stage_c", and so on."""
     tile: int | None = None
-    """Side of Stage A's tiles in latent cells; None: the picture as a whole."""
+    """Side of the autoencoder's tiles in latent cells; None: the picture as a whole."""
     encoder_tile: int | None = None
     """The same of Stage A's encoder."""
     batch_size: int | None = None
@@ -145,7 +148,8 @@ def pick_plan(
 
     In this order: all parts stay; the text encoder goes when the prompts are encoded; every part
     is there for its own stage alone; parts that even so are too large come layer by layer. Within
-    each, fewer pictures together before the next; Stage A in tiles only where it must.
+    each, fewer pictures together before the next; Stage A in tiles only where it must. Tiles that
+    make another picture come after all of these.
 
     While a part runs the device holds the weights of all parts that stay, its own weights (or, of
     those that come layer by layer, its largest layer), and what it works on, which is proportional
@@ -165,21 +169,29 @@ def pick_plan(
     """
     room = budget - RESERVE
     blamed: tuple[str, ...] = ()
-    for mode, ways in _candidates(sizes, room, offload):
-        for batch in batches:
-            fit = _fit(sizes, ways, batch, room)
-            if not fit.tight:
-                plan = MemoryPlan(
-                    offload=mode,
-                    ways=ways,
-                    tile=fit.tiles.get("stage_a"),
-                    encoder_tile=fit.tiles.get("stage_a_encoder"),
-                    batch_size=batch,
-                    peaks=fit.peaks,
-                )
-                return replace(plan, text=_describe(sizes, plan, blamed, budget, what, cell))
-            if not blamed and all(step in _READING for step in fit.tight):
-                blamed = fit.tight  # a prompt alone would have been made this way
+    tried: list[Mapping[str, Footprint]] = [sizes]
+    if any(size.tiles_differ for size in sizes.values()):
+        whole = {
+            step: replace(size, tiled=None) if size.tiles_differ else size
+            for step, size in sizes.items()
+        }
+        tried.insert(0, whole)
+    for tiled in tried:
+        for mode, ways in _candidates(tiled, room, offload):
+            for batch in batches:
+                fit = _fit(tiled, ways, batch, room)
+                if not fit.tight:
+                    plan = MemoryPlan(
+                        offload=mode,
+                        ways=ways,
+                        tile=fit.tiles.get("stage_a", fit.tiles.get("autoencoder")),
+                        encoder_tile=fit.tiles.get("stage_a_encoder"),
+                        batch_size=batch,
+                        peaks=fit.peaks,
+                    )
+                    return replace(plan, text=_describe(sizes, plan, blamed, budget, what, cell))
+                if not blamed and all(step in _READING for step in fit.tight):
+                    blamed = fit.tight  # a prompt alone would have been made this way
     raise UserError(_nothing_fits(sizes, budget, batches, offload, what))
 
 
@@ -343,9 +355,12 @@ def _describe(
         chosen += f", {' and '.join(visiting)} only to read the picture"
     if blamed:
         chosen += f", for what {' and '.join(_TITLES[step] for step in blamed)} needs"
-    for tile, title in ((plan.tile, "Stage A"), (plan.encoder_tile, "Stage A's encoder")):
+    decoder = _TITLES["stage_a" if "stage_a" in sizes else "autoencoder"]
+    for tile, title in ((plan.tile, decoder), (plan.encoder_tile, "Stage A's encoder")):
         if tile is not None:
             chosen += f", {title} in tiles of {tile * cell} px"
+    if plan.tile is not None and any(size.tiles_differ for size in sizes.values()):
+        chosen += " (the picture differs a little from the whole one's)"
     if plan.batch_size is not None and plan.batch_size > 1:
         chosen += f", up to {plan.batch_size} pictures together"
     worst = max(peaks, key=lambda part: peaks[part])

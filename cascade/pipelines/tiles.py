@@ -1,26 +1,38 @@
-"""Stage A's decoder and encoder over a whole picture, or over tiles where memory is short.
+"""Autoencoders over a whole picture, or over tiles where memory is short.
 
-A pixel of the decoder depends on the latent cells within ``StageAConfig.decoder_reach`` and on
-nothing else: its convolutions are local and its norms are over channels. A tile that is decoded
+A pixel of Stage A's decoder depends on the latent cells within ``StageAConfig.decoder_reach`` and
+on nothing else: its convolutions are local and its norms are over channels. A tile that is decoded
 with that many cells around it, and then cut, is therefore the whole picture's part, with no seam
 to blend; what differs is how matrix products of another size round (float32: below 1e-5). So it is
 with the encoder, a latent, and the pixels of the cells within ``encoder_reach``.
+
+AutoencoderKL is another matter: its group norms take their statistics, and its attention its keys,
+from all it is given, so no margin makes a tile the whole picture's part. Its tiles overlap and are
+blended, and the picture differs from the whole one's, most in large even areas; diffusers' tiles
+have the same property. They are used only where no other plan fits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from types import EllipsisType
 
 import torch
 from torch import Tensor
 
 from cascade.pipelines.finite import check_finite
+from stages.autoencoder_kl import AutoencoderKL
 from stages.stage_a import StageA
 
 TILE_CELLS = (256, 128, 64, 32)
 """Sides of tiles to choose from, in latent cells, largest first: 1024 to 128 px as published."""
+BLENDED_TILE_CELLS = (128, 96, 64)
+"""The same of AutoencoderKL: 1024 to 512 px as published. The smallest is diffusers', and what SD
+was trained at: the smaller a tile, the less it knows of the picture."""
+_OVERLAP = 4
+"""Two neighbouring tiles share the side of one divided by this (diffusers: as much)."""
 
 
 def decode_pixels(
@@ -68,6 +80,44 @@ def decode_tiles(stage_a: StageA, latents: Tensor, tile: int) -> Tensor:
             inside = decoded[0][tiled.inside(scale)]
             pixels[row][tiled.own(scale)] = inside.to(device, torch.float32)
     return pixels
+
+
+def decode_blended(autoencoder: AutoencoderKL, latents: Tensor, tile: int) -> Tensor:
+    """Decode a U-Net's latents in tiles that overlap, one at a time.
+
+    Args:
+        autoencoder: Its weights are on the device of ``latents``.
+        latents: ``(B, 4, h, w)``; any sizes.
+        tile: Side of a tile in latent cells, without its margin; the tiles of a picture are about
+            of one size, and at most that.
+
+    Returns:
+        ``(B, 3, H, W)`` float32, not clamped, on the CPU. Of a picture no larger than a tile the
+        very pixels of ``decode``.
+    """
+    scale, (count, _, height, width) = autoencoder.downscale, latents.shape
+    pixels = torch.zeros(count, 3, height * scale, width * scale)
+    shares = torch.zeros(height * scale, width * scale)
+    margin = blended_margin(tile)
+    for rows in _even_spans(height, tile):
+        for columns in _even_spans(width, tile):
+            tiled = _Tile(rows, columns, margin)
+            down, across = (
+                _ramp(span, side, margin, scale)
+                for span, side in ((rows, height), (columns, width))
+            )
+            share = down[:, None] * across
+            where = tiled.window(scale)
+            shares[where] += share
+            for row in range(count):
+                decoded = autoencoder.decode(latents[row : row + 1][tiled.window()])
+                pixels[row][where] += share * decoded[0].to("cpu", torch.float32)
+    return pixels / shares
+
+
+def blended_margin(tile: int) -> int:
+    """Return the cells around a tile that its neighbours decode as well."""
+    return tile // (2 * _OVERLAP)
 
 
 def encode_latents(
@@ -170,6 +220,30 @@ def _tiles(size: tuple[int, int], tile: int, reach: int) -> Iterator[_Tile]:
     for rows in _spans(size[0], tile):
         for columns in _spans(size[1], tile):
             yield _Tile(rows, columns, reach)
+
+
+def _even_spans(side: int, tile: int) -> Iterator[tuple[int, int]]:
+    """Cut a side into as few spans of at most ``tile`` as there can be, all about of one length."""
+    count = -(-side // tile)
+    edges = [round(number * side / count) for number in range(count + 1)]
+    yield from pairwise(edges)
+
+
+def _ramp(span: tuple[int, int], side: int, margin: int, scale: int) -> Tensor:
+    """Return a tile's share of each row or column of its window, in pixels.
+
+    It rises across the margin on both sides of the tile's edge, as its neighbour's falls; it is 1
+    up to the picture's own edge.
+    """
+    start, end = span
+    first, last = max(0, start - margin), min(side, end + margin)
+    places = (torch.arange(first * scale, last * scale) + 0.5) / scale
+    share = torch.ones(len(places))
+    if margin > 0 and start > 0:
+        share = share * ((places - (start - margin)) / (2 * margin)).clamp(0, 1)
+    if margin > 0 and end < side:
+        share = share * ((end + margin - places) / (2 * margin)).clamp(0, 1)
+    return share
 
 
 def _spans(side: int, tile: int) -> Iterator[tuple[int, int]]:

@@ -24,6 +24,7 @@ from cascade.pipelines.offload import check_request
 from cascade.pipelines.placement import DtypeChoice, pick_device, pick_unet_dtypes
 from cascade.pipelines.prompts import PromptStates, batches_of
 from cascade.pipelines.results import UNetPicture, UNetPictures, collect_unet, gather, text_of
+from cascade.pipelines.tiles import decode_blended
 from cascade.pipelines.unet_fit import check_unet_fit
 from cascade.pipelines.unet_lora import LoraChoice
 from cascade.pipelines.unet_memory import UNetMemory
@@ -203,12 +204,19 @@ class UNetPipeline:
     def decode(self, latents: Tensor) -> Tensor:
         """Turn latents into pixels ``(B, 3, H, W)``, float32 in [0, 1].
 
+        Where memory leaves no other way it is done in tiles, which differ from the whole: see
+        ``tiles``.
+
         Raises:
             NonFiniteError: If a value is not finite.
         """
+        tile = self.memory.plan.tile
         with self.memory.on("autoencoder"):
-            # One at a time: at 1024 pixels one alone takes gigabytes.
-            pixels = torch.cat([self.autoencoder.decode(one) for one in latents.split(1)])
+            if tile is None:
+                # One at a time: at 1024 pixels one alone takes gigabytes.
+                pixels = torch.cat([self.autoencoder.decode(one) for one in latents.split(1)])
+            else:
+                pixels = decode_blended(self.autoencoder, latents, tile)
         check_finite(pixels, "the autoencoder", self.dtypes.autoencoder)
         return pixels.clamp(0, 1)
 
@@ -269,6 +277,8 @@ class UNetPipeline:
             settings["sizes"] = list(plan.sizes.values())
         if self._source.loras:
             settings["loras"] = [one.described for one in self._source.loras]
+        if self.memory.plan.tile is not None:  # the picture is another one than without
+            settings["tile"] = self.memory.plan.tile * self.autoencoder.downscale
         return text_of(
             plan,
             index,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import cast
@@ -15,6 +16,7 @@ from cascade.pipelines.memory_peak import peak_bytes
 from cascade.pipelines.memory_plan import MemoryPlan
 from cascade.pipelines.offload import Memory, batches_up_to
 from cascade.pipelines.placement import UNetDtypes
+from cascade.pipelines.tiles import BLENDED_TILE_CELLS, blended_margin
 from cascade.pipelines.unet_parts import UNetParts
 from cascade.pipelines.unet_plan import UNetPlan
 from cascade.pipelines.unet_sampling import UNetPrompted, sample_unet
@@ -107,12 +109,29 @@ def unet_footprints(
     sizes["unet"] = Footprint(
         *weight_bytes(parts.unet), _drawing(unet, [one for _, one in encoders], workload)
     )
-    latents = (1, *workload.latent_shape)
+    _, height, width = workload.latent_shape
     sizes["autoencoder"] = Footprint(
         *weight_bytes(parts.autoencoder),
-        peak_bytes(lambda: autoencoder.decode(torch.empty(latents, device="meta"))),
+        _decoding(autoencoder, workload.latent_shape, None),
+        {
+            tile: _decoding(autoencoder, workload.latent_shape, tile)
+            for tile in BLENDED_TILE_CELLS
+            if tile < max(height, width)
+        },
+        tiles_differ=True,
     )
     return sizes
+
+
+def _decoding(twin: AutoencoderKL, latent_shape: tuple[int, int, int], tile: int | None) -> int:
+    """Bytes of one picture's decoding; what tiles are put together in is on the CPU."""
+    channels, height, width = latent_shape
+    if tile is not None:
+        side = tile + 2 * blended_margin(tile)
+        height, width = min(side, height), min(side, width)
+    window = (1, channels, height, width)
+    of_window = peak_bytes(lambda: twin.decode(torch.empty(window, device="meta")))
+    return of_window if tile is None else of_window + 4 * math.prod(latent_shape)
 
 
 def _drawing(twin: UNet, encoders: list[TextEncoder], workload: UNetWorkload) -> int:

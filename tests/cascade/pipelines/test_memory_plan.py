@@ -180,3 +180,30 @@ def test_a_refusal_names_the_reading_part_that_is_too_large() -> None:
     sizes = SIZES | {"compressor": Footprint(gib(0.1), gib(0.01), gib(3))}
     with pytest.raises(UserError, match=r"at least 3.8 GiB in the semantic compressor, 0.75"):
         pick_plan(sizes, gib(2) + RESERVE, [1], what="4096x4096 img2img")
+
+
+def test_tiles_that_make_another_picture_are_the_last_resort() -> None:
+    tiles = {128: gib(1), 64: gib(0.3)}
+    sizes = {
+        "text": Footprint(gib(1), gib(0.1), gib(0.1)),
+        "unet": Footprint(gib(5), gib(0.2), gib(1)),
+        "autoencoder": Footprint(gib(0.3), gib(0.1), gib(4), tiles, tiles_differ=True),
+    }
+
+    def pick(room: float, offload: Offload | None = None) -> MemoryPlan:
+        return pick_plan(sizes, gib(room) + RESERVE, [1], offload=offload, cell=8)
+
+    assert (pick(10.5).offload, pick(10.5).tile) == ("none", None)
+    # Everything would stay with tiles of 128: 6.3 of weights and 1; moving costs only time.
+    moved = pick(8)
+    assert (moved.offload, moved.tile) == ("model", None)
+    layered = pick(4.5)
+    assert (layered.way("unet"), layered.tile) == ("layer", None)
+    last = pick(4.0)
+    assert last.tile == 128
+    assert "the autoencoder in tiles of 1024 px (the picture differs a little" in last.describe()
+    assert last.peaks["autoencoder"] <= gib(4.0)
+    assert pick(1.2).tile == 64
+    assert pick(7.5, "none").tile == 128
+    with pytest.raises(UserError, match="needs at least"):
+        pick(0.2)

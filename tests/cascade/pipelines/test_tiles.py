@@ -5,7 +5,15 @@ import torch
 from torch import nn
 
 from cascade.pipelines.finite import NonFiniteError
-from cascade.pipelines.tiles import decode_pixels, decode_tiles, encode_latents, encode_tiles
+from cascade.pipelines.tiles import (
+    blended_margin,
+    decode_blended,
+    decode_pixels,
+    decode_tiles,
+    encode_latents,
+    encode_tiles,
+)
+from stages.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from stages.stage_a import StageA, StageAConfig
 
 
@@ -129,3 +137,74 @@ def test_latents_of_a_tile_that_are_not_finite_are_an_error_with_their_number_fo
     pixels[0, 0, -1, -1] = float("inf")
     with pytest.raises(NonFiniteError, match=r"Stage A's encoder \(float32\)"):
         encode_latents(network, pixels, CPU, torch.float32, tile=8)
+
+
+# AutoencoderKL, whose tiles are blended
+
+
+class Enlarging(AutoencoderKL):
+    """Decodes each cell by itself."""
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return nn.functional.interpolate(latents[:, :3], scale_factor=float(self.downscale))
+
+
+class Averaging(AutoencoderKL):
+    """Decodes to the mean of what it sees: tiles have nothing in common with each other."""
+
+    seen: list[tuple[int, ...]]
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        self.seen.append(tuple(latents.shape))
+        side = [size * self.downscale for size in latents.shape[-2:]]
+        return latents.mean().expand(1, 3, *side)
+
+
+TINY = AutoencoderKLConfig(channels=(8, 16), blocks_per_level=1, norm_groups=4)
+SIZES = [(37, 21), (16, 16), (17, 40), (33, 8), (1, 50)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("tile", [3, 8, 16])
+def test_the_shares_of_blended_tiles_are_one_together(size: tuple[int, int], tile: int) -> None:
+    latents = torch.randn(2, 4, *size)
+    found = decode_blended(Enlarging(TINY), latents, tile)
+    torch.testing.assert_close(found, Enlarging(TINY).decode(latents), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_blended_tiles_have_no_seam_and_none_is_larger_than_was_computed(
+    size: tuple[int, int],
+) -> None:
+    network, tile = Averaging(TINY), 8
+    network.seen = []
+    latents = torch.arange(float(size[0] * size[1])).view(1, 1, *size).expand(1, 4, -1, -1)
+    found = decode_blended(network, latents, tile)[0, 0]
+    most = tile + 2 * blended_margin(tile)
+    assert all(max(shape[-2:]) <= most for shape in network.seen)
+    assert len(network.seen) == -(-size[0] // tile) * -(-size[1] // tile)
+    spread = float(found.max() - found.min())
+    jumps = max(float(found.diff(dim=dim).abs().max()) for dim in (0, 1) if found.shape[dim] > 1)
+    # Two neighbours are mixed across two margins; a cut would jump by their whole difference.
+    assert jumps <= spread / (2 * blended_margin(tile) * network.downscale) + 1e-3 * spread
+
+
+def test_a_picture_no_larger_than_a_tile_is_decoded_as_a_whole() -> None:
+    torch.manual_seed(0)
+    network, latents = AutoencoderKL(TINY).eval(), torch.randn(2, 4, 16, 12)
+    with torch.inference_mode():
+        whole = torch.cat([network.decode(one) for one in latents.split(1)])
+        assert torch.equal(decode_blended(network, latents, 16), whole)
+
+
+def test_blended_tiles_of_a_random_autoencoder_are_near_the_whole_picture() -> None:
+    # Not equal: group norms and attention look at all that they are given.
+    torch.manual_seed(0)
+    network = AutoencoderKL(TINY).eval()
+    latents = torch.randn(1, 4, 75, 50) * TINY.scale
+    with torch.inference_mode():
+        whole, tiled = network.decode(latents), decode_blended(network, latents, 32)
+    assert whole.shape == tiled.shape == (1, 3, 150, 100)
+    away = (tiled - whole).abs().mean() / whole.std()
+    # diffusers' tiles of this size are 7 to 9 % of a deviation away on such networks.
+    assert 0 < float(away) < 0.12

@@ -75,6 +75,24 @@ def test_an_empty_negative_prompt_is_what_the_model_wants(folders: dict[str, Pat
     assert (pipeline(PROMPT, UNetSettings(seed=1)).pixels - zeros).abs().max() > 1e-4
 
 
+def test_a_picture_of_tiles_is_near_the_whole_one_and_says_so(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = UNetPipeline(folders["sdxl"], device="cpu")
+    settings = UNetSettings(seed=1, width=64, height=40)
+    whole = pipeline(PROMPT, settings)
+    in_tiles = replace(pipeline.memory.plan, tile=16)
+    monkeypatch.setattr(type(pipeline.memory), "plan", property(lambda _: in_tiles))
+    tiled = pipeline(PROMPT, settings)
+    assert tiled.pixels.shape == whole.pixels.shape == (1, 3, 40, 64)
+    assert torch.equal(tiled.latents, whole.latents)
+    away = (tiled.pixels - whole.pixels).abs()
+    assert 0 < float(away.mean()) < 0.05
+    cell = pipeline.autoencoder.downscale
+    assert json.loads(tiled.metadata[0]["settings"])["tile"] == 16 * cell
+    assert "tile" not in json.loads(whole.metadata[0]["settings"])
+
+
 @pytest.mark.parametrize("mode", ["model", "sequential"])
 def test_offloading_makes_the_same_picture(mode: str, sdxl: UNetPipeline) -> None:
     wanted = sdxl(PROMPT, UNetSettings(seed=1)).pixels

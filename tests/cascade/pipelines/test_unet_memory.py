@@ -53,5 +53,12 @@ def test_guidance_and_size_are_counted_and_small_cards_get_stages(koala: UNetPar
     tight = pick_plan(full, 6 * GIB, [1])
     assert tight.way("text_2") == "stage" and tight.way("unet") == "stay"
     assert "the stages stay" in tight.describe() and "the second text" in tight.describe()
+    tiles = full["autoencoder"].tiled
+    # 640 px a side, of 1024: the margin is computed too.
+    assert set(tiles) == {96, 64} and small["autoencoder"].tiled == {}
+    assert 0.36 < tiles[64] / full["autoencoder"].working < 0.45
+    assert tight.tile is None
     with pytest.raises(UserError, match="needs at least"):
-        pick_plan(full, 2 * GIB, [1])
+        pick_plan(full, 1 * GIB, [1])
+    lower = pick_plan(full, int(3.5 * GIB), [1])
+    assert lower.tile in (96, 64) and "the autoencoder in tiles of" in lower.describe()
