@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,16 @@ from cascade.adapters.lora_write import write_lora
 from cascade.checkpoints.files import file_hash
 from cascade.errors import run_main
 from cascade.images import open_image, read_png_metadata
+from cascade.pipelines import unet_published
 from cascade.pipelines.placement import UNetDtypes
 from cascade.pipelines.unet import UNetPipeline
 from cascade.pipelines.unet_lora import LoraChoice
 from cascade.pipelines.unet_parts import open_unet_source
 from cascade.pipelines.unet_plan import UNetSettings
 from cascade.sample_options import lora_and_weight
+from stages.unet.config import UNetConfig
 from tests.lora_toys import lora_of
+from tests.reference.unet_toys import SDXL
 from tests.unet_models import save_tiny, tiny_model
 
 Run = Callable[..., tuple[int, str]]
@@ -108,6 +113,26 @@ def test_the_class_takes_loras_as_the_command_does(root: Path, run: Run, tmp_pat
     pipeline = UNetPipeline.from_pretrained(root / "sd", loras=loras, device="cpu")
     [image] = pipeline("a red apple", UNetSettings(seed=7)).pictures
     assert image.tobytes() == pixels_of(tmp_path)[0]
+
+
+def test_a_distilled_loras_name_picks_its_steps(
+    run: Run, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advice = unet_published.lora_advice(UNetConfig.sdxl(), "lightning_4step")
+    assert advice is not None
+    monkeypatch.setattr(unet_published, "LORA_ADVICE", (replace(advice, shape=SDXL),))
+    name = "sdxl_lightning_4step_lora.safetensors"
+    shutil.copy(root / "sdxl-peft.safetensors", root / name)
+    code, err = run("sdxl", name)
+    told = "by its name the LoRA is SDXL-Lightning of 4 steps: euler, 4 steps, guidance 1"
+    assert code == 0 and err == f"notice: {told}\n"
+    assert run("sdxl", name, more=("--steps", "2"))[0] == 0
+    assert run("sdxl", f"{name}:0") == (0, "")
+    found = []
+    for path in sorted((tmp_path / "out").iterdir()):
+        sampling = json.loads(read_png_metadata(path)["settings"])["unet"]
+        found.append((sampling["steps"], sampling["guidance"], sampling["spacing"]))
+    assert found == [(4, 1.0, "trailing"), (2, 1.0, "trailing"), (3, 3.5, "trailing")]
 
 
 def test_a_colon_may_be_a_part_of_the_name(tmp_path: Path) -> None:

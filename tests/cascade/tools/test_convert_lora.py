@@ -59,7 +59,8 @@ def test_a_students_layers_that_are_its_teachers_too_need_the_model(
 ) -> None:
     config = UNetConfig.koala_700m()
     with on_meta():
-        updates = updates_of(UNet(config), ("attn2.to_k",), rank=1)
+        unet = UNet(config)
+    updates = updates_of(unet, ("attn2.to_k",), rank=1)
     first, second = tmp_path / "1.safetensors", tmp_path / "2.safetensors"
     write_lora(first, {"unet": updates}, "kohya", unet=config)
     assert convert(first, "peft", second) == 0
