@@ -38,11 +38,17 @@ def updates_of(
     return updates
 
 
-def lora_of(parts: UNetParts, ends: Sequence[str] = UNET_TARGETS) -> dict[Part, dict[str, LowRank]]:
-    """Return updates of a model's U-Net and text encoders, two of them of other ranks or alphas."""
+def lora_of(
+    parts: UNetParts,
+    ends: Sequence[str] = UNET_TARGETS,
+    odd_ones: Sequence[Part] = ("unet", "text_encoder", "text_encoder_2"),
+) -> dict[Part, dict[str, LowRank]]:
+    """Return updates of a model's U-Net and text encoders, one of another rank and alpha."""
     found: dict[Part, dict[str, LowRank]] = {}
     for part, network in parts.updatable.items():
         found[part] = updates_of(network, ends if part == "unet" else TEXT_TARGETS)
+        if part not in odd_ones:
+            continue
         path = next(iter(found[part]))
         odd = updates_of(network, (path,), rank=3, alpha=0.1, seed=1)
         found[part][path] = odd[path]

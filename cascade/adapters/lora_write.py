@@ -76,7 +76,7 @@ def write_lora(
         UserError: If it can't be written, or a number is not finite in ``dtype``.
     """
     path = Path(path)
-    tensors = peft_tensors(updates) if naming == "peft" else kohya_tensors(updates, unet)
+    tensors = named(updates, naming, unet)
     cast = {
         key: finite_in(one, None if key.endswith(".alpha") else dtype, f"{path}, {key}")
         .detach()
@@ -90,6 +90,13 @@ def write_lora(
         said[METADATA_KEY] = settings_of(updates)
     with atomic_path(path) as temporary:
         save_file(cast, temporary, metadata=said)
+
+
+def named(
+    updates: Mapping[Part, Updates], naming: Naming, unet: UNetConfig | None
+) -> dict[str, Tensor]:
+    """Return the tensors of a file; the arguments are those of ``write_lora``."""
+    return peft_tensors(updates) if naming == "peft" else kohya_tensors(updates, unet)
 
 
 def peft_tensors(updates: Mapping[Part, Updates]) -> dict[str, Tensor]:

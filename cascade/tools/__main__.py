@@ -50,7 +50,7 @@ def make_parser() -> Parser:
         "--model",
         type=Path,
         metavar="MODEL",
-        help="the model that it is for (default: the published one that it fits)",
+        help="the model that it is for (default: a published one, if its names tell which)",
     )
     average = commands.add_parser("average", help="write the mean of files of one network")
     average.add_argument("files", nargs="+", type=Path, metavar="FILE", help="files of weights")

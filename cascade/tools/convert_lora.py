@@ -10,7 +10,7 @@ from torch import nn
 from cascade.adapters.lora import LowRank
 from cascade.adapters.lora_files import LoraFile
 from cascade.adapters.lora_names import Part
-from cascade.adapters.lora_write import Naming, write_lora
+from cascade.adapters.lora_write import Naming, named, write_lora
 from cascade.checkpoints.files import on_meta
 from cascade.errors import UserError
 from cascade.pipelines.unet_parts import open_unet_source
@@ -39,28 +39,39 @@ def convert_lora(path: Path, naming: Naming, out: Path, model: Path | None = Non
         path: The LoRA.
         naming: Whose names it gets.
         out: The ``.safetensors`` file to write.
-        model: The model that it is for; None: a published one of SD, SDXL, or of their students.
+        model: The model that it is for; None: a published one, if its names tell which.
 
     Raises:
-        UserError: If it is no plain LoRA, or fits neither the model nor any published one.
+        UserError: If it is no plain LoRA, or fits neither the model nor one published one alone.
     """
     if out.suffix != ".safetensors":
         raise UserError(f"{out}: name a .safetensors file to write")
     file = LoraFile(path)
-    config, updates = _fit(file, model)
+    config, updates = _fit(file, naming, model)
     write_lora(out, updates, naming, unet=config)
 
 
-def _fit(file: LoraFile, model: Path | None) -> tuple[UNetConfig, dict[Part, dict[str, LowRank]]]:
+def _fit(
+    file: LoraFile, naming: Naming, model: Path | None
+) -> tuple[UNetConfig, dict[Part, dict[str, LowRank]]]:
     if model is not None:
         parts = open_unet_source(model).load_as_stored()
         return parts.unet.config, file.fit(parts.updatable)
+    found = []
     for config, networks in _published():
         try:
-            return config, file.fit(networks)
+            found.append((config, file.fit(networks)))
         except UserError:
             continue
-    raise UserError(f"{file.where}: fits no published U-Net; name its model with --model")
+    if not found:
+        raise UserError(f"{file.where}: fits no published U-Net; name its model with --model")
+    # A student's layers may all be its teacher's as well, which kohya's names number otherwise.
+    if len({frozenset(named(updates, naming, config)) for config, updates in found}) > 1:
+        raise UserError(
+            f"{file.where}: fits several published U-Nets, whose layers have different names "
+            f"there; name its model with --model"
+        )
+    return found[0]
 
 
 def _published() -> Iterator[tuple[UNetConfig, Mapping[Part, nn.Module]]]:

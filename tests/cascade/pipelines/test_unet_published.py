@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cascade.errors import UserError
-from cascade.pipelines.unet_published import advice_for, sampling_of
+from cascade.pipelines.unet_published import advice_for, lora_advice, sampling_of
 from cascade.pipelines.unet_spec import UNetSampling
 from stages.unet.config import UNetConfig
 
@@ -103,3 +103,27 @@ def test_what_files_leave_out_is_diffusers_default() -> None:
     sampling, _ = found(UNetConfig.sd15(), "x", bare)
     assert (sampling.beta_start, sampling.beta_end) == (0.0001, 0.02)
     assert sampling.ends_clean and sampling.steps_offset == 0 and sampling.spacing == "leading"
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "sampler", "steps", "spacing"),
+    [
+        (UNetConfig.sdxl(), "sdxl_lightning_4step_lora.safetensors", "euler", 4, "trailing"),
+        (UNetConfig.sdxl(), "sdxl_lightning_8step_lora.safetensors", "euler", 8, "trailing"),
+        (UNetConfig.sdxl(), "sdxl_lcm_lora.safetensors", "lcm", 4, "leading"),
+        (UNetConfig.sd15(), "lcm-lora-sdv1-5.safetensors", "lcm", 4, "leading"),
+    ],
+)
+def test_distilled_loras_are_sampled_by_their_names(
+    config: UNetConfig, name: str, sampler: str, steps: int, spacing: str
+) -> None:
+    advice = lora_advice(config, name)
+    assert advice is not None
+    sampling = advice.sampling
+    assert (sampling.sampler, sampling.steps, sampling.guidance) == (sampler, steps, 1.0)
+    assert (sampling.spacing, sampling.prediction) == (spacing, "epsilon")
+
+
+def test_other_loras_leave_the_sampling_as_it_is() -> None:
+    assert lora_advice(UNetConfig.sdxl(), "pixel-art-xl.safetensors") is None
+    assert lora_advice(UNetConfig.sd15(), "sdxl_lightning_4step_lora.safetensors") is None
