@@ -141,23 +141,28 @@ class UpBlock(UNetBlock):
             self.upsamplers = nn.ModuleList([Upsample(width)])
 
     def forward(
-        self, x: Tensor, skips: list[Tensor], time: Tensor, text: Text, wanted: frozenset[str]
+        self,
+        x: Tensor,
+        skips: list[Tensor],
+        size: tuple[int, int],
+        time: Tensor,
+        text: Text,
+        wanted: frozenset[str],
     ) -> tuple[Tensor, Features]:
         """Return ``(B, C, 2H, 2W)`` and what was asked for; the finest level keeps its size.
 
         Args:
             x: ``(B, C_below, H, W)``.
-            skips: All that is left of the way down. Each resnet takes the last, so that it can be
-                freed; the next one's size is the size of the result.
+            skips: One for each resnet; each is taken out when it is read, so that it can be freed.
+            size: Height and width of the result.
             time: ``(B, time_channels)``, activated.
             text: The text.
             wanted: Names of the sites asked for, in all of the network.
         """
         taps = Taps(self.name, wanted)
         for layer in range(len(self.resnets)):
-            x = self._layer(layer, torch.cat([x, skips.pop()], dim=1), time, text, taps)
+            x = self._layer(layer, torch.cat([x, skips.pop(0)], dim=1), time, text, taps)
         if self.upsamplers is not None:
-            height, width = skips[-1].shape[-2:]
-            x = self.upsamplers[0](x, (height, width))
+            x = self.upsamplers[0](x, size)
         taps.see("", x)
         return x, taps.found

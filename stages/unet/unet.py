@@ -246,7 +246,9 @@ class UNet(nn.Module):
             x, seen = self.mid_block(x, time, text, wanted)
             found |= seen
         for up in cast("list[UpBlock]", self.up_blocks):
-            x, seen = up(x, skips, time, text, wanted)
+            own = [skips.pop() for _ in up.resnets]
+            height, width = (skips[-1] if skips else x).shape[-2:]
+            x, seen = up(x, own, (height, width), time, text, wanted)
             found |= seen
         return self.conv_out(F.silu(self.conv_norm_out(x))), found
 

@@ -41,7 +41,7 @@ def start(run, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def weights_of(run) -> dict[str, torch.Tensor]:
-    return load_file(run.out / f"{run.kind}.safetensors")
+    return load_file(run.out / f"{run.kind.removesuffix('_kd')}.safetensors")
 
 
 def assert_same_steps(one, other) -> None:
@@ -63,6 +63,24 @@ def test_two_processes_train_as_one(make_run, tiny_model: Path) -> None:
     done = start(halves, "--run.devices", 2)
     assert done.returncode == 0, done.stderr
     assert halves.losses() == pytest.approx(whole.losses(), rel=1e-4)
+    assert_same_steps(whole, halves)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_distill_as_one(strategy, make_run) -> None:
+    """Equal gradients at every place, with half of the batch each."""
+    distill = {"features": {"kinds": ["self_attention", "block"], "normalize": True}}
+    more = {**OPTIM, "distill": distill, "caption_dropout": 0.3}
+    del more["model"]
+    whole = make_run("unet_kd", "whole", data={"batch_size": 4}, **more)
+    halves = make_run("unet_kd", "halves", data={"batch_size": 2}, **more)
+    assert whole.start("--run.max_steps", STEPS) == 0
+    done = start(halves, "--run.devices", 2, "--run.strategy", strategy)
+    assert done.returncode == 0, done.stderr
+    assert halves.losses() == pytest.approx(whole.losses(), rel=1e-4)
+    for one, other in zip(whole.metrics(), halves.metrics(), strict=True):
+        for name in ("task", "kd_output", "kd_features"):
+            assert float(other[name]) == pytest.approx(float(one[name]), rel=1e-3)
     assert_same_steps(whole, halves)
 
 

@@ -106,7 +106,7 @@ def kept_state(run) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["stage_c", "stage_a"])
+@pytest.mark.parametrize("kind", ["stage_c", "stage_a", "unet_kd"])
 def test_a_compiled_run_learns_the_same_and_keeps_clean_keys(kind, make_run, monkeypatch) -> None:
     # dynamo's part alone: the code generator's takes minutes here, and its sums are others.
     monkeypatch.setattr("train.networks.COMPILE_BACKEND", "eager")

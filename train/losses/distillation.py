@@ -34,8 +34,8 @@ class FeatureConfig:
     sites: dict[str, str] = field(default_factory=dict)
     """Further places of the student -> the teacher's places that they imitate."""
     normalize: bool = False
-    """Divide each place's error by the mean square of the teacher's features there, so that large
-    features do not outweigh the others (LAPTOP-Diff, arXiv:2404.11098)."""
+    """Divide each sample's error by the mean square of the teacher's features, so that places of
+    large features do not outweigh the others (LAPTOP-Diff, arXiv:2404.11098)."""
 
 
 @dataclass(frozen=True)
@@ -127,10 +127,11 @@ def feature_losses(
     for pair in pairs:
         # In float16 a difference of 300 has a square that is infinite.
         student, teacher = ours[pair.student].float(), theirs[pair.teacher].float()
-        error = (student - teacher).square().mean()
-        if normalize:
-            error = error / teacher.square().mean().clamp(min=torch.finfo(torch.float32).tiny)
-        losses[pair.student] = error
+        error = (student - teacher).square().flatten(1).mean(dim=1)  # (B,)
+        if normalize:  # sample by sample, so that no split into processes changes it
+            size = teacher.square().flatten(1).mean(dim=1)
+            error = error / size.clamp(min=torch.finfo(torch.float32).tiny)
+        losses[pair.student] = error.mean()
     return losses
 
 
