@@ -99,6 +99,8 @@ def text_folder(home: Path) -> TextFolder | None:
         tokenizer = home.parent / name
         if any((tokenizer / file).is_file() for file in ("tokenizer.json", "vocab.json")):
             width, pooled = values.get("hidden_size", 512), values.get("projection_dim", 512)
+            if values.get("architectures") == ["CLIPTextModel"]:  # its config names a projection
+                pooled = width  # that it does not have
             return TextFolder(home, tokenizer, int(width), int(pooled))
     return None
 
