@@ -173,7 +173,7 @@ def posthoc_losses(base: str, recipe: Recipe, seed: int, out: Path) -> dict[floa
     """Return length -> loss of the averages that a run's snapshots make."""
     folder = out / recipe.folder / f"seed_{seed}"
     options = [f"{key}={value}" for key, value in recipe.options.items()]
-    run = load_yaml(StageCRun, base, [tuple(one.split("=", 1)) for one in options])  # type: ignore[misc]
+    run = load_yaml(StageCRun, base, options)
     assert run.validation is not None, "the baseline is judged"
     frozen = FrozenPaths(text=run.text, compressor=run.compressor)
     data = open_data(run.validation.data(run.data), frozen, pixels=False)

@@ -335,3 +335,23 @@ def test_a_compressor_s_size_that_can_t_be_drawn_is_refused(
         sections = {**sections, "frozen_compressor": str(tiny_model)}
     with pytest.raises(UserError, match=message):
         make_run("stage_b", **sections).start()
+
+
+def test_a_new_run_of_stage_c_learns_by_the_recipe_that_won(make_run):
+    made = make_run("stage_c")
+    values = yaml.safe_load(made.config.read_text())
+    del values["optim"]
+    made.config.write_text(yaml.safe_dump(values))
+    run = load_yaml(StageCRun, made.config)
+    best = load_yaml(StageCRun, "configs/recipes/stage_c_modern.yaml")
+    assert (run.diffusion, run.optim) == (best.diffusion, best.optim)
+    base, recipes = "configs/recipes/stage_c_published.yaml", "configs/recipes/switches.yaml"
+    winner = "flow, logit-normal, Muon, QK-norm"
+    with open(recipes) as file:
+        listed = yaml.safe_load(file)["recipes"]
+    overrides = {**listed["flow, logit-normal"]["set"], **listed["flow, logit-normal, Muon"]["set"]}
+    overrides |= listed[winner]["set"]
+    won = load_yaml(StageCRun, base, [f"{key}={value}" for key, value in overrides.items()])
+    assert won.diffusion == best.diffusion and won.model == best.model
+    for name in ("name", "lr", "muon_lr", "warmup_steps", "schedule"):
+        assert getattr(won.optim, name) == getattr(best.optim, name)

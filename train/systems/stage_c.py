@@ -33,6 +33,22 @@ from train.optim import make_optimizer
 from train.settings import OptimConfig, RunConfig
 
 
+def _best_diffusion() -> DiffusionConfig:
+    """Return what won ``benchmarks/RECIPES.md``: flow matching, more of the middle."""
+    return DiffusionConfig(
+        prediction="flow",
+        schedule="linear",
+        weight="constant",
+        draw="logit_normal",
+        stratified=False,
+    )
+
+
+def _best_optim() -> OptimConfig:
+    """Return what won there, for networks of about a million parameters: larger ones want less."""
+    return OptimConfig(name="muon", muon_lr=0.02, lr=3e-3, warmup_steps=30)
+
+
 @dataclass(frozen=True)
 class StageCRun:
     """The training of Stage C on cached latents and text states."""
@@ -52,8 +68,11 @@ class StageCRun:
     text_states: TextConfig = field(default_factory=TextConfig)
     """Which hidden states the network reads; the cache must hold these, and the model folder's
     ``model.json`` must name them under ``text``."""
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    optim: OptimConfig = field(default_factory=_best_optim)
+    """Left out as a whole, it is the one that won ``benchmarks/RECIPES.md``; give ``model.qk_norm:
+    true`` beside it. Keys left out of a section that is there have the published values."""
+    diffusion: DiffusionConfig = field(default_factory=_best_diffusion)
+    """Left out as a whole, it is the one that won there."""
     caption_dropout: float = 0.05
     """Share of samples, drawn one by one, that see the null prompt (0.05 in the papers)."""
     image_share: float = 0.0

@@ -1,0 +1,153 @@
+r"""Prompt agreement of the recipes that benchmarks/recipes.py trained.
+
+``python benchmarks/recipes_agreement.py --runs runs/recipes`` puts the Stage C of each finished run
+into the demonstration, draws the same prompts with the same seeds, and prints how often the
+demonstration's CLIP finds a picture's prompt among 100. The prompts are of held-out combinations of
+style and concept; real pictures and shuffled ones are the yardstick's own marks.
+
+``--runs`` is what ``--out`` was there; ``--shards`` holds the held-out pictures.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.recipes import Recipe, read_recipes  # noqa: E402
+from cascade.checkpoints.files import load_network, read_metadata  # noqa: E402
+from cascade.command import Parser, parse_all  # noqa: E402
+from cascade.errors import UserError, run_main  # noqa: E402
+from cascade.evaluate.clip_scorer import ClipScorer  # noqa: E402
+from cascade.evaluate.retrieval import (  # noqa: E402
+    Agreement,
+    agreement,
+    derangement,
+    draw_candidates,
+    true_ranks,
+)
+from cascade.pipelines.cascade import CascadePipeline  # noqa: E402
+from stages.stage_c import StageC  # noqa: E402
+from train.fit import DONE_FILE  # noqa: E402
+from train.losses.denoising import DIFFUSION_KEY  # noqa: E402
+from train.study.demo_figures import pixels_of  # noqa: E402
+from train.study.held_out import Split, read_folder, read_splits  # noqa: E402
+from train.study.provenance import commit, machine  # noqa: E402
+
+_log = logging.getLogger(__name__)
+BATCH_SIZE = 50
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Prompts with their candidates, the same for all recipes."""
+
+    prompts: list[str]
+    vectors: Tensor
+    """(M, D): embeddings of all candidates."""
+    candidates: Tensor
+    """(N, K): rows of ``vectors``, each prompt's own first."""
+
+
+def ask(split: Split, scorer: ClipScorer, num_candidates: int, seed: int) -> Asked:
+    """Draw each prompt's candidates."""
+    generator = torch.Generator().manual_seed(seed)
+    captions = [entry.caption for entry in split.entries]
+    identities = [entry.identity for entry in split.entries]
+    drawn = draw_candidates(split.asked, captions, identities, num_candidates, generator)
+    used, compact = torch.unique(drawn, return_inverse=True)
+    vectors = scorer.embed_prompts([captions[index] for index in used.tolist()])
+    return Asked([captions[index] for index in split.asked], vectors, compact)
+
+
+def put_in(pipeline: CascadePipeline, path: Path) -> None:
+    """Let the pipeline draw with a run's Stage C, as it was trained."""
+    pipeline.stage_c = load_network(path, expect=StageC, dtype=torch.float32)
+    trained = json.loads(read_metadata(path)[DIFFUSION_KEY])
+    spec = pipeline.spec
+    pipeline.spec = replace(spec, stage_c=replace(spec.stage_c, **trained))
+
+
+def measure(pipeline: CascadePipeline, scorer: ClipScorer, asked: Asked) -> Agreement:
+    """Draw every prompt, prompt k with seed k, and ask the yardstick."""
+    vectors = []
+    for first in range(0, len(asked.prompts), BATCH_SIZE):
+        prompts = asked.prompts[first : first + BATCH_SIZE]
+        seeds = range(first, first + len(prompts))
+        output = pipeline(prompts, seeds=list(seeds), batch_size=BATCH_SIZE, progress=False)
+        vectors.append(scorer.embed_pictures(output.pixels))
+    return agreement(true_ranks(torch.cat(vectors), asked.vectors, asked.candidates))
+
+
+def row(name: str, seeds: int, found: Sequence[Agreement]) -> str:
+    """Return a line of the table: shares over all runs, and of each."""
+    first, five = ([getattr(one, part) for one in found] for part in ("top_1", "top_5"))
+    cells = []
+    for rates in (first, five):
+        share = sum(one.hits for one in rates) / sum(one.trials for one in rates)
+        each = ", ".join(f"{100 * one.rate:.0f}" for one in rates)
+        cells += [f"{100 * share:.1f} %" + (f" ({each})" if len(rates) > 1 else "")]
+    return "| " + " | ".join([name, str(seeds), *cells]) + " |"
+
+
+def finished(runs: Path, recipe: Recipe, seeds: Sequence[int]) -> list[Path]:
+    """Return the exported Stage C of a recipe's finished runs."""
+    folders = [runs / recipe.folder / f"seed_{seed}" for seed in seeds]
+    return [one / "stage_c.safetensors" for one in folders if (one / DONE_FILE).is_file()]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print the table."""
+    parser = Parser(prog="python benchmarks/recipes_agreement.py", description=__doc__)
+    parser.add_argument("--recipes", type=Path, default=ROOT / "configs/recipes/switches.yaml")
+    parser.add_argument("--only", nargs="+", help="names of recipes (default: all)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--runs", type=Path, default=Path("runs/recipes"))
+    parser.add_argument("--model", type=Path, default=ROOT / "weights/demo")
+    parser.add_argument("--shards", type=Path, default=Path("data/demo/test_combo"))
+    parser.add_argument("--prompts", type=int, default=200)
+    options = parse_all(parser, sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    recipes = [
+        one
+        for one in read_recipes(options.recipes).recipes
+        if options.only is None or one.name in options.only
+    ]
+    [split] = read_splits(read_folder(options.shards), options.prompts, 0).values()
+    scorer = ClipScorer.from_folder(options.model / "text")
+    asked = ask(split, scorer, 100, 0)
+    real = scorer.embed_pictures(pixels_of(split, [split.entries[i].key for i in split.asked]))
+    shuffled = real[derangement(len(real), torch.Generator().manual_seed(0))]
+    print("| Stage C | runs | first of 100 | in the first five |\n| --- | --- | --- | --- |")
+    for name, vectors in (("real pictures", real), ("shuffled", shuffled)):
+        marks = agreement(true_ranks(vectors, asked.vectors, asked.candidates))
+        print(row(name, 0, [marks]))
+    pipeline = CascadePipeline.from_folder(options.model, device="cpu", dtype="float32")
+    done = {one.name: finished(options.runs, one, options.seeds) for one in recipes}
+    if not any(done.values()):
+        raise UserError(f"{options.runs}: no finished run; make some: benchmarks/recipes.py")
+    for name, paths in done.items():
+        found = []
+        for path in paths:
+            put_in(pipeline, path)
+            found.append(measure(pipeline, scorer, asked))
+        if found:
+            print(row(name, len(found), found), flush=True)
+    print(
+        f"\n{len(asked.prompts)} prompts of {split.name}, seeds of pictures 0 to "
+        f"{len(asked.prompts) - 1}; commit {commit()}; {machine(torch.device('cpu'))}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
