@@ -22,12 +22,13 @@ from stages.unet.inherit import inherit
 from stages.unet.unet import UNet
 from train.assemble_unet import AssembleUNetConfig, assemble_unet
 from train.callbacks.checkpoints import newest_checkpoint
+from train.data.__main__ import main as data_main
 from train.data.cached import CachedBatch
 from train.data.paired import joined
 from train.distill.plans import plan_metadata
 from train.distill.teacher import FrozenTeacher
 from train.draws import StepDraws
-from train.losses.distillation import FeatureConfig, feature_losses, site_pairs
+from train.losses.distillation import FeatureConfig, feature_losses, output_loss, site_pairs
 from train.losses.unet_denoising import (
     UNetDiffusionConfig,
     noise_unet_batch,
@@ -351,6 +352,33 @@ def test_a_teacher_speaks_in_its_own_number_format_under_autocast(tiny_unet):
     assert torch.equal(plain.prediction, under.prediction)
     assert plain.features["mid_block"].dtype == torch.float32
     assert not plain.prediction.requires_grad
+
+
+def test_the_outputs_distance_is_weighed_as_the_task_is():
+    """Facts 7, point 8: with min-SNR, others dropped the distillation."""
+    one, other = torch.zeros(3, 4, 2, 2), torch.ones(3, 4, 2, 2)
+    weight = torch.tensor([0.5, 1.0, 3.0])
+    assert output_loss(one, other, weight) == pytest.approx(1.5)
+
+
+def test_a_student_learns_from_shards_of_cached_latents_and_a_wrong_cache_is_refused(
+    make_run, tiny_unet, tiny_model, shards, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
+    words = ["precompute", "--shards", shards, "--shards-out", str(tmp_path / "latents")]
+    words += ["--size", "32", "--batch-size", "5", "--text", str(tiny_model / "text")]
+    words += ["--text-sees-padding", "--dtype", "float32"]
+    assert data_main([*words, "--autoencoder", str(tiny_unet / "autoencoder_kl.safetensors")]) == 0
+    data = {"shards": f"{tmp_path}/latents/*.tar", "mode": "exact", "size": 32, "folder": None}
+    states = {"hidden": "pre_norm", "masks_padding": False}
+    cached = make_run("unet_kd", "cached", data=data, text_states=states)
+    assert cached.start() == 0
+    online = make_run("unet_kd", "online", data={**data, "shards": shards}, text_states=states)
+    assert online.start() == 0
+    assert cached.losses() == pytest.approx(online.losses(), rel=1e-3)
+    wrong = make_run("unet_kd", "wrong", data=data)  # which reads the text in another way
+    with pytest.raises(UserError, match="the cache's text was made with weights"):
+        wrong.start()
 
 
 # LoRA and DreamBooth
