@@ -12,13 +12,15 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from cascade.checkpoints.files import atomic_write_bytes, atomic_write_text
+from cascade.checkpoints.hub import ModelFiles
 from cascade.command import Parser, parse_all
 from cascade.config import nearest
 from cascade.errors import UserError, run_main
@@ -27,6 +29,9 @@ from cascade.evaluate.sheet import SheetLayout, contact_sheet
 from cascade.images import pixels_to_images, save_png
 from cascade.pipelines.cascade import GPU_BATCH_SIZE, CascadePipeline
 from cascade.pipelines.placement import pick_device, pick_dtype
+from cascade.pipelines.unet import UNetPipeline
+from cascade.pipelines.unet_parts import is_unet
+from cascade.pipelines.unet_plan import UNetSettings
 from train.study.demo_figures import (
     Figures,
     measure_agreement,
@@ -42,6 +47,7 @@ _log = logging.getLogger(__name__)
 
 CARD_MARKS = ("<!-- figures -->", "<!-- /figures -->")
 PARTS = ("sizes", "reconstruction", "retrieval", "sheet")
+DEMO_YARDSTICK = Path("weights/demo/text")
 SHEET_PROMPTS = Path(__file__).parents[1] / "configs" / "demo" / "sheet_prompts.txt"
 
 
@@ -49,11 +55,21 @@ def make_parser() -> Parser:
     """Return the command line's parser."""
     parser = Parser(
         prog="python -m train.report_demo",
-        description="Measure the demonstration cascade on held-out pictures.",
+        description="Measure a demonstration on held-out pictures: the cascade, or a U-Net.",
         epilog="Run the same command again to go on with an interrupted run.",
         allow_abbrev=False,
     )
     parser.add_argument("--model", type=Path, default=Path("weights/demo"), help="model folder")
+    parser.add_argument(
+        "--unet", type=Path, metavar="FILE", help="this U-Net in place of the model's own"
+    )
+    parser.add_argument(
+        "--yardstick",
+        type=Path,
+        metavar="FOLDER",
+        help="CLIP with both towers that judges prompt agreement (default: the model's own text, "
+        "of a U-Net weights/demo/text)",
+    )
     parser.add_argument(
         "--shards",
         type=Path,
@@ -164,7 +180,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         fill_card(options.card.read_text(encoding="utf-8"), "", str(options.card))
     started_s = time.monotonic()
     dtype = pick_dtype(options.dtype, device)
-    provenance = describe_run("train.report_demo", argv, options.seed, options.model, device, dtype)
+    provenance = describe_run(
+        "train.report_demo", argv, options.seed, options.model, device, dtype, options.unet
+    )
     figures = measure(options, parts)
     text = to_markdown(figures, provenance, options.candidates)
     content = {"provenance": asdict(provenance), **asdict(figures)}
@@ -193,18 +211,17 @@ def measure(options: argparse.Namespace, parts: Sequence[str]) -> Figures:
     splits: dict[str, Split] = {}
     if "reconstruction" in parts or "retrieval" in parts:
         splits = _read_shards(options.shards, options.prompts, options.seed)
-    pipeline = CascadePipeline(options.model, device=options.device, dtype=options.dtype)
-    store = _make_store(pipeline, options)
+    measured = _measured(options)
+    store = measured.store
     if "reconstruction" in parts:
-
-        def through_stage_a(pixels: Tensor) -> Tensor:
-            return pipeline.reconstruct(pixels, through="a").pixels
-
         figures.reconstruction = measure_reconstruction(
-            splits, through_stage_a, store, options.seed
+            splits,
+            measured.through_autoencoder,
+            store if measured.has_stage_b else None,
+            options.seed,
         )
     if "retrieval" in parts:
-        scorer = ClipScorer.from_folder(options.model / "text", pipeline.device)
+        scorer = ClipScorer.from_folder(measured.yardstick, pick_device(options.device))
         figures.retrieval = []
         for split in splits.values():
             _log.info("prompt agreement of %s", split.name)
@@ -220,6 +237,61 @@ def _read_shards(folder: Path | None, num_prompts: int, seed: int) -> dict[str, 
     if folder is None:
         raise UserError("--shards is needed for reconstruction and retrieval: name the folder")
     return read_splits(read_folder(folder), num_prompts, seed)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A model as the report asks it."""
+
+    store: PictureStore
+    through_autoencoder: Callable[[Tensor], Tensor]
+    """Pixels to the reconstruction of Stage A, or of a U-Net's autoencoder."""
+    has_stage_b: bool
+    yardstick: Path
+
+
+def _measured(options: argparse.Namespace) -> _Measured:
+    if is_unet(ModelFiles((options.model,))):
+        return _measured_unet(options)
+    if options.unet is not None:
+        raise UserError("--unet: the model is a cascade, which has none")
+    pipeline = CascadePipeline(options.model, device=options.device, dtype=options.dtype)
+
+    def through_stage_a(pixels: Tensor) -> Tensor:
+        return pipeline.reconstruct(pixels, through="a").pixels
+
+    return _Measured(
+        _make_store(pipeline, options),
+        through_stage_a,
+        has_stage_b=True,
+        yardstick=options.yardstick or options.model / "text",
+    )
+
+
+def _measured_unet(options: argparse.Namespace) -> _Measured:
+    pipeline = UNetPipeline.from_pretrained(
+        options.model, unet=options.unet, device=options.device, dtype=options.dtype
+    )
+
+    def generate(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        settings = UNetSettings(seeds=list(seeds))
+        return pipeline(prompts, settings, batch_size=len(prompts), progress=False).pixels
+
+    @torch.inference_mode()
+    def reconstruct(pixels: Tensor) -> Tensor:
+        return pipeline.decode(pipeline.autoencoder.encode(pixels.to(pipeline.device))).cpu()
+
+    folder = options.out / "pictures" / f"{pipeline.weights_hash}-{pipeline.dtypes}"
+    store = PictureStore(
+        folder,
+        generate,
+        lambda pixels, seeds: reconstruct(pixels),
+        options.batch_size,
+        "reconstructed",
+    )
+    return _Measured(
+        store, reconstruct, has_stage_b=False, yardstick=options.yardstick or DEMO_YARDSTICK
+    )
 
 
 def _make_store(pipeline: CascadePipeline, options: argparse.Namespace) -> PictureStore:

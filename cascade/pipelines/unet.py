@@ -172,6 +172,11 @@ class UNetPipeline:
             watch = Watch(batch, len(plan.requests), progress, None, 1)
             yield from self._make_batch(plan, states, watch)
 
+    @property
+    def weights_hash(self) -> str:
+        """12 hex digits that tell its weights from others."""
+        return self._source.weights_hash
+
     def place(self, *, offload: str | None = None, vram: float | None = None) -> None:
         """Place the networks anew, from any placement to any other; pictures stay the same.
 

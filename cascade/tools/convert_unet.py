@@ -60,7 +60,13 @@ _SCHEDULERS: Mapping[UNetSampler, str] = {
 _PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}
 
 
-def write_unet_folder(spec: UNetSpec, parts: UNetParts, out: Path, dtype: torch.dtype) -> Written:
+def write_unet_folder(
+    spec: UNetSpec,
+    parts: UNetParts,
+    out: Path,
+    dtype: torch.dtype,
+    notes: Mapping[str, Mapping[str, str]] | None = None,
+) -> Written:
     """Write folders of diffusers, and ``pipeline.json``, which says what they have no place for.
 
     Args:
@@ -68,14 +74,16 @@ def write_unet_folder(spec: UNetSpec, parts: UNetParts, out: Path, dtype: torch.
         parts: The networks.
         out: A folder that is there.
         dtype: Number format of all weights.
+        notes: Further metadata of the networks "unet" and "vae", such as what they cost.
 
     Raises:
         UserError: For a student that diffusers can't build, or numbers too large for the format.
     """
-    unet, autoencoder = parts.unet, parts.autoencoder
-    _write_network(out / "unet", unet, unet_config_of(unet.config, spec), dtype)
+    unet, autoencoder, notes = parts.unet, parts.autoencoder, notes or {}
+    unet_config = unet_config_of(unet.config, spec)
+    _write_network(out / "unet", unet, unet_config, dtype, notes.get("unet", {}))
     vae = autoencoder_config_of(autoencoder.config, spec)
-    _write_network(out / "vae", autoencoder, vae, dtype)
+    _write_network(out / "vae", autoencoder, vae, dtype, notes.get("vae", {}))
     index: dict[str, Any] = {
         "scheduler": ["diffusers", _SCHEDULERS[spec.sampling.sampler]],
         "unet": ["diffusers", "UNet2DConditionModel"],
@@ -171,13 +179,20 @@ def _text_of(
     return SD1_TEXT, state
 
 
-def _write_network(folder: Path, network: Any, content: Mapping[str, Any], dtype: Any) -> None:
+def _write_network(
+    folder: Path,
+    network: Any,
+    content: Mapping[str, Any],
+    dtype: torch.dtype,
+    notes: Mapping[str, str],
+) -> None:
     folder.mkdir()
     tensors = {
         key: finite_in(one, dtype, f"{folder.name}, {key}").contiguous().clone()
         for key, one in network.state_dict().items()
     }
     metadata = {
+        **notes,
         "format": "pt",
         CLASS_KEY: type(network).__name__,
         CONFIG_KEY: json.dumps(to_dict(network.config)),

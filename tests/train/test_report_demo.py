@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from cascade.config import from_dict
 from cascade.errors import UserError
 from train import report_demo
+from train.assemble_unet import AssembleUNetConfig, assemble_unet
 from train.data.write import WriteOptions, write_shards
 from train.report_demo import (
     PARTS,
@@ -151,3 +153,37 @@ def test_what_was_written_into_the_card_meanwhile_stays(
     arguments = ["--model", str(model), "--parts", "sizes", "--out", out, "--card", str(card)]
     assert main(arguments) == 0
     assert "new words" in card.read_text() and "stage_c.safetensors" in card.read_text()
+
+
+def test_a_u_net_is_measured_by_the_same_yardsticks(
+    tiny_unet: Path, model: Path, shards: Path, tmp_path: Path
+):
+    spec = {"name": "tiny", "image_size": 32, "size_multiple": 4, "min_size": 16, "max_size": 64}
+    config = {
+        "spec": {**spec, "sampling": {"steps": 2}},
+        "unet": str(tiny_unet / "unet.safetensors"),
+        "autoencoder": str(tiny_unet / "autoencoder_kl.safetensors"),
+        "text": str(model / "text"),
+        "beside": {"teacher": str(tiny_unet / "unet.safetensors")},
+    }
+    unet, out = tmp_path / "unet", tmp_path / "report"
+    assemble_unet(from_dict(AssembleUNetConfig, config, "config"), unet)
+    arguments = ["--model", str(unet), "--yardstick", str(model / "text"), "--shards", str(shards)]
+    arguments += ["--prompts", "4", "--candidates", "3", "--out", str(out)]
+    assert main([*arguments, "--parts", "sizes,reconstruction,retrieval"]) == 0
+    report = json.loads((out / "report.json").read_text())
+    assert report["reconstruction"][0]["stage_ab_psnr_db"] is None
+    assert {row["pictures"] for row in report["retrieval"]} == {
+        "real",
+        "reconstructed",
+        "generated",
+        "shuffled",
+    }
+    text = (out / "report.md").read_text()
+    assert "By the autoencoder" in text and "| split | pictures | PSNR dB | SSIM |" in text
+    assert {"unet", "vae", "teacher.safetensors"} <= {
+        Path(row["file"]).parts[0] for row in report["sizes"]
+    }
+    teacher = str(unet / "teacher.safetensors")
+    assert main([*arguments, "--unet", teacher, "--parts", "retrieval"]) == 0
+    assert len(list((out / "pictures").iterdir())) == 2

@@ -54,8 +54,9 @@ class ReconstructionRow:
     num_pictures: int
     stage_a_psnr_db: float
     stage_a_ssim: float
-    stage_ab_psnr_db: float
-    stage_ab_ssim: float
+    stage_ab_psnr_db: float | None = None
+    """None: a U-Net's autoencoder is all there is."""
+    stage_ab_ssim: float | None = None
 
 
 @dataclass(frozen=True)
@@ -116,16 +117,19 @@ def _number(text: str | None) -> float | None:
 def measure_reconstruction(
     splits: Mapping[str, Split],
     through_stage_a: Callable[[Tensor], Tensor],
-    store: PictureStore,
+    store: PictureStore | None,
     seed: int,
     batch_size: int = 16,
 ) -> list[ReconstructionRow]:
     """Compare all held-out pictures with what Stage A, and Stages A and B, make of them.
 
+    Of a U-Net the autoencoder stands in Stage A's place, and there is nothing else.
+
     Args:
         splits: Splits by name; the held-out ones among them are measured.
         through_stage_a: Pixels to Stage A's reconstruction.
-        store: Makes and keeps the reconstructions through the compressor, Stage B and Stage A.
+        store: Makes and keeps the reconstructions through the compressor, Stage B and Stage A;
+            None: there is no Stage B.
         seed: Seeds Stage B's noise.
         batch_size: Pictures that are compared at a time.
 
@@ -141,9 +145,10 @@ def measure_reconstruction(
         for start in range(0, len(keys), batch_size):
             batch_keys = keys[start : start + batch_size]
             originals = pixels_of(splits[name], batch_keys)
-            by_a = to_8bit(through_stage_a(originals))
-            by_ab = store.reconstructed(batch_keys, originals, seed)
-            columns = [f(made, originals) for made in (by_a, by_ab) for f in (psnr, ssim)]
+            made_by = [to_8bit(through_stage_a(originals))]
+            if store is not None:
+                made_by.append(store.reconstructed(batch_keys, originals, seed))
+            columns = [f(made, originals) for made in made_by for f in (psnr, ssim)]
             measured.append(torch.stack(columns, dim=1))
         everything.extend(measured)
         rows.append(_reconstruction_row(name, torch.cat(measured)))
@@ -192,7 +197,7 @@ def measure_agreement(
     seeds = range(seed, seed + len(keys))
     embedded = {
         "real": scorer.embed_pictures(real),
-        "reconstructed (A+B)": scorer.embed_pictures(store.reconstructed(keys, real, seed)),
+        store.reconstruction: scorer.embed_pictures(store.reconstructed(keys, real, seed)),
         "generated": scorer.embed_pictures(
             store.generated([captions[i] for i in split.asked], list(seeds))
         ),

@@ -26,10 +26,15 @@ def to_markdown(figures: Figures, provenance: Provenance, num_candidates: int) -
             "made the file.\n\n" + sizes_table(figures.sizes)
         )
     if figures.reconstruction is not None:
+        ways = (
+            "A: Stage A alone. A+B: semantic compressor, Stage B sampling with the empty prompt, "
+            "Stage A."
+        )
+        if figures.reconstruction[0].stage_ab_psnr_db is None:
+            ways = "By the autoencoder, with the means of its latents."
         sections.append(
             "### Reconstruction of held-out pictures\n\nMeans over pictures, measured on 8-bit "
-            "pictures. A: Stage A alone. A+B: semantic compressor, Stage B sampling with the empty "
-            "prompt, Stage A.\n\n" + reconstruction_table(figures.reconstruction)
+            f"pictures. {ways}\n\n" + reconstruction_table(figures.reconstruction)
         )
     if figures.retrieval is not None:
         sections.append(
@@ -82,17 +87,19 @@ def sizes_table(rows: Sequence[FileSize]) -> str:
 def reconstruction_table(rows: Sequence[ReconstructionRow]) -> str:
     """Return the table of PSNR and SSIM by split."""
     head = ["split", "pictures", "A: PSNR dB", "A: SSIM", "A+B: PSNR dB", "A+B: SSIM"]
-    lines = [
-        [
+    if rows[0].stage_ab_psnr_db is None:
+        head = ["split", "pictures", "PSNR dB", "SSIM"]
+    lines = []
+    for row in rows:
+        cells = [
             f"{SPLIT_TITLES[row.split]} (`{row.split}`)" if row.split != "all" else "**all**",
             f"{row.num_pictures:,}",
             f"{row.stage_a_psnr_db:.2f}",
             f"{row.stage_a_ssim:.3f}",
-            f"{row.stage_ab_psnr_db:.2f}",
-            f"{row.stage_ab_ssim:.3f}",
         ]
-        for row in rows
-    ]
+        if row.stage_ab_psnr_db is not None and row.stage_ab_ssim is not None:
+            cells += [f"{row.stage_ab_psnr_db:.2f}", f"{row.stage_ab_ssim:.3f}"]
+        lines.append(cells)
     return _table(head, lines)
 
 

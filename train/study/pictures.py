@@ -39,6 +39,8 @@ class PictureStore:
     generate: Generate
     reconstruct: Reconstruct
     batch_size: int = 8
+    reconstruction: str = "reconstructed (A+B)"
+    """What tables call the reconstructions."""
 
     def generated(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         """Return the pictures of prompts, made with one seed each.

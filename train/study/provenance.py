@@ -13,7 +13,9 @@ from pathlib import Path
 
 import torch
 
+from cascade.checkpoints.hub import ModelFiles
 from cascade.pipelines.spec import model_hash
+from cascade.pipelines.unet_parts import is_unet, open_unet_source
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,19 @@ def describe_run(
     model: Path,
     device: torch.device,
     dtype: torch.dtype,
+    unet: Path | None = None,
 ) -> Provenance:
-    """Collect the provenance of a run of ``python -m module argv``."""
+    """Collect the provenance of a run of ``python -m module argv``.
+
+    ``unet`` ran in place of the model's own.
+    """
+    is_cascade = not is_unet(ModelFiles((model,)))
     return Provenance(
         command=f"python -m {module} {shlex.join([_portable(word) for word in argv])}".rstrip(),
         seed=seed,
         commit=commit(),
         machine=machine(device),
-        weights=model_hash(model),
+        weights=model_hash(model) if is_cascade else open_unet_source(model, unet).weights_hash,
         dtype=str(dtype).removeprefix("torch."),
     )
 
