@@ -14,11 +14,10 @@ import torch
 from torch import nn
 
 from cascade.adapters.lora_names import Part
-from cascade.checkpoints.detect import Kind, Published
+from cascade.checkpoints.detect import Kind
 from cascade.checkpoints.hub import ModelFiles
 from cascade.checkpoints.load import build, identify
 from cascade.checkpoints.readers import (
-    PICKLE_SUFFIXES,
     Opened,
     is_entry,
     open_weights,
@@ -30,6 +29,7 @@ from cascade.errors import UserError
 from cascade.pipelines.placement import UNetDtypes
 from cascade.pipelines.published import sampled_hash
 from cascade.pipelines.spec import SPEC_FILE
+from cascade.pipelines.unet_files import UNetPart, named_file, open_one, single_files
 from cascade.pipelines.unet_lora import (
     LoraChoice,
     OpenedLora,
@@ -82,11 +82,11 @@ def is_unet(files: ModelFiles) -> bool:
     folder = files.folders[0]
     if len(files.folders) > 1 or (folder / SPEC_FILE).is_file():
         return False
-    if _named_file(files) is not None or (folder / UNET_SPEC_FILE).is_file():
+    if named_file(files) is not None or (folder / UNET_SPEC_FILE).is_file():
         return True
     if (folder / INDEX_FILE).is_file():
         return str(read_json(folder / INDEX_FILE).get("_class_name")).startswith("StableDiffusion")
-    return (folder / "unet" / "config.json").is_file() or bool(_single_files(folder))
+    return (folder / "unet" / "config.json").is_file() or bool(single_files(folder))
 
 
 def open_unet_source(
@@ -111,10 +111,10 @@ def open_unet_source(
             if path.is_dir()
             else ModelFiles((path.parent,), False, frozenset({path}))
         )
-    single = _named_file(files)
+    single = named_file(files)
     folder = files.folders[0]
     if single is None and not (folder / "unet").is_dir():
-        found = _single_files(folder)
+        found = single_files(folder)
         if len(found) > 1:
             names = ", ".join(path.name for path in found[:5])
             raise UserError(f"{folder}: several models in it; name one of its files: {names}")
@@ -159,7 +159,7 @@ class UNetSource:
         self.loras = [OpenedLora(one) for one in loras]
         self._parts = self._open_single(single) if single else self._open_folder()
         if unet is not None:
-            self._parts["unet"] = _open_one(unet, "unet", str(unet))
+            self._parts["unet"] = open_one(unet, "unet", str(unet))
         for name in ("unet", "autoencoder"):
             if name not in self._parts:
                 raise UserError(f"{self.where}: no {name} in it, which a picture needs")
@@ -249,18 +249,18 @@ class UNetSource:
 
     # Finding the parts
 
-    def _open_single(self, path: Path) -> dict[str, _Part]:
-        parts: dict[str, _Part] = {}
+    def _open_single(self, path: Path) -> dict[str, UNetPart]:
+        parts: dict[str, UNetPart] = {}
         for opened in open_weights(path):
             if opened.part is None:
                 raise UserError(
                     f"{path}: one network alone, no whole model; name a model, and a U-Net with "
                     "--unet"
                 )
-            parts[opened.part] = _Part(opened, identify(opened), path)
+            parts[opened.part] = UNetPart(opened, identify(opened), path)
         return parts
 
-    def _open_folder(self) -> dict[str, _Part]:
+    def _open_folder(self) -> dict[str, UNetPart]:
         index = self._index
         name = index.get("_class_name")
         if name is not None and name not in _PIPELINES:
@@ -270,7 +270,7 @@ class UNetSource:
             ("autoencoder", "vae", "autoencoder_kl"),
         )
         return {
-            part: _open_one(self._entry(self.folder / inside), kind, f"{self.folder}: {inside}")
+            part: open_one(self._entry(self.folder / inside), kind, f"{self.folder}: {inside}")
             for part, inside, kind in kinds
             if (self.folder / inside).is_dir()
         }
@@ -377,43 +377,3 @@ class UNetSource:
 
     def _zeros(self) -> bool:
         return self.is_sdxl and bool(self._index.get("force_zeros_for_empty_prompt", True))
-
-
-@dataclass(frozen=True)
-class _Part:
-    opened: Opened
-    published: Published
-    path: Path
-    """The file that is hashed."""
-
-
-def _open_one(path: Path, kind: Kind, where: str) -> _Part:
-    """Open a network of a known kind: its file or folder, or a part of a single file."""
-    found = []
-    for opened in open_weights(path):
-        if opened.part in (None, "unet" if kind == "unet" else "autoencoder"):
-            found.append(
-                _Part(opened, identify(opened), weights_in(path) if path.is_dir() else path)
-            )
-    for part in found:
-        if part.published.kind == kind:
-            return part
-    held = found[0].published.kind if found else "nothing of the kind"
-    raise UserError(f"{where}: no {kind} but {held}; check the path")
-
-
-def _named_file(files: ModelFiles) -> Path | None:
-    """Return the single file that was named as the model."""
-    if files.files is None or len(files.files) != 1:
-        return None
-    [path] = files.files
-    return path if path.suffix == ".safetensors" or path.suffix in PICKLE_SUFFIXES else None
-
-
-def _single_files(folder: Path) -> list[Path]:
-    """Return the files in a folder that hold a whole model; of pickles none is opened."""
-    found = []
-    for path in sorted(folder.glob("*.safetensors")):
-        if "-of-" not in path.name and any(one.part == "unet" for one in open_weights(path)):
-            found.append(path)
-    return found
