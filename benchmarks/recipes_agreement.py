@@ -69,10 +69,16 @@ def ask(split: Split, scorer: ClipScorer, num_candidates: int, seed: int) -> Ask
     return Asked([captions[index] for index in split.asked], vectors, compact)
 
 
-def put_in(pipeline: CascadePipeline, path: Path) -> None:
+def put_in(
+    pipeline: CascadePipeline, path: Path, sampler: str | None, guidance: float | None
+) -> None:
     """Let the pipeline draw with a run's Stage C, as it was trained."""
     pipeline.stage_c = load_network(path, expect=StageC, dtype=torch.float32)
     trained = json.loads(read_metadata(path)[DIFFUSION_KEY])
+    if sampler is not None:
+        trained["sampler"] = sampler
+    if guidance is not None:
+        trained["guidance"] = guidance
     spec = pipeline.spec
     pipeline.spec = replace(spec, stage_c=replace(spec.stage_c, **trained))
 
@@ -115,6 +121,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, default=ROOT / "weights/demo")
     parser.add_argument("--shards", type=Path, default=Path("data/demo/test_combo"))
     parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--sampler", choices=("ddpm", "ddim", "dpmpp_2m"), help="of Stage C")
+    parser.add_argument("--guidance", type=float, help="of Stage C (default: the model's)")
     options = parse_all(parser, sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     recipes = [
@@ -138,13 +146,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, paths in done.items():
         found = []
         for path in paths:
-            put_in(pipeline, path)
+            put_in(pipeline, path, options.sampler, options.guidance)
             found.append(measure(pipeline, scorer, asked))
         if found:
             print(row(name, len(found), found), flush=True)
     print(
         f"\n{len(asked.prompts)} prompts of {split.name}, seeds of pictures 0 to "
-        f"{len(asked.prompts) - 1}; commit {commit()}; {machine(torch.device('cpu'))}"
+        f"{len(asked.prompts) - 1}; {pipeline.spec.stage_c.sampler}, guidance "
+        f"{pipeline.spec.stage_c.guidance:g}; commit {commit()}; {machine(torch.device('cpu'))}"
     )
     return 0
 
