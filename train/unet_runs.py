@@ -97,7 +97,7 @@ def _lesson(distill: DistillConfig, config: UNetRun) -> Lesson:
         return Lesson(teacher)
     plan = plan_of(config.init_from, distill.recipe, student=ours, teacher=theirs)
     try:
-        return Lesson(teacher, site_pairs(distill.features, plan))
+        return Lesson(teacher, site_pairs(distill.features, plan), plan)
     except ValueError as error:
         raise UserError(f"distill.features: {error}") from error
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from cascade.adapters.lora import LoraConfig, attach_lora, merge_lora
 from cascade.adapters.lora_files import LoraFile
-from cascade.checkpoints.files import load_network, save_network
+from cascade.checkpoints.files import load_network, read_metadata, save_network
 from cascade.config import from_dict, load_yaml
 from cascade.errors import UserError
 from cascade.images import open_image
@@ -22,9 +22,10 @@ from stages.unet.inherit import inherit
 from stages.unet.unet import UNet
 from train.assemble_unet import AssembleUNetConfig, assemble_unet
 from train.callbacks.checkpoints import newest_checkpoint
+from train.data.__main__ import main as data_main
 from train.data.cached import CachedBatch
 from train.data.paired import joined
-from train.distill.plans import plan_metadata
+from train.distill.plans import plan_metadata, read_plan
 from train.distill.teacher import FrozenTeacher
 from train.draws import StepDraws
 from train.losses.distillation import FeatureConfig, feature_losses, site_pairs
@@ -148,6 +149,24 @@ def test_captions_are_dropped_and_sizes_are_height_before_width(make_run):
     assert system.told(batch_of(1)).sizes.tolist() == [[16, 16, 0, 0, 16, 16]]
 
 
+@pytest.mark.parametrize("source", ["pictures", "latents"])
+def test_two_text_encoders_are_read_from_streams_as_from_a_cache(
+    source, make_run, shards, tiny_unet, tiny_model, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
+    text, autoencoder = str(tiny_model / "text"), str(tiny_unet / "autoencoder_kl.safetensors")
+    if source == "latents":
+        words = ["precompute", "--shards", shards, "--shards-out", str(tmp_path / "latents")]
+        words += ["--size", "32", "--text", text, "--text-2", text, "--autoencoder", autoencoder]
+        assert data_main(words) == 0
+        shards = f"{tmp_path}/latents/*.tar"
+    model = json.loads(_config(tiny_unet)) | {"text_channels": 32}
+    data = {"mode": "exact", "size": 32, "folder": None, "shards": shards}
+    run = make_run("unet", model=model, text_2=text, data=data, empty_caption="encoded")
+    assert run.start("--run.max_steps", 1) == 0
+    assert len(run.losses()) == 1
+
+
 # Teachers
 
 
@@ -207,6 +226,9 @@ def test_a_students_file_says_which_features_it_imitates(make_run, tiny_unet, tm
     by_recipe = make_run("unet_kd", "named", model=None, init_from=str(path))
     assert by_recipe.start("--run.max_steps", 2) == 0
     assert run.losses() == by_recipe.losses()
+    # What was trained says it on: it may be distilled again.
+    for trained in (run, by_recipe):
+        assert read_plan(read_metadata(trained.out / "unet.safetensors"), "unet") == plan
 
 
 @pytest.mark.parametrize("recompute", [False, True])

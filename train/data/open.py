@@ -166,11 +166,8 @@ def _streamed(
         null_text, widths = found.null_text, found.fingerprint.widths
     elif frozen is not None:
         _log.info("no cache: the frozen networks run in every step")
-        # Only the text encoder is loaded here, for the empty prompt; the run loads all of them.
-        alone = FrozenPaths(
-            text=frozen.text, text_states=frozen.text_states, text_width=frozen.text_width
-        )
-        null_text = FrozenEncoders(alone).null_text()
+        # Only the text encoders are loaded here, for the empty prompt; the run loads all of them.
+        null_text = FrozenEncoders(frozen.only("text")).null_text()
     return TrainingData(
         loader_from=loader,
         shapes=list(selector.buckets.shapes),
