@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from cascade.checkpoints.files import load_network, read_metadata, save_network
 from cascade.config import from_dict, load_yaml
 from cascade.errors import UserError
 from cascade.images import open_image
+from cascade.text.encoder import TextConfig
 from stages.unet.compress import PUBLISHED, Recipe, plan_student
 from stages.unet.config import UNetConfig
 from stages.unet.inherit import inherit
@@ -28,7 +30,7 @@ from train.data.paired import joined
 from train.distill.plans import plan_metadata, read_plan
 from train.distill.teacher import FrozenTeacher
 from train.draws import StepDraws
-from train.losses.distillation import FeatureConfig, feature_losses, site_pairs
+from train.losses.distillation import FeatureConfig, SitePair, feature_losses, site_pairs
 from train.losses.unet_denoising import (
     UNetDiffusionConfig,
     noise_unet_batch,
@@ -304,6 +306,23 @@ def test_feature_losses_are_finite_in_float16_and_normalized_ones_do_not_know_th
         assert loss == pytest.approx(0.5625) and again[name] == pytest.approx(0.5625, rel=1e-3)
 
 
+def test_features_of_a_second_set_weigh_as_its_other_losses():
+    pairs = (SitePair("a", "b"),)
+    ours, theirs = {"a": torch.tensor([[1.0], [3.0]])}, {"b": torch.zeros(2, 1)}
+    assert feature_losses(ours, theirs, pairs)["a"] == 5.0
+    assert feature_losses(ours, theirs, pairs, torch.tensor([2.0, 0.5]))["a"] == 3.25
+
+
+def test_text_states_are_those_of_the_networks_kind(make_run):
+    """SD reads CLIP's last states, SDXL the last but one; both attend to padding."""
+    run = load_yaml(UNetRun, make_run("unet", text_states=None).config)
+    assert run.text_read == TextConfig("penultimate", masks_padding=False)
+    sd = replace(run, model=replace(run.sizes, text_pooled_channels=None, size_channels=None))
+    assert sd.text_read == TextConfig("post_norm", masks_padding=False)
+    with pytest.raises(ValueError, match="overflow is chunk"):
+        replace(run, text_states=TextConfig(overflow="chunk"))
+
+
 def test_bk_tinys_and_segmind_tinys_pairs_are_the_published_ones():
     teacher = UNetConfig.sd15()
     plan = plan_student(teacher, PUBLISHED["bk_tiny"])
@@ -414,6 +433,9 @@ def test_half_a_lora_run_and_its_resumption_equal_a_whole_run(make_run, tiny_une
     one, other = (load_file(run.out / "lora.safetensors") for run in (whole, halves))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
+    # The checkpoint's updates are of this strength.
+    with pytest.raises(UserError, match=r"lora\.alpha is 4\.0 but the run was started with 16\.0"):
+        whole.start("--resume", "--lora.alpha", 4.0)
 
 
 def test_a_second_sets_samples_weigh_as_published():
