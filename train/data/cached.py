@@ -57,7 +57,7 @@ class Pictures:
 
         Older caches have none; they are known by the fingerprint alone.
         """
-        return hashlib.sha256(self.pixels.contiguous().numpy()).hexdigest()[:12]
+        return hashlib.sha256(self.pixels.contiguous().numpy().data).hexdigest()[:12]
 
 
 def load_pictures(shards: str) -> Pictures:
