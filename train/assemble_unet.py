@@ -6,9 +6,10 @@ whole or not at all, and loads it once.
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, cast
@@ -29,6 +30,7 @@ from cascade.tools.convert_unet import write_unet_folder
 from stages.autoencoder_kl import AutoencoderKL
 from stages.unet.unet import UNet
 from train.encode import load_text
+from train.losses.unet_denoising import UNET_DIFFUSION_KEY
 
 _log = logging.getLogger(__name__)
 
@@ -70,6 +72,7 @@ def assemble_unet(config: AssembleUNetConfig, out: Path) -> float:
         raise UserError(f"{out}: not empty; name a new folder")
     spec, dtype = config.spec, getattr(torch, config.dtype)
     unet = find_network(config.unet, "unet")
+    _check_sampling(spec, config.unet, unet.opened.metadata)
     autoencoder = find_network(config.autoencoder, "autoencoder_kl")
     text_2 = None
     if config.text_2 is not None:
@@ -88,6 +91,7 @@ def assemble_unet(config: AssembleUNetConfig, out: Path) -> float:
         write_unet_folder(spec, parts, temporary, dtype)
         for name, source in config.beside.items():
             beside = find_network(source, "unet")
+            _check_sampling(spec, source, beside.opened.metadata)
             network = cast(UNet, build(beside.opened, beside.published, dtype=torch.float32))
             check_unet_fit(replace(parts, unet=network), source)
             kept = {
@@ -99,6 +103,16 @@ def assemble_unet(config: AssembleUNetConfig, out: Path) -> float:
             raise UserError(f"the weights are {total_mb:.1f} MB; max_mb allows {config.max_mb:g}")
         UNetPipeline(temporary, device="cpu")
     return total_mb
+
+
+def _check_sampling(spec: UNetSpec, path: str, metadata: Mapping[str, str]) -> None:
+    """Refuse to sample a U-Net in another way than it was trained for."""
+    for name, value in json.loads(metadata.get(UNET_DIFFUSION_KEY, "{}")).items():
+        if getattr(spec.sampling, name) != value:
+            raise UserError(
+                f"{path}: trained with {name} {value}, but spec.sampling.{name} is "
+                f"{getattr(spec.sampling, name)}; set it to {value}"
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -32,6 +32,7 @@ from train.distill.teacher import FrozenTeacher
 from train.draws import StepDraws
 from train.losses.distillation import FeatureConfig, SitePair, feature_losses, site_pairs
 from train.losses.unet_denoising import (
+    UNET_DIFFUSION_KEY,
     UNetDiffusionConfig,
     noise_unet_batch,
     published_unet_errors,
@@ -230,7 +231,9 @@ def test_a_students_file_says_which_features_it_imitates(make_run, tiny_unet, tm
     assert run.losses() == by_recipe.losses()
     # What was trained says it on: it may be distilled again.
     for trained in (run, by_recipe):
-        assert read_plan(read_metadata(trained.out / "unet.safetensors"), "unet") == plan
+        said = read_metadata(trained.out / "unet.safetensors")
+        assert read_plan(said, "unet") == plan
+        assert json.loads(said[UNET_DIFFUSION_KEY])["prediction"] == "epsilon"
 
 
 @pytest.mark.parametrize("recompute", [False, True])

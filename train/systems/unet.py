@@ -252,9 +252,10 @@ class UNetSystem(LightningModule):
 
     def export_metadata(self, name: str) -> dict[str, str]:
         """Return what the network's file says beside its sizes."""
+        said = self.config.diffusion.metadata()
         if self.lesson is None or self.lesson.plan is None:
-            return {}
-        return plan_metadata(self.lesson.plan)
+            return said
+        return said | plan_metadata(self.lesson.plan)
 
     def clean_latents(self, batch: CachedBatch, draws: StepDraws) -> Tensor:
         """Draw latents ``(B, 4, h, w)`` from the autoencoder's Gaussians."""
