@@ -6,9 +6,10 @@ whole or not at all, and loads it once.
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, cast
@@ -30,6 +31,7 @@ from cascade.tools.convert_unet import write_unet_folder
 from stages.autoencoder_kl import AutoencoderKL
 from stages.unet.unet import UNet
 from train.encode import load_text
+from train.losses.unet_denoising import UNET_DIFFUSION_KEY
 
 _log = logging.getLogger(__name__)
 
@@ -71,6 +73,7 @@ def assemble_unet(config: AssembleUNetConfig, out: Path) -> float:
         raise UserError(f"{out}: not empty; name a new folder")
     spec, dtype = config.spec, getattr(torch, config.dtype)
     unet = find_network(config.unet, "unet")
+    _check_sampling(spec, config.unet, unet.opened.metadata)
     autoencoder = find_network(config.autoencoder, "autoencoder_kl")
     text_2 = None
     if config.text_2 is not None:
@@ -90,6 +93,7 @@ def assemble_unet(config: AssembleUNetConfig, out: Path) -> float:
         write_unet_folder(spec, parts, temporary, dtype, notes)
         for name, source in config.beside.items():
             beside = find_network(source, "unet")
+            _check_sampling(spec, source, beside.opened.metadata)
             network = cast(UNet, build(beside.opened, beside.published, dtype=torch.float32))
             check_unet_fit(replace(parts, unet=network), source)
             path = temporary / f"{name}.safetensors"
@@ -104,6 +108,16 @@ def assemble_unet(config: AssembleUNetConfig, out: Path) -> float:
 def _kept(found: FoundNetwork) -> dict[str, str]:
     """Return what a file says of itself beside its sizes, such as what its training cost."""
     return {key: value for key, value in found.opened.metadata.items() if key not in _OWN_KEYS}
+
+
+def _check_sampling(spec: UNetSpec, path: str, metadata: Mapping[str, str]) -> None:
+    """Refuse to sample a U-Net in another way than it was trained for."""
+    for name, value in json.loads(metadata.get(UNET_DIFFUSION_KEY, "{}")).items():
+        if getattr(spec.sampling, name) != value:
+            raise UserError(
+                f"{path}: trained with {name} {value}, but spec.sampling.{name} is "
+                f"{getattr(spec.sampling, name)}; set it to {value}"
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

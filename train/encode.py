@@ -39,7 +39,8 @@ def text_hash(name: str | Path, config: TextConfig | None = None, width: int | N
     if config == TextConfig():
         return weights
     padding = "" if config.masks_padding else "/sees padding"
-    return f"{weights}/{config.hidden}/{config.pad_to}{padding}"
+    windows = "" if config.overflow == "warn" else f"/{config.overflow}"
+    return f"{weights}/{config.hidden}/{config.pad_to}{padding}{windows}"
 
 
 @dataclass(frozen=True)

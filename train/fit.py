@@ -57,7 +57,7 @@ _log = logging.getLogger(__name__)
 LoaderFrom = Callable[[int, int, int], "Iterable[object]"]
 """Maps (micro-batches that a rank has seen, rank, number of ranks) to a loader of what follows."""
 
-_FIXED = ("model", "model_v2", "compressor", "previewer", "discriminator")
+_FIXED = ("model", "model_v2", "compressor", "previewer", "discriminator", "lora")
 _FIXED_OPTIM = ("name", "lr", "muon_lr", "betas", "weight_decay")
 DONE_FILE = "done"
 """In the folder of a run that came to its end."""
@@ -165,6 +165,8 @@ def _refuse_other_networks(earlier: dict[str, object], now: dict[str, object]) -
         if isinstance(old, dict) and isinstance(new, dict):
             keys = _FIXED_OPTIM if section == "optim" else tuple(new)
             kept += [(f"{section}.{key}", old[key], new[key]) for key in keys if key in old]
+        elif section == "lora" and section in earlier:
+            kept.append((section, old, new))
     for name, before, wanted in kept:
         if before != wanted:
             raise UserError(

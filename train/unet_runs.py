@@ -106,7 +106,7 @@ def _frozen(config: UNetRun, sizes: UNetConfig) -> FrozenPaths:
     """Return the networks that encode; of a model with two text encoders each is told by width."""
     frozen = FrozenPaths(
         text=config.text,
-        text_states=config.text_states,
+        text_states=config.text_read,
         text_width=sizes.text_channels,
         autoencoder=config.autoencoder,
     )

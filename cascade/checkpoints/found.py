@@ -21,6 +21,8 @@ from cascade.checkpoints.readers import (
 )
 from cascade.errors import UserError
 
+_SAFETY_CHECKER = "StableDiffusionSafetyChecker"
+
 
 @dataclass(frozen=True)
 class FoundNetwork:
@@ -88,6 +90,8 @@ def text_folders_in(files: ModelFiles) -> Iterator[TextFolder]:
 def text_folder(home: Path) -> TextFolder | None:
     """Return the text encoder of a folder, whose tokenizer is in it or beside it; None: neither."""
     values = read_json(home / "config.json")
+    if _SAFETY_CHECKER in values.get("architectures", ()):
+        return None  # it has a text_config too, but no text tower
     if "text_config" in values:
         own = values["text_config"]
         projection = values.get("projection_dim", own.get("projection_dim", 512))

@@ -12,13 +12,16 @@ import torch
 import yaml
 
 import sample
+from cascade.checkpoints.files import load_network, save_network
 from cascade.errors import UserError
 from cascade.images import open_image
 from cascade.pipelines.unet import UNetPipeline
 from cascade.pipelines.unet_plan import UNetSettings
 from cascade.rng import PictureNoise
 from cascade.tools.convert import convert
+from stages.unet.unet import UNet
 from train.assemble_unet import main
+from train.losses.unet_denoising import UNetDiffusionConfig
 
 
 @pytest.fixture
@@ -113,3 +116,18 @@ def test_what_does_not_fit_is_refused_and_nothing_is_left(changes, message, conf
     with pytest.raises(UserError, match=message):
         main(["--config", str(config), "--out", str(tmp_path / "model")])
     assert not (tmp_path / "model").exists()
+
+
+def test_a_unet_is_not_put_together_to_be_sampled_otherwise_than_it_was_trained(
+    config, tiny_unet, tmp_path
+):
+    run = UNetDiffusionConfig("v")
+    network = load_network(tiny_unet / "unet.safetensors", expect=UNet)
+    save_network(tmp_path / "v.safetensors", network, metadata=run.metadata())
+    values = yaml.safe_load(config.read_text()) | {"beside": {}}
+    config.write_text(yaml.safe_dump(values | {"unet": str(tmp_path / "v.safetensors")}))
+    arguments = ["--config", str(config), "--out", str(tmp_path / "v")]
+    with pytest.raises(UserError, match=r"trained with prediction v, but spec.sampling.prediction"):
+        main(arguments)
+    assert not (tmp_path / "v").exists()
+    assert main([*arguments, "--spec.sampling.prediction", "v"]) == 0

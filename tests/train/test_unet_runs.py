@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,11 @@ from safetensors.torch import load_file
 
 from cascade.adapters.lora import LoraConfig, attach_lora, merge_lora
 from cascade.adapters.lora_files import LoraFile
-from cascade.checkpoints.files import load_network, save_network
+from cascade.checkpoints.files import load_network, read_metadata, save_network
 from cascade.config import from_dict, load_yaml
 from cascade.errors import UserError
 from cascade.images import open_image
+from cascade.text.encoder import TextConfig
 from stages.unet.compress import PUBLISHED, Recipe, plan_student
 from stages.unet.config import UNetConfig
 from stages.unet.inherit import inherit
@@ -25,11 +27,18 @@ from train.callbacks.checkpoints import newest_checkpoint
 from train.data.__main__ import main as data_main
 from train.data.cached import CachedBatch
 from train.data.paired import joined
-from train.distill.plans import plan_metadata
+from train.distill.plans import plan_metadata, read_plan
 from train.distill.teacher import FrozenTeacher
 from train.draws import StepDraws
-from train.losses.distillation import FeatureConfig, feature_losses, output_loss, site_pairs
+from train.losses.distillation import (
+    FeatureConfig,
+    SitePair,
+    feature_losses,
+    output_loss,
+    site_pairs,
+)
 from train.losses.unet_denoising import (
+    UNET_DIFFUSION_KEY,
     UNetDiffusionConfig,
     noise_unet_batch,
     published_unet_errors,
@@ -149,6 +158,24 @@ def test_captions_are_dropped_and_sizes_are_height_before_width(make_run):
     assert system.told(batch_of(1)).sizes.tolist() == [[16, 16, 0, 0, 16, 16]]
 
 
+@pytest.mark.parametrize("source", ["pictures", "latents"])
+def test_two_text_encoders_are_read_from_streams_as_from_a_cache(
+    source, make_run, shards, tiny_unet, tiny_model, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
+    text, autoencoder = str(tiny_model / "text"), str(tiny_unet / "autoencoder_kl.safetensors")
+    if source == "latents":
+        words = ["precompute", "--shards", shards, "--shards-out", str(tmp_path / "latents")]
+        words += ["--size", "32", "--text", text, "--text-2", text, "--autoencoder", autoencoder]
+        assert data_main(words) == 0
+        shards = f"{tmp_path}/latents/*.tar"
+    model = json.loads(_config(tiny_unet)) | {"text_channels": 32}
+    data = {"mode": "exact", "size": 32, "folder": None, "shards": shards}
+    run = make_run("unet", model=model, text_2=text, data=data, empty_caption="encoded")
+    assert run.start("--run.max_steps", 1) == 0
+    assert len(run.losses()) == 1
+
+
 # Teachers
 
 
@@ -208,6 +235,11 @@ def test_a_students_file_says_which_features_it_imitates(make_run, tiny_unet, tm
     by_recipe = make_run("unet_kd", "named", model=None, init_from=str(path))
     assert by_recipe.start("--run.max_steps", 2) == 0
     assert run.losses() == by_recipe.losses()
+    # What was trained says it on: it may be distilled again.
+    for trained in (run, by_recipe):
+        said = read_metadata(trained.out / "unet.safetensors")
+        assert read_plan(said, "unet") == plan
+        assert json.loads(said[UNET_DIFFUSION_KEY])["prediction"] == "epsilon"
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -281,6 +313,23 @@ def test_feature_losses_are_finite_in_float16_and_normalized_ones_do_not_know_th
     again = feature_losses(*scaled, pairs, normalize=True)
     for name, loss in normal.items():
         assert loss == pytest.approx(0.5625) and again[name] == pytest.approx(0.5625, rel=1e-3)
+
+
+def test_features_of_a_second_set_weigh_as_its_other_losses():
+    pairs = (SitePair("a", "b"),)
+    ours, theirs = {"a": torch.tensor([[1.0], [3.0]])}, {"b": torch.zeros(2, 1)}
+    assert feature_losses(ours, theirs, pairs)["a"] == 5.0
+    assert feature_losses(ours, theirs, pairs, torch.tensor([2.0, 0.5]))["a"] == 3.25
+
+
+def test_text_states_are_those_of_the_networks_kind(make_run):
+    """SD reads CLIP's last states, SDXL the last but one; both attend to padding."""
+    run = load_yaml(UNetRun, make_run("unet", text_states=None).config)
+    assert run.text_read == TextConfig("penultimate", masks_padding=False)
+    sd = replace(run, model=replace(run.sizes, text_pooled_channels=None, size_channels=None))
+    assert sd.text_read == TextConfig("post_norm", masks_padding=False)
+    with pytest.raises(ValueError, match="overflow is chunk"):
+        replace(run, text_states=TextConfig(overflow="chunk"))
 
 
 def test_bk_tinys_and_segmind_tinys_pairs_are_the_published_ones():
@@ -420,6 +469,9 @@ def test_half_a_lora_run_and_its_resumption_equal_a_whole_run(make_run, tiny_une
     one, other = (load_file(run.out / "lora.safetensors") for run in (whole, halves))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
+    # The checkpoint's updates are of this strength.
+    with pytest.raises(UserError, match=r"lora\.alpha is 4\.0 but the run was started with 16\.0"):
+        whole.start("--resume", "--lora.alpha", 4.0)
 
 
 def test_a_second_sets_samples_weigh_as_published():

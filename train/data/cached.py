@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -49,6 +50,14 @@ class Pictures:
         for key, captions in zip(self.keys, self.captions, strict=True):
             digest.update(json.dumps([key, *captions]).encode())
         return digest.hexdigest()[:12]
+
+    @cached_property
+    def pixels_hash(self) -> str:
+        """Hash of the pixels: two subjects' pictures may have the same keys and captions.
+
+        Older caches have none; they are known by the fingerprint alone.
+        """
+        return hashlib.sha256(self.pixels.contiguous().numpy().data).hexdigest()[:12]
 
 
 def load_pictures(shards: str) -> Pictures:
@@ -179,6 +188,11 @@ def load_cache(config: DataConfig, expect: dict[str, str]) -> Cache:
             raise UserError(
                 f"{path}: made from pictures {found[0]} with weights {found[1]}, but this run has "
                 f"{pictures.fingerprint()} and {weights_hash}; precompute it again"
+            )
+        if "pixels" in metadata and metadata["pixels"] != pictures.pixels_hash:
+            raise UserError(
+                f"{path}: made from other pictures of the same names and captions; precompute it "
+                "again"
             )
         tensors = load_file(path)
         cache.tensors.update({name: tensors[name] for name in CACHE_FILES[part]})

@@ -166,7 +166,7 @@ def _streamed(
         null_text, widths = found.null_text, found.fingerprint.widths
     elif frozen is not None:
         _log.info("no cache: the frozen networks run in every step")
-        # Only what encodes text is loaded here, for the empty prompt; the run loads all of them.
+        # Only the text encoders are loaded here, for the empty prompt; the run loads all of them.
         null_text = FrozenEncoders(frozen.only("text")).null_text()
     return TrainingData(
         loader_from=loader,

@@ -50,6 +50,7 @@ def precompute(
             metadata["captions"] = json.dumps(captions)
             tensors = _encode_text(encoders, captions, batch_size * 4)
         else:
+            metadata["pixels"] = pictures.pixels_hash
             tensors = _encode_pictures(encoders, pictures, batch_size)
         _write(folder / f"{part}.safetensors", metadata, tensors)
 

@@ -112,6 +112,7 @@ def feature_losses(
     ours: Features,
     theirs: Features,
     pairs: tuple[SitePair, ...],
+    weights: Tensor | None = None,
     *,
     normalize: bool = False,
 ) -> dict[str, Tensor]:
@@ -121,6 +122,7 @@ def feature_losses(
         ours: The student's features by place, of any shape ``(B, ...)``.
         theirs: The teacher's.
         pairs: Which belong together.
+        weights: How much each sample counts, ``(B,)``; None: all the same.
         normalize: See ``FeatureConfig``.
     """
     losses = {}
@@ -131,7 +133,7 @@ def feature_losses(
         if normalize:  # sample by sample, so that no split into processes changes it
             size = teacher.square().flatten(1).mean(dim=1)
             error = error / size.clamp(min=torch.finfo(torch.float32).tiny)
-        losses[pair.student] = error.mean()
+        losses[pair.student] = (error if weights is None else error * weights).mean()
     return losses
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,10 @@ from cascade.diffusion.discrete import NUM_TIMESTEPS, DiscreteSchedule, time_of
 from cascade.diffusion.prediction import Prediction, target, to_x0
 from train.draws import StepDraws
 from train.losses.denoising import Noised
+
+UNET_DIFFUSION_KEY = "cascade_unet_diffusion"
+"""Metadata of a U-Net that was trained here: how it must be sampled."""
+_SAMPLED = ("prediction", "beta_start", "beta_end")
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,10 @@ class UNetDiffusionConfig:
                 f"noise_offset={self.noise_offset} and input_perturbation="
                 f"{self.input_perturbation} must not be negative"
             )
+
+    def metadata(self) -> dict[str, str]:
+        """Return what an exported file says of how it must be sampled."""
+        return {UNET_DIFFUSION_KEY: json.dumps({name: getattr(self, name) for name in _SAMPLED})}
 
     @property
     def schedule(self) -> DiscreteSchedule:

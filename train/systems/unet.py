@@ -91,10 +91,9 @@ class UNetRun:
     text_2: str | None = None
     """SDXL's second text encoder, whose pooled state the network is told as well; null: the first
     one's pooled state."""
-    text_states: TextConfig = field(
-        default_factory=lambda: TextConfig(hidden="penultimate", masks_padding=False)
-    )
-    """Which hidden states are read (SDXL's; SD 1.x and 2.x: hidden post_norm)."""
+    text_states: TextConfig | None = None
+    """Which hidden states are read; null: by the network's kind, penultimate for SDXL and post_norm
+    for SD, both with padding in the attention."""
     model: UNetConfig | None = None
     """Sizes of the U-Net; null: those of ``init_from``."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -130,6 +129,8 @@ class UNetRun:
             raise ValueError("posthoc_ema averages networks, and lora trains updates of one")
         if self.lora is not None and self.run.strategy == "fsdp":
             raise ValueError("run.strategy is fsdp: a LoRA is small; use ddp")
+        if self.text_states is not None and self.text_states.overflow == "chunk":
+            raise ValueError("text_states.overflow is chunk: a U-Net learns from one window; warn")
         if not 0 <= self.caption_dropout < 1:
             raise ValueError(f"caption_dropout is {self.caption_dropout}; it lies in [0, 1)")
 
@@ -138,6 +139,14 @@ class UNetRun:
         """The network's, once they are known."""
         assert self.model is not None, "with_architecture comes first"
         return self.model
+
+    @property
+    def text_read(self) -> TextConfig:
+        """Which hidden states are read, once the network's kind is known."""
+        if self.text_states is not None:
+            return self.text_states
+        is_sdxl = self.sizes.text_pooled_channels is not None
+        return TextConfig("penultimate" if is_sdxl else "post_norm", masks_padding=False)
 
     @property
     def drops_to_zeros(self) -> bool:
@@ -243,9 +252,10 @@ class UNetSystem(LightningModule):
 
     def export_metadata(self, name: str) -> dict[str, str]:
         """Return what the network's file says beside its sizes."""
+        said = self.config.diffusion.metadata()
         if self.lesson is None or self.lesson.plan is None:
-            return {}
-        return plan_metadata(self.lesson.plan)
+            return said
+        return said | plan_metadata(self.lesson.plan)
 
     def clean_latents(self, batch: CachedBatch, draws: StepDraws) -> Tensor:
         """Draw latents ``(B, 4, h, w)`` from the autoencoder's Gaussians."""
@@ -297,7 +307,7 @@ class UNetSystem(LightningModule):
             output = self.network(noised.x_t, noised.network_time, cond, names)
             predicted = output.prediction
             task, mse = denoising_loss(predicted, noised)
-            loss = self._taught(predicted, output.features, task, noised, cond)
+            loss = self._taught(predicted, output.features, task, noised, cond, batch.loss_weights)
         self.log("loss", loss, prog_bar=True, sync_dist=True)
         self.log("mse", mse, sync_dist=True)
         if (self.global_step + 1) % config.run.log_every_steps == 0:
@@ -311,6 +321,7 @@ class UNetSystem(LightningModule):
         task: Tensor,
         noised: Noised,
         cond: UNetCondition,
+        weights: Tensor | None,
     ) -> Tensor:
         """Return the loss with the teacher's part; every term is logged by itself."""
         distill, lesson = self.config.distill, self.lesson
@@ -324,7 +335,9 @@ class UNetSystem(LightningModule):
         }
         if lesson.pairs:
             normalize = distill.features is not None and distill.features.normalize
-            by_place = feature_losses(features, taught.features, lesson.pairs, normalize=normalize)
+            by_place = feature_losses(
+                features, taught.features, lesson.pairs, weights, normalize=normalize
+            )
             terms["kd_features"] = distill.feature_weight * total(by_place)
             if (self.global_step + 1) % self.config.run.log_every_steps == 0:
                 self.log_dict({f"kd/{name}": value for name, value in by_place.items()})

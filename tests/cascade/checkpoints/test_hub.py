@@ -586,6 +586,13 @@ def test_of_a_pipelines_unet_nothing_else_is_downloaded(hub: Hub, own: Hub, tmp_
     asked = {path for path in hub.content() if path.endswith(LARGE)}
     assert f"{name}:vae/diffusion_pytorch_model.safetensors" in asked and len(asked) == 2
     assert find_text(name, 24).folder.name == "text_encoder_2"
+    # A safety checker's config speaks of a text tower, which is not there.
+    checker = {"architectures": ["StableDiffusionSafetyChecker"], "text_config": {}}
+    own = json.loads((tmp_path / "model" / "text_encoder" / "config.json").read_text())
+    (tmp_path / "model" / "safety_checker").mkdir()
+    content = json.dumps(checker | {"text_config": own})
+    (tmp_path / "model" / "safety_checker" / "config.json").write_text(content)
+    assert find_text(tmp_path / "model", own["hidden_size"]).folder.name == "text_encoder"
     with pytest.raises(UserError, match="a U-Net's pipeline, which has no stage_c"):
         find_network(name, "stage_c")
     for part, folder in (("unet", "unet"), ("autoencoder_kl", "vae")):

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
+import tarfile
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
 from cascade.checkpoints.files import file_hash, load_network
@@ -154,6 +157,34 @@ def test_other_pictures_are_refused(source, tmp_path, cache, parts):
     assert "\n" not in str(error.value)
 
 
+def test_other_pixels_of_the_same_names_are_refused(shards, tmp_path, tiny_model):
+    """As those of two subjects, whose captions are all "a photo of sks dog"."""
+    pictures = load_pictures(shards)
+    (tmp_path / "same").mkdir()
+    [original] = Path(shards).parent.glob("*.tar")
+    copy = tmp_path / "same" / original.name
+    with tarfile.open(original) as source, tarfile.open(copy, "w") as target:
+        for member in source:
+            file = source.extractfile(member)
+            assert file is not None
+            data = file.read()
+            if member.name.endswith(".png"):
+                with Image.open(io.BytesIO(data)) as image:
+                    buffer = io.BytesIO()
+                    ImageOps.invert(image.convert("RGB")).save(buffer, format="PNG")
+                data = buffer.getvalue()
+                member.size = len(data)
+            target.addfile(member, io.BytesIO(data))
+    others = str(copy)
+    assert load_pictures(others).fingerprint() == pictures.fingerprint()
+    path, folder = tiny_model / "stage_a.safetensors", tmp_path / "cache"
+    precompute(others, folder, FrozenPaths(stage_a=str(path)))
+    expect = {"stage_a": file_hash(path)}
+    assert len(load_cache(config(others, folder=str(folder)), expect).pictures) == len(pictures)
+    with pytest.raises(UserError, match="other pictures of the same names"):
+        load_cache(config(shards, folder=str(folder)), expect)
+
+
 def test_the_fingerprint_knows_keys_captions_and_size(shards):
     pictures = load_pictures(shards)
     renamed = dataclasses.replace(pictures, keys=[*pictures.keys[:-1], "x"])
@@ -179,6 +210,7 @@ def test_text_states_read_in_another_way_are_another_cache(shards, tiny_model, t
     with pytest.raises(UserError, match=f"weights {parts['text']}/post_norm/10"):
         load_cache(settings, {"text": parts["text"]})
     wanted = text_hash(text, TextConfig(hidden="post_norm", pad_to=10))
+    assert wanted != text_hash(text, TextConfig("post_norm", "chunk", pad_to=10))
     assert load_cache(settings, {"text": wanted}).null_text is not None
 
 
