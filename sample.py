@@ -165,6 +165,7 @@ def unet_job(options: argparse.Namespace, prompts: list[str], files: ModelFiles)
     from cascade.pipelines.unet_plan import UNetSettings, make_unet_plan
 
     pick_unet_dtypes(options.dtype, pick_device(options.device))
+    given = read_picture(options)
     loras = [LoraChoice(path, weight) for path, weight in options.lora or ()]
     source = open_unet_source(files, options.unet, loras)
     settings = UNetSettings(
@@ -181,7 +182,7 @@ def unet_job(options: argparse.Namespace, prompts: list[str], files: ModelFiles)
         crop=options.crop,
         target_size=options.target_size,
     )
-    plan = make_unet_plan(source.spec, prompts, settings)
+    plan = make_unet_plan(source.spec, prompts, settings, picture=given)
 
     def start(on_preview: Callable[[Preview], None] | None) -> Started:
         from cascade.pipelines.unet import UNetPipeline

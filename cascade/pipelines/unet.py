@@ -1,8 +1,10 @@
 """A U-Net of SD or SDXL, or a student of theirs: prompt -> latents -> pixels.
 
-The U-Net draws latents from text, and its autoencoder turns them into pixels.
+The U-Net draws latents from text, or from the noised latents of a picture and text, and its
+autoencoder turns them into pixels.
 
-Reference: Rombach et al., 2022, arXiv:2112.10752; Podell et al., 2023, SDXL, arXiv:2307.01952.
+References: Rombach et al., 2022, arXiv:2112.10752; Podell et al., 2023, SDXL, arXiv:2307.01952;
+Meng et al., 2022, SDEdit, arXiv:2108.01073 (from a picture).
 """
 
 from __future__ import annotations
@@ -16,14 +18,23 @@ from torch import Tensor
 
 from cascade.checkpoints.hub import resolve
 from cascade.errors import UserError
-from cascade.images import pixels_to_images
+from cascade.images import ImageLike, as_image, pixels_to_images
 from cascade.pipelines.finite import check_finite, check_not_black
 from cascade.pipelines.loaded import GPU_BATCH_SIZE
 from cascade.pipelines.memory_plan import MemoryPlan
 from cascade.pipelines.offload import check_request
+from cascade.pipelines.picture_input import PictureInput
 from cascade.pipelines.placement import DtypeChoice, pick_device, pick_unet_dtypes
 from cascade.pipelines.prompts import PromptStates, batches_of
-from cascade.pipelines.results import UNetPicture, UNetPictures, collect_unet, gather, text_of
+from cascade.pipelines.results import (
+    UNetPicture,
+    UNetPictures,
+    collect_unet,
+    gather,
+    picture_settings,
+    text_of,
+)
+from cascade.pipelines.sampling import Start
 from cascade.pipelines.tiles import decode_blended
 from cascade.pipelines.unet_fit import check_unet_fit
 from cascade.pipelines.unet_lora import LoraChoice
@@ -33,6 +44,7 @@ from cascade.pipelines.unet_plan import UNetPlan, UNetSettings, make_unet_plan
 from cascade.pipelines.unet_sampling import sample_unet, told_of
 from cascade.pipelines.watch import Clock, Watch
 from cascade.rng import PictureNoise
+from stages.autoencoder_kl import DiagonalGaussian
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # in typing from Python 3.11
@@ -143,6 +155,28 @@ class UNetPipeline:
         plan = make_unet_plan(self.spec, prompt, settings)
         return self.make(plan, batch_size=batch_size, progress=progress)
 
+    def image_to_image(
+        self,
+        image: ImageLike,
+        prompt: str | Sequence[str],
+        strength: float | None = None,
+        settings: UNetSettings | None = None,
+    ) -> UNetPictures:
+        """Change a picture by a prompt: noise its latents and denoise them.
+
+        Args:
+            image: The picture, or its file.
+            prompt: One prompt or several.
+            strength: Share in (0, 1] of the steps that are walked, the last ones, rounded down:
+                the more, the less of the picture is left. None is 0.8.
+            settings: Everything else.
+
+        Raises:
+            UserError: If that is less than one step, and as a call does.
+        """
+        given = PictureInput(as_image(image), "img2img", None, strength)
+        return self.make(make_unet_plan(self.spec, prompt, settings, picture=given))
+
     def make(
         self, plan: UNetPlan, *, batch_size: int | None = None, progress: bool | None = None
     ) -> UNetPictures:
@@ -168,9 +202,10 @@ class UNetPipeline:
         states = self._prompt_states(
             [*(request.prompt for request in plan.requests), plan.negative_prompt]
         )
+        given = None if plan.picture is None else self.encode(plan.picture.pixels)
         for batch in batches_of(plan, states, batch_size):
             watch = Watch(batch, len(plan.requests), progress, None, 1)
-            yield from self._make_batch(plan, states, watch)
+            yield from self._make_batch(plan, states, given, watch)
 
     def place(self, *, offload: str | None = None, vram: float | None = None) -> None:
         """Place the networks anew, from any placement to any other; pictures stay the same.
@@ -201,6 +236,21 @@ class UNetPipeline:
         return self.autoencoder.config.latent_channels, height // cell, width // cell
 
     @torch.inference_mode()
+    def encode(self, pixels: Tensor) -> DiagonalGaussian:
+        """Return the Gaussian of a picture's latents.
+
+        Args:
+            pixels: ``(1, 3, H, W)`` in [0, 1], of a size that the model makes.
+
+        Raises:
+            NonFiniteError: If a value is not finite.
+        """
+        with self.memory.on("autoencoder"):
+            posterior = self.autoencoder.posterior(pixels.to(self.device))
+        check_finite(posterior.mean, "the autoencoder's encoder", self.dtypes.autoencoder)
+        return posterior
+
+    @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
         """Turn latents into pixels ``(B, 3, H, W)``, float32 in [0, 1].
 
@@ -229,9 +279,14 @@ class UNetPipeline:
 
     @torch.inference_mode()
     def _make_batch(
-        self, plan: UNetPlan, states: Sequence[PromptStates], watch: Watch
+        self,
+        plan: UNetPlan,
+        states: Sequence[PromptStates],
+        given: DiagonalGaussian | None,
+        watch: Watch,
     ) -> list[UNetPicture]:
         requests = [plan.requests[index] for index in watch.batch]
+        seeds = [request.seed for request in requests]
         clock = Clock(self.device)
         with clock("text"):
             prompted = told_of(
@@ -242,14 +297,15 @@ class UNetPipeline:
                 plan.sizes,
                 empty_is_zeros=self.spec.empty_negative == "zeros",
             )
-        steps = plan.sampling.steps
-        with clock("unet"), self.memory.on("unet"), watch.stage("U-Net", steps) as count:
+        start = self._start(plan, given, seeds)
+        with clock("unet"), self.memory.on("unet"), watch.stage("U-Net", plan.steps) as count:
             latents = sample_unet(
                 self.unet,
                 plan.sampling,
                 prompted,
-                PictureNoise([request.seed for request in requests], "unet"),
+                PictureNoise(seeds, "unet"),
                 self.latent_shape(plan.height, plan.width),
+                start=start,
                 on_step=count,
             )
         with clock("autoencoder"):
@@ -271,8 +327,26 @@ class UNetPipeline:
             )
         ]
 
+    def _start(
+        self, plan: UNetPlan, given: DiagonalGaussian | None, seeds: Sequence[int]
+    ) -> Start | None:
+        """Draw where sampling starts: of each seed a sample, as the U-Net saw them in training.
+
+        So does diffusers; the samples have a noise of their own, so that a seed's other noise is
+        the same with a picture and without.
+        """
+        if given is None or plan.picture is None:
+            return None
+        noise = PictureNoise(seeds, "autoencoder")
+        latents = self.autoencoder.latents_of(
+            given, lambda mean: noise.randn(mean.shape[1:]).to(mean)
+        )
+        return Start(latents, plan.picture.strength)
+
     def _metadata(self, plan: UNetPlan, index: int) -> dict[str, str]:
         settings: dict[str, object] = {"unet": vars(plan.sampling)}
+        if plan.picture is not None:
+            settings["picture"] = picture_settings(plan.picture)
         if plan.sizes is not None:
             settings["sizes"] = list(plan.sizes.values())
         if self._source.loras:
