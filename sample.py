@@ -187,7 +187,6 @@ def unet_job(options: argparse.Namespace, prompts: list[str], files: ModelFiles)
     def start(on_preview: Callable[[Preview], None] | None) -> Started:
         from cascade.pipelines.unet import UNetPipeline
 
-        assert on_preview is None, "refused with the options"
         pipeline = UNetPipeline(
             source,
             device=options.device,
@@ -198,7 +197,7 @@ def unet_job(options: argparse.Namespace, prompts: list[str], files: ModelFiles)
         asked = options.offload or options.vram is not None
         memory = pipeline.arrange(plan).describe() if asked else ""
         title = f"{pipeline.spec.name} on {pipeline.device}"
-        return Started(title, memory, pipeline.notices, pipeline.run(plan))
+        return Started(title, memory, pipeline.notices, pipeline.run(plan, on_preview=on_preview))
 
     return Job(plan.requests, plan.notices, start)
 

@@ -16,7 +16,6 @@ ONLY_CASCADES = {
     "guidance_c": "--guidance",
     "guidance_b": "--guidance",
     "control": "",
-    "preview": "",
     "dialect": "",
 }
 """Options that a U-Net has no use for, and which of its own are meant."""
@@ -78,8 +77,8 @@ def make_parser() -> Parser:
         metavar="NAME",
         help="img2img: change it by the prompt; variation: another one like it; inpaint: draw the "
         "white part of --mask anew; outpaint: draw what is around it, up to --width and --height; "
-        "reconstruct: compress it and bring it back (default: inpaint with --mask, else img2img, which "
-        "is all that a U-Net does)",
+        "reconstruct: compress it and bring it back (default: inpaint with --mask, else img2img; a "
+        "U-Net has img2img alone)",
     )
     start.add_argument(
         "--mask",
@@ -224,7 +223,7 @@ def make_parser() -> Parser:
     where.add_argument(
         "--preview",
         action="store_true",
-        help="keep a rough NAME.preview.png up to date while Stage C runs",
+        help="keep a rough NAME.preview.png up to date while Stage C, or the U-Net, runs",
     )
     return parser
 

@@ -150,7 +150,7 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass(frozen=True)
 class Preview:
-    """A rough look at pictures that Stage C is still drawing."""
+    """A rough look at pictures that Stage C or a U-Net is still drawing."""
 
     images: list[Image.Image]
     """Small RGB pictures, one for each of ``indices``."""
@@ -159,7 +159,7 @@ class Preview:
     step: int
     """Steps done."""
     num_steps: int
-    """Steps of Stage C."""
+    """Steps of Stage C, or of the U-Net."""
 
 
 @dataclass(frozen=True)

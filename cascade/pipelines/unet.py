@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cascade.checkpoints.hub import resolve
+from cascade.diffusion.samplers import StepInfo
 from cascade.errors import UserError
 from cascade.images import ImageLike, as_image, pixels_to_images
 from cascade.pipelines.finite import check_finite, check_not_black
@@ -41,8 +42,9 @@ from cascade.pipelines.unet_lora import LoraChoice
 from cascade.pipelines.unet_memory import UNetMemory
 from cascade.pipelines.unet_parts import UNetSource, open_unet_source
 from cascade.pipelines.unet_plan import UNetPlan, UNetSettings, make_unet_plan
+from cascade.pipelines.unet_preview import colours_of
 from cascade.pipelines.unet_sampling import sample_unet, told_of
-from cascade.pipelines.watch import Clock, Watch
+from cascade.pipelines.watch import Clock, OnPreview, Watch
 from cascade.rng import PictureNoise
 from stages.autoencoder_kl import DiagonalGaussian
 
@@ -138,6 +140,8 @@ class UNetPipeline:
         *,
         batch_size: int | None = None,
         progress: bool | None = None,
+        on_preview: OnPreview | None = None,
+        preview_every: int = 4,
     ) -> UNetPictures:
         """Make pictures of prompts.
 
@@ -146,6 +150,8 @@ class UNetPipeline:
             settings: Everything else; None leaves all of it to the model.
             batch_size: Pictures that run together; None is 1 on a CPU and 4 on a GPU.
             progress: Show a bar; None does on a terminal.
+            on_preview: Called with rough pictures while the U-Net runs.
+            preview_every: Steps between previews.
 
         Raises:
             UserError: For anything that cannot be made, before any of it is.
@@ -153,7 +159,13 @@ class UNetPipeline:
             Interrupted: On Ctrl-C; it holds the pictures that were finished.
         """
         plan = make_unet_plan(self.spec, prompt, settings)
-        return self.make(plan, batch_size=batch_size, progress=progress)
+        return self.make(
+            plan,
+            batch_size=batch_size,
+            progress=progress,
+            on_preview=on_preview,
+            preview_every=preview_every,
+        )
 
     def image_to_image(
         self,
@@ -178,24 +190,46 @@ class UNetPipeline:
         return self.make(make_unet_plan(self.spec, prompt, settings, picture=given))
 
     def make(
-        self, plan: UNetPlan, *, batch_size: int | None = None, progress: bool | None = None
+        self,
+        plan: UNetPlan,
+        *,
+        batch_size: int | None = None,
+        progress: bool | None = None,
+        on_preview: OnPreview | None = None,
+        preview_every: int = 4,
     ) -> UNetPictures:
         """Make all pictures of a plan; the arguments and errors are those of a call."""
-        pictures = self.run(plan, batch_size=batch_size, progress=progress)
+        pictures = self.run(
+            plan,
+            batch_size=batch_size,
+            progress=progress,
+            on_preview=on_preview,
+            preview_every=preview_every,
+        )
         finished = gather(pictures, len(plan.requests))
         return collect_unet(finished, [*plan.notices, *self.notices])
 
     def run(
-        self, plan: UNetPlan, *, batch_size: int | None = None, progress: bool | None = None
+        self,
+        plan: UNetPlan,
+        *,
+        batch_size: int | None = None,
+        progress: bool | None = None,
+        on_preview: OnPreview | None = None,
+        preview_every: int = 4,
     ) -> Iterator[UNetPicture]:
         """Make a plan's pictures one after the other and give each as soon as it is finished.
 
         Raises:
-            UserError: If ``batch_size`` is below 1.
+            UserError: If a number is below 1, or the colours of this model's latents are unknown.
             NonFiniteError: If a network gives values that are not finite.
         """
-        if batch_size is not None and batch_size < 1:
-            raise UserError(f"batch_size {batch_size} must be at least 1")
+        if (batch_size is not None and batch_size < 1) or preview_every < 1:
+            raise UserError(
+                f"batch_size {batch_size} and preview_every {preview_every} must be at least 1"
+            )
+        if on_preview is not None:  # now, not after the first steps
+            colours_of(self.autoencoder.config, self.folder)
         memory = self.arrange(plan, batch_size=batch_size)
         if batch_size is None:
             batch_size = memory.batch_size or (1 if self.device.type == "cpu" else GPU_BATCH_SIZE)
@@ -204,7 +238,7 @@ class UNetPipeline:
         )
         given = None if plan.picture is None else self.encode(plan.picture.pixels)
         for batch in batches_of(plan, states, batch_size):
-            watch = Watch(batch, len(plan.requests), progress, None, 1)
+            watch = Watch(batch, len(plan.requests), progress, on_preview, preview_every)
             yield from self._make_batch(plan, states, given, watch)
 
     def place(self, *, offload: str | None = None, vram: float | None = None) -> None:
@@ -299,6 +333,13 @@ class UNetPipeline:
             )
         start = self._start(plan, given, seeds)
         with clock("unet"), self.memory.on("unet"), watch.stage("U-Net", plan.steps) as count:
+
+            def on_step(info: StepInfo) -> None:
+                count(info)
+                if watch.wants_preview(info):
+                    colours = colours_of(self.autoencoder.config, self.folder)
+                    watch.show(info, colours.pixels(info.x0_hat))
+
             latents = sample_unet(
                 self.unet,
                 plan.sampling,
@@ -306,7 +347,7 @@ class UNetPipeline:
                 PictureNoise(seeds, "unet"),
                 self.latent_shape(plan.height, plan.width),
                 start=start,
-                on_step=count,
+                on_step=on_step,
             )
         with clock("autoencoder"):
             pixels = self.decode(latents).cpu()
@@ -330,10 +371,9 @@ class UNetPipeline:
     def _start(
         self, plan: UNetPlan, given: DiagonalGaussian | None, seeds: Sequence[int]
     ) -> Start | None:
-        """Draw where sampling starts: of each seed a sample, as the U-Net saw them in training.
+        """Draw each seed's sample of the picture's latents: the U-Net learned samples, not means.
 
-        So does diffusers; the samples have a noise of their own, so that a seed's other noise is
-        the same with a picture and without.
+        Their noise is a stream of its own: a seed's other noise is that of a prompt alone.
         """
         if given is None or plan.picture is None:
             return None
