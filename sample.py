@@ -165,6 +165,7 @@ def unet_job(options: argparse.Namespace, prompts: list[str], files: ModelFiles)
     from cascade.pipelines.unet_plan import UNetSettings, make_unet_plan
 
     pick_unet_dtypes(options.dtype, pick_device(options.device))
+    given = read_picture(options)
     loras = [LoraChoice(path, weight) for path, weight in options.lora or ()]
     source = open_unet_source(files, options.unet, loras)
     settings = UNetSettings(
@@ -181,12 +182,11 @@ def unet_job(options: argparse.Namespace, prompts: list[str], files: ModelFiles)
         crop=options.crop,
         target_size=options.target_size,
     )
-    plan = make_unet_plan(source.spec, prompts, settings)
+    plan = make_unet_plan(source.spec, prompts, settings, picture=given)
 
     def start(on_preview: Callable[[Preview], None] | None) -> Started:
         from cascade.pipelines.unet import UNetPipeline
 
-        assert on_preview is None, "refused with the options"
         pipeline = UNetPipeline(
             source,
             device=options.device,
@@ -197,7 +197,7 @@ def unet_job(options: argparse.Namespace, prompts: list[str], files: ModelFiles)
         asked = options.offload or options.vram is not None
         memory = pipeline.arrange(plan).describe() if asked else ""
         title = f"{pipeline.spec.name} on {pipeline.device}"
-        return Started(title, memory, pipeline.notices, pipeline.run(plan))
+        return Started(title, memory, pipeline.notices, pipeline.run(plan, on_preview=on_preview))
 
     return Job(plan.requests, plan.notices, start)
 

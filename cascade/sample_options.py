@@ -15,9 +15,7 @@ ONLY_CASCADES = {
     "steps_b": "--steps",
     "guidance_c": "--guidance",
     "guidance_b": "--guidance",
-    "image": "",
     "control": "",
-    "preview": "",
     "dialect": "",
 }
 """Options that a U-Net has no use for, and which of its own are meant."""
@@ -79,7 +77,8 @@ def make_parser() -> Parser:
         metavar="NAME",
         help="img2img: change it by the prompt; variation: another one like it; inpaint: draw the "
         "white part of --mask anew; outpaint: draw what is around it, up to --width and --height; "
-        "reconstruct: compress it and bring it back (default: inpaint with --mask, else img2img)",
+        "reconstruct: compress it and bring it back (default: inpaint with --mask, else img2img; a "
+        "U-Net has img2img alone)",
     )
     start.add_argument(
         "--mask",
@@ -92,7 +91,8 @@ def make_parser() -> Parser:
         "--strength",
         type=float,
         metavar="X",
-        help="how much is drawn anew, above 0 and up to 1 (default: 0.8 for img2img, else 1)",
+        help="how much is drawn anew, above 0 and up to 1 (default: 0.8 for img2img, else 1); of a "
+        "U-Net the share of its steps that are walked",
     )
     start.add_argument(
         "--control",
@@ -223,7 +223,7 @@ def make_parser() -> Parser:
     where.add_argument(
         "--preview",
         action="store_true",
-        help="keep a rough NAME.preview.png up to date while Stage C runs",
+        help="keep a rough NAME.preview.png up to date while Stage C, or the U-Net, runs",
     )
     return parser
 

@@ -288,7 +288,21 @@ class AutoencoderKL(nn.Module):
         Raises:
             ValueError: If H or W is not a multiple of ``downscale``.
         """
-        posterior = self.posterior(pixels)
+        return self.latents_of(self.posterior(pixels), randn_like)
+
+    def latents_of(
+        self, posterior: DiagonalGaussian, randn_like: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """Draw latents ready for diffusion, as ``encode`` does, of a picture that is encoded once.
+
+        Args:
+            posterior: Of (B, 3, H, W) pixels.
+            randn_like: See ``encode``; for a B of 1 it may return noise of more pictures, (N, 4,
+                H/8, W/8), of each of which a sample is drawn.
+
+        Returns:
+            (B, 4, H/8, W/8) or (N, 4, H/8, W/8), float32, shifted and scaled.
+        """
         latents = posterior.mean if randn_like is None else posterior.sample(randn_like)
         return (latents - self.config.shift) * self.config.scale
 

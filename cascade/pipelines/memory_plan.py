@@ -35,10 +35,13 @@ _TITLES = {
     "compressor": "the semantic compressor",
     "controlnet": "the ControlNet",
     "stage_a_encoder": "Stage A's encoder",
+    "autoencoder_encoder": "the autoencoder's encoder",
 }
-_READING = ("image_encoder", "compressor", "controlnet", "stage_a_encoder")
+_ENCODERS = ("stage_a_encoder", "autoencoder_encoder")
+"""What runs with the weights of a part that decodes as well."""
+_READING = ("image_encoder", "compressor", "controlnet", *_ENCODERS)
 """What runs before the stages, on one picture, and only if there is one."""
-_PARTS = tuple(part for part in _TITLES if part != "stage_a_encoder")
+_PARTS = tuple(part for part in _TITLES if part not in _ENCODERS)
 """What has weights of its own."""
 
 

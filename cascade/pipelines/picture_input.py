@@ -20,8 +20,7 @@ from torch.nn import functional as F
 from cascade.config import nearest
 from cascade.errors import UserError
 from cascade.images import flatten, image_to_pixels, pixels_to_images
-from cascade.pipelines.sizes import fit_size, is_far
-from cascade.pipelines.spec import CascadeSpec
+from cascade.pipelines.sizes import Sized, fit_size, is_far
 
 Mode = Literal["img2img", "variation", "inpaint", "outpaint", "reconstruct"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -43,8 +42,8 @@ class PictureInput:
     mask: Image.Image | None = None
     """For ``inpaint``, as large as the picture: white is drawn anew, black is kept."""
     strength: float | None = None
-    """Diffusion time in (0, 1] at which sampling starts: 1 starts from noise. None is the mode's
-    own."""
+    """Diffusion time in (0, 1] at which sampling starts: 1 starts from noise. Of a U-Net the share
+    of its steps that are walked, rounded down. None is the mode's own."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class PictureTask:
 
 
 def fit_picture(
-    spec: CascadeSpec, given: PictureInput, width: int | None, height: int | None
+    spec: Sized, given: PictureInput, width: int | None, height: int | None
 ) -> tuple[PictureTask, int, int, list[str]]:
     """Bring a picture to a size that the model makes.
 
@@ -152,11 +151,11 @@ def _check(given: PictureInput) -> None:
         if not 0 < given.strength <= 1:
             raise UserError(
                 f"strength {given.strength:g}: above 0 and up to 1; 1 draws without regard to the "
-                "picture, and mode 'reconstruct' changes nothing of it"
+                "picture, and a cascade's mode 'reconstruct' changes nothing of it"
             )
 
 
-def _near_size(spec: CascadeSpec, width: int, height: int) -> tuple[int, int]:
+def _near_size(spec: Sized, width: int, height: int) -> tuple[int, int]:
     """Return the picture's own size if the model makes it well, or one of the model's area."""
     sides = (width, height)
     fits = all(
@@ -180,7 +179,7 @@ def _near_size(spec: CascadeSpec, width: int, height: int) -> tuple[int, int]:
 
 
 def _on_canvas(
-    spec: CascadeSpec, image: Image.Image, strength: float, width: int | None, height: int | None
+    spec: Sized, image: Image.Image, strength: float, width: int | None, height: int | None
 ) -> tuple[PictureTask, int, int, list[str]]:
     """Lay the picture into the middle of a larger one, whose rest is to be drawn."""
     if width is None and height is None:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cascade.pipelines.picture_input import fingerprint
+from cascade.pipelines.picture_input import PictureTask, fingerprint
 from cascade.pipelines.plan import PicturePlan, Plan
 
 
@@ -150,7 +150,7 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass(frozen=True)
 class Preview:
-    """A rough look at pictures that Stage C is still drawing."""
+    """A rough look at pictures that Stage C or a U-Net is still drawing."""
 
     images: list[Image.Image]
     """Small RGB pictures, one for each of ``indices``."""
@@ -159,7 +159,7 @@ class Preview:
     step: int
     """Steps done."""
     num_steps: int
-    """Steps of Stage C."""
+    """Steps of Stage C, or of the U-Net."""
 
 
 @dataclass(frozen=True)
@@ -198,14 +198,19 @@ def describe(plan: Plan, index: int, *, model: str, weights: str, dtype: str) ->
     if plan.picture is None or plan.picture.mode != "reconstruct":
         settings["stage_c"] = asdict(plan.stage_c)
     if plan.picture is not None:
-        settings["picture"] = {
-            "mode": plan.picture.mode,
-            "strength": plan.picture.strength,
-            "fingerprint": fingerprint(plan.picture.pixels, plan.picture.mask),
-        }
+        settings["picture"] = picture_settings(plan.picture)
     if plan.control is not None:
         settings["control"] = plan.control.described()
     return text_of(plan, index, settings, model=model, weights=weights, dtype=dtype)
+
+
+def picture_settings(picture: PictureTask) -> dict[str, object]:
+    """Return what a PNG says of the picture that it was made of."""
+    return {
+        "mode": picture.mode,
+        "strength": picture.strength,
+        "fingerprint": fingerprint(picture.pixels, picture.mask),
+    }
 
 
 def text_of(

@@ -41,7 +41,7 @@ class Start:
     """Clean latents of a picture that sampling starts from."""
 
     latents: Tensor
-    """``(1, C, h, w)`` float32, the same for all pictures of the batch."""
+    """``(1, C, h, w)`` float32, the same for all pictures of the batch, or ``(B, C, h, w)``."""
     strength: float = 1.0
     """Diffusion time to which they are noised; all steps lie between it and 0."""
     kept: Tensor | None = None

@@ -1,8 +1,10 @@
 """A U-Net of SD or SDXL, or a student of theirs: prompt -> latents -> pixels.
 
-The U-Net draws latents from text, and its autoencoder turns them into pixels.
+The U-Net draws latents from text, or from the noised latents of a picture and text, and its
+autoencoder turns them into pixels.
 
-Reference: Rombach et al., 2022, arXiv:2112.10752; Podell et al., 2023, SDXL, arXiv:2307.01952.
+References: Rombach et al., 2022, arXiv:2112.10752; Podell et al., 2023, SDXL, arXiv:2307.01952;
+Meng et al., 2022, SDEdit, arXiv:2108.01073 (from a picture).
 """
 
 from __future__ import annotations
@@ -15,24 +17,36 @@ import torch
 from torch import Tensor
 
 from cascade.checkpoints.hub import resolve
+from cascade.diffusion.samplers import StepInfo
 from cascade.errors import UserError
-from cascade.images import pixels_to_images
+from cascade.images import ImageLike, as_image, pixels_to_images
 from cascade.pipelines.finite import check_finite, check_not_black
 from cascade.pipelines.loaded import GPU_BATCH_SIZE
 from cascade.pipelines.memory_plan import MemoryPlan
 from cascade.pipelines.offload import check_request
+from cascade.pipelines.picture_input import PictureInput
 from cascade.pipelines.placement import DtypeChoice, pick_device, pick_unet_dtypes
 from cascade.pipelines.prompts import PromptStates, batches_of
-from cascade.pipelines.results import UNetPicture, UNetPictures, collect_unet, gather, text_of
+from cascade.pipelines.results import (
+    UNetPicture,
+    UNetPictures,
+    collect_unet,
+    gather,
+    picture_settings,
+    text_of,
+)
+from cascade.pipelines.sampling import Start
 from cascade.pipelines.tiles import decode_blended
 from cascade.pipelines.unet_fit import check_unet_fit
 from cascade.pipelines.unet_lora import LoraChoice
 from cascade.pipelines.unet_memory import UNetMemory
 from cascade.pipelines.unet_parts import UNetSource, open_unet_source
 from cascade.pipelines.unet_plan import UNetPlan, UNetSettings, make_unet_plan
+from cascade.pipelines.unet_preview import colours_of
 from cascade.pipelines.unet_sampling import sample_unet, told_of
-from cascade.pipelines.watch import Clock, Watch
+from cascade.pipelines.watch import Clock, OnPreview, Watch
 from cascade.rng import PictureNoise
+from stages.autoencoder_kl import DiagonalGaussian
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # in typing from Python 3.11
@@ -126,6 +140,8 @@ class UNetPipeline:
         *,
         batch_size: int | None = None,
         progress: bool | None = None,
+        on_preview: OnPreview | None = None,
+        preview_every: int = 4,
     ) -> UNetPictures:
         """Make pictures of prompts.
 
@@ -134,6 +150,8 @@ class UNetPipeline:
             settings: Everything else; None leaves all of it to the model.
             batch_size: Pictures that run together; None is 1 on a CPU and 4 on a GPU.
             progress: Show a bar; None does on a terminal.
+            on_preview: Called with rough pictures while the U-Net runs.
+            preview_every: Steps between previews.
 
         Raises:
             UserError: For anything that cannot be made, before any of it is.
@@ -141,36 +159,87 @@ class UNetPipeline:
             Interrupted: On Ctrl-C; it holds the pictures that were finished.
         """
         plan = make_unet_plan(self.spec, prompt, settings)
-        return self.make(plan, batch_size=batch_size, progress=progress)
+        return self.make(
+            plan,
+            batch_size=batch_size,
+            progress=progress,
+            on_preview=on_preview,
+            preview_every=preview_every,
+        )
+
+    def image_to_image(
+        self,
+        image: ImageLike,
+        prompt: str | Sequence[str],
+        strength: float | None = None,
+        settings: UNetSettings | None = None,
+    ) -> UNetPictures:
+        """Change a picture by a prompt: noise its latents and denoise them.
+
+        Args:
+            image: The picture, or its file.
+            prompt: One prompt or several.
+            strength: Share in (0, 1] of the steps that are walked, the last ones, rounded down:
+                the more, the less of the picture is left. None is 0.8.
+            settings: Everything else.
+
+        Raises:
+            UserError: If that is less than one step, and as a call does.
+        """
+        given = PictureInput(as_image(image), "img2img", None, strength)
+        return self.make(make_unet_plan(self.spec, prompt, settings, picture=given))
 
     def make(
-        self, plan: UNetPlan, *, batch_size: int | None = None, progress: bool | None = None
+        self,
+        plan: UNetPlan,
+        *,
+        batch_size: int | None = None,
+        progress: bool | None = None,
+        on_preview: OnPreview | None = None,
+        preview_every: int = 4,
     ) -> UNetPictures:
         """Make all pictures of a plan; the arguments and errors are those of a call."""
-        pictures = self.run(plan, batch_size=batch_size, progress=progress)
+        pictures = self.run(
+            plan,
+            batch_size=batch_size,
+            progress=progress,
+            on_preview=on_preview,
+            preview_every=preview_every,
+        )
         finished = gather(pictures, len(plan.requests))
         return collect_unet(finished, [*plan.notices, *self.notices])
 
     def run(
-        self, plan: UNetPlan, *, batch_size: int | None = None, progress: bool | None = None
+        self,
+        plan: UNetPlan,
+        *,
+        batch_size: int | None = None,
+        progress: bool | None = None,
+        on_preview: OnPreview | None = None,
+        preview_every: int = 4,
     ) -> Iterator[UNetPicture]:
         """Make a plan's pictures one after the other and give each as soon as it is finished.
 
         Raises:
-            UserError: If ``batch_size`` is below 1.
+            UserError: If a number is below 1, or the colours of this model's latents are unknown.
             NonFiniteError: If a network gives values that are not finite.
         """
-        if batch_size is not None and batch_size < 1:
-            raise UserError(f"batch_size {batch_size} must be at least 1")
+        if (batch_size is not None and batch_size < 1) or preview_every < 1:
+            raise UserError(
+                f"batch_size {batch_size} and preview_every {preview_every} must be at least 1"
+            )
+        if on_preview is not None:  # now, not after the first steps
+            colours_of(self.autoencoder.config, self.folder)
         memory = self.arrange(plan, batch_size=batch_size)
         if batch_size is None:
             batch_size = memory.batch_size or (1 if self.device.type == "cpu" else GPU_BATCH_SIZE)
         states = self._prompt_states(
             [*(request.prompt for request in plan.requests), plan.negative_prompt]
         )
+        given = None if plan.picture is None else self.encode(plan.picture.pixels)
         for batch in batches_of(plan, states, batch_size):
-            watch = Watch(batch, len(plan.requests), progress, None, 1)
-            yield from self._make_batch(plan, states, watch)
+            watch = Watch(batch, len(plan.requests), progress, on_preview, preview_every)
+            yield from self._make_batch(plan, states, given, watch)
 
     @property
     def weights_hash(self) -> str:
@@ -206,6 +275,21 @@ class UNetPipeline:
         return self.autoencoder.config.latent_channels, height // cell, width // cell
 
     @torch.inference_mode()
+    def encode(self, pixels: Tensor) -> DiagonalGaussian:
+        """Return the Gaussian of a picture's latents.
+
+        Args:
+            pixels: ``(1, 3, H, W)`` in [0, 1], of a size that the model makes.
+
+        Raises:
+            NonFiniteError: If a value is not finite.
+        """
+        with self.memory.on("autoencoder"):
+            posterior = self.autoencoder.posterior(pixels.to(self.device))
+        check_finite(posterior.mean, "the autoencoder's encoder", self.dtypes.autoencoder)
+        return posterior
+
+    @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
         """Turn latents into pixels ``(B, 3, H, W)``, float32 in [0, 1].
 
@@ -234,9 +318,14 @@ class UNetPipeline:
 
     @torch.inference_mode()
     def _make_batch(
-        self, plan: UNetPlan, states: Sequence[PromptStates], watch: Watch
+        self,
+        plan: UNetPlan,
+        states: Sequence[PromptStates],
+        given: DiagonalGaussian | None,
+        watch: Watch,
     ) -> list[UNetPicture]:
         requests = [plan.requests[index] for index in watch.batch]
+        seeds = [request.seed for request in requests]
         clock = Clock(self.device)
         with clock("text"):
             prompted = told_of(
@@ -247,15 +336,23 @@ class UNetPipeline:
                 plan.sizes,
                 empty_is_zeros=self.spec.empty_negative == "zeros",
             )
-        steps = plan.sampling.steps
-        with clock("unet"), self.memory.on("unet"), watch.stage("U-Net", steps) as count:
+        start = self._start(plan, given, seeds)
+        with clock("unet"), self.memory.on("unet"), watch.stage("U-Net", plan.steps) as count:
+
+            def on_step(info: StepInfo) -> None:
+                count(info)
+                if watch.wants_preview(info):
+                    colours = colours_of(self.autoencoder.config, self.folder)
+                    watch.show(info, colours.pixels(info.x0_hat))
+
             latents = sample_unet(
                 self.unet,
                 plan.sampling,
                 prompted,
-                PictureNoise([request.seed for request in requests], "unet"),
+                PictureNoise(seeds, "unet"),
                 self.latent_shape(plan.height, plan.width),
-                on_step=count,
+                start=start,
+                on_step=on_step,
             )
         with clock("autoencoder"):
             pixels = self.decode(latents).cpu()
@@ -276,8 +373,25 @@ class UNetPipeline:
             )
         ]
 
+    def _start(
+        self, plan: UNetPlan, given: DiagonalGaussian | None, seeds: Sequence[int]
+    ) -> Start | None:
+        """Draw each seed's sample of the picture's latents: the U-Net learned samples, not means.
+
+        Their noise is a stream of its own: a seed's other noise is that of a prompt alone.
+        """
+        if given is None or plan.picture is None:
+            return None
+        noise = PictureNoise(seeds, "autoencoder")
+        latents = self.autoencoder.latents_of(
+            given, lambda mean: noise.randn(mean.shape[1:]).to(mean)
+        )
+        return Start(latents, plan.picture.strength)
+
     def _metadata(self, plan: UNetPlan, index: int) -> dict[str, str]:
         settings: dict[str, object] = {"unet": vars(plan.sampling)}
+        if plan.picture is not None:
+            settings["picture"] = picture_settings(plan.picture)
         if plan.sizes is not None:
             settings["sizes"] = list(plan.sizes.values())
         if self._source.loras:

@@ -16,6 +16,7 @@ from cascade.pipelines.memory_peak import peak_bytes
 from cascade.pipelines.memory_plan import MemoryPlan
 from cascade.pipelines.offload import Memory, batches_up_to
 from cascade.pipelines.placement import UNetDtypes
+from cascade.pipelines.sampling import Start
 from cascade.pipelines.tiles import BLENDED_TILE_CELLS, blended_margin
 from cascade.pipelines.unet_parts import UNetParts
 from cascade.pipelines.unet_plan import UNetPlan
@@ -38,6 +39,8 @@ class UNetWorkload:
     """Channels, height and width of the latents."""
     text_length: int
     """Tokens of a prompt's states, over all its windows."""
+    from_picture: bool = False
+    """Whether a picture is encoded first, whose latents the sampling starts from."""
 
 
 class UNetMemory(Memory):
@@ -72,7 +75,8 @@ class UNetMemory(Memory):
             UserError: If nothing fits.
         """
         length = self.text_length(plan) if self.has_budget else 0
-        workload = UNetWorkload(plan.sampling, latent_shape, length)
+        from_picture = plan.picture is not None
+        workload = UNetWorkload(plan.sampling, latent_shape, length, from_picture)
 
         def sizes(parts: Mapping[str, nn.Module]) -> Mapping[str, Footprint]:
             return unet_footprints(self._parts, self._dtypes, workload)
@@ -120,7 +124,19 @@ def unet_footprints(
         },
         tiles_differ=True,
     )
+    if workload.from_picture:
+        sizes["autoencoder_encoder"] = Footprint(
+            *weight_bytes(parts.autoencoder),
+            _encoding(autoencoder, workload.latent_shape),
+            of="autoencoder",
+        )
     return sizes
+
+
+def _encoding(twin: AutoencoderKL, latent_shape: tuple[int, int, int]) -> int:
+    """Bytes of one picture's encoding, its pixels among them."""
+    height, width = (twin.downscale * side for side in latent_shape[1:])
+    return peak_bytes(lambda: twin.encode(torch.empty(1, 3, height, width, device="meta")))
 
 
 def _decoding(twin: AutoencoderKL, latent_shape: tuple[int, int, int], tile: int | None) -> int:
@@ -147,6 +163,11 @@ def _drawing(twin: UNet, encoders: list[TextEncoder], workload: UNetWorkload) ->
         pooled = torch.empty(1, pooled_channels, device="meta")
         return UNetCondition(hidden, pooled, torch.empty(1, NUM_SIZES, device="meta"))
 
+    def start() -> Start | None:
+        if not workload.from_picture:
+            return None
+        return Start(torch.empty(1, *workload.latent_shape, device="meta"))
+
     in_a_step = peak_bytes(
         lambda: sample_unet(
             twin,
@@ -154,6 +175,7 @@ def _drawing(twin: UNet, encoders: list[TextEncoder], workload: UNetWorkload) ->
             UNetPrompted(told(), told()),
             PictureNoise([0]),
             workload.latent_shape,
+            start=start(),
         )
     )
     return cast(int, in_a_step + kept_between_steps(workload.latent_shape))

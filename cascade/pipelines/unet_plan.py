@@ -9,6 +9,7 @@ from typing import TypeVar
 from cascade.config import nearest
 from cascade.diffusion.discrete import Spacing
 from cascade.errors import UserError
+from cascade.pipelines.picture_input import MODES, PictureInput, PictureTask, fit_picture
 from cascade.pipelines.plan import (
     PicturePlan,
     check_count,
@@ -77,15 +78,26 @@ class UNetPlan(PicturePlan):
     """Pictures for a U-Net to make, and the settings that they share."""
 
     sampling: UNetSampling
-    """Sampling."""
+    """Sampling, from noise."""
     sizes: SizeCondition | None
     """What SDXL is told of sizes; None for SD."""
     notices: tuple[str, ...] = ()
     """What was changed, and what the user should know."""
+    picture: PictureTask | None = None
+    """The picture that the pictures are made of; None: of prompts alone."""
+
+    @property
+    def steps(self) -> int:
+        """Steps that are walked: of a picture the last ones, as its strength has it."""
+        return self.sampling.steps_of(1.0 if self.picture is None else self.picture.strength)
 
 
 def make_unet_plan(
-    spec: UNetSpec, prompt: str | Sequence[str], settings: UNetSettings | None = None
+    spec: UNetSpec,
+    prompt: str | Sequence[str],
+    settings: UNetSettings | None = None,
+    *,
+    picture: PictureInput | None = None,
 ) -> UNetPlan:
     """Settle what a call makes.
 
@@ -93,11 +105,16 @@ def make_unet_plan(
         spec: The model; what the settings leave open is taken from it.
         prompt: One prompt or several.
         settings: Everything else; None leaves all of it open.
+        picture: A picture to start from; its mode is "img2img".
 
     Raises:
         UserError: For anything that cannot be made, saying what can.
     """
     wanted = settings or UNetSettings()
+    if picture is not None and picture.mode in MODES and picture.mode != "img2img":
+        raise UserError(
+            f"mode {picture.mode!r}: of pictures a U-Net does 'img2img' alone; a cascade does it"
+        )
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not prompts:
         raise UserError("no prompt given; give at least one")
@@ -107,8 +124,17 @@ def make_unet_plan(
             raise UserError(f"prompt {index + 1} is empty; say what the picture shows")
     check_text(wanted.negative_prompt, "the negative prompt")
     check_count("num_images", wanted.num_images, 1_000_000)
-    width, height, notices = fit_size(spec, wanted.width, wanted.height)
+    task: PictureTask | None = None
+    if picture is None:
+        width, height, notices = fit_size(spec, wanted.width, wanted.height)
+    else:
+        task, width, height, notices = fit_picture(spec, picture, wanted.width, wanted.height)
     sampling = _override(spec.sampling, wanted)
+    if task is not None and sampling.steps_of(task.strength) < 1:
+        raise UserError(
+            f"strength {task.strength:g} of {sampling.steps} steps is less than one: choose more "
+            "steps, or a strength nearer to 1"
+        )
     if wanted.negative_prompt.strip() and sampling.guidance == 1:
         notices.append("the negative prompt has no effect: guidance is off")
     return UNetPlan(
@@ -119,6 +145,7 @@ def make_unet_plan(
         sampling=sampling,
         sizes=_sizes(spec, wanted, (height, width)),
         notices=(*spec.notices, *notices),
+        picture=task,
     )
 
 

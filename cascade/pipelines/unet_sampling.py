@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from cascade.diffusion.samplers import OnStep
 from cascade.pipelines.prompts import PromptStates
-from cascade.pipelines.sampling import sample_latents
+from cascade.pipelines.sampling import Start, sample_latents
 from cascade.pipelines.unet_plan import SizeCondition
 from cascade.pipelines.unet_spec import UNetSampling
 from cascade.placed import example_of
@@ -77,6 +77,7 @@ def sample_unet(
     noise: PictureNoise,
     latent_shape: tuple[int, int, int],
     *,
+    start: Start | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Draw a U-Net's latents of B prompts.
@@ -87,6 +88,8 @@ def sample_unet(
         prompted: What it is told.
         noise: One seed for each picture.
         latent_shape: Channels, height and width of the latents.
+        start: A picture to start from: its strength is the share of the steps that are walked, the
+            last ones, and it is noised to where the first of them lies.
         on_step: Called after each step.
 
     Returns:
@@ -99,9 +102,14 @@ def sample_unet(
     cond, uncond = (_moved(one, weight) for one in (prompted.cond, prompted.uncond))
     guided = sampling.guidance != 1
     prepared = network.prepare(concat([cond, uncond]) if guided else cond)
-    x = sampling.first_noise(noise.randn(latent_shape))
+    x = noise.randn(latent_shape)
+    if start is None:
+        walk, x = sampling.walk(), sampling.first_noise(x)
+    else:
+        walk = sampling.walk(start.strength)
+        start = replace(start, strength=1.0)  # of these times, whose first is where it starts
     return sample_latents(
-        "the U-Net", network, sampling.walk(), cond, prepared, noise, x, on_step=on_step
+        "the U-Net", network, walk, cond, prepared, noise, x, start=start, on_step=on_step
     )
 
 

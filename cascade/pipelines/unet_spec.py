@@ -91,9 +91,21 @@ class UNetSampling:
             ends=self.sampler == "dpmpp_2m",
         )
 
-    def walk(self) -> Walk:
-        """Return how a sampler walks from noise to latents."""
-        timesteps = self.timesteps()
+    def steps_of(self, strength: float) -> int:
+        """Return how many of the steps a picture walks, the last ones: none for a weak strength.
+
+        Reference: Meng et al., 2022, SDEdit, arXiv:2108.01073; rounded down as diffusers does.
+        """
+        return min(int(self.steps * strength), self.steps)
+
+    def walk(self, strength: float = 1.0) -> Walk:
+        """Return how a sampler walks from noise to latents.
+
+        Args:
+            strength: Share of the steps that are walked, the last ones: see ``steps_of``, which
+                must not be 0.
+        """
+        timesteps = self.timesteps()[self.steps - self.steps_of(strength) :]
         stays_noisy = self.sampler == "ddim" and not self.ends_clean
         end = timesteps.new_tensor([0.0 if stays_noisy else -1.0])
         samplers: Mapping[UNetSampler, Sampler] = {

@@ -19,7 +19,7 @@ from cascade.pipelines.unet import UNetPipeline
 from cascade.pipelines.unet_plan import UNetSettings
 from cascade.pipelines.unet_sampling import sample_unet
 from cascade.pipelines.unet_spec import UNetSampling
-from tests.reference.unet_toys import SCHEDULE, save_pipeline
+from tests.reference.unet_toys import save_pipeline, scheduler
 
 pytestmark = pytest.mark.reference
 
@@ -52,27 +52,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
         return known[kind]
 
     return get
-
-
-def scheduler(sampler: str, spacing: str, prediction: str) -> Any:
-    import diffusers
-
-    name = {
-        "euler": "EulerDiscreteScheduler",
-        "euler_ancestral": "EulerAncestralDiscreteScheduler",
-        "ddim": "DDIMScheduler",
-        "dpmpp_2m": "DPMSolverMultistepScheduler",
-        "lcm": "LCMScheduler",
-    }[sampler]
-    arguments: dict[str, Any] = {
-        **SCHEDULE,
-        "prediction_type": {"v": "v_prediction"}.get(prediction, prediction),
-    }
-    if sampler != "lcm":
-        arguments["timestep_spacing"] = spacing
-    if sampler in ("ddim", "lcm"):
-        arguments |= {"clip_sample": False, "set_alpha_to_one": False}
-    return getattr(diffusers, name)(**arguments)
 
 
 def theirs(pipeline: Any, arguments: dict[str, Any]) -> tuple[list[Tensor], np.ndarray]:

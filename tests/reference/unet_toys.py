@@ -130,3 +130,25 @@ def save_pipeline(folder: Path, kind: str, prediction: str = "epsilon") -> Any:
     pipeline.save_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def scheduler(sampler: str, spacing: str, prediction: str) -> Any:
+    """Return diffusers' scheduler that is one of our samplers."""
+    import diffusers
+
+    name = {
+        "euler": "EulerDiscreteScheduler",
+        "euler_ancestral": "EulerAncestralDiscreteScheduler",
+        "ddim": "DDIMScheduler",
+        "dpmpp_2m": "DPMSolverMultistepScheduler",
+        "lcm": "LCMScheduler",
+    }[sampler]
+    arguments: dict[str, Any] = {
+        **SCHEDULE,
+        "prediction_type": {"v": "v_prediction"}.get(prediction, prediction),
+    }
+    if sampler != "lcm":
+        arguments["timestep_spacing"] = spacing
+    if sampler in ("ddim", "lcm"):
+        arguments |= {"clip_sample": False, "set_alpha_to_one": False}
+    return getattr(diffusers, name)(**arguments)
