@@ -26,12 +26,11 @@ from cascade.errors import UserError, run_main
 from cascade.pipelines.unet import UNetPipeline
 from cascade.pipelines.unet_fit import check_unet_fit
 from cascade.pipelines.unet_parts import UNetParts
-from cascade.pipelines.unet_spec import UNetSpec
+from cascade.pipelines.unet_spec import UNET_DIFFUSION_KEY, UNetSpec
 from cascade.tools.convert_unet import write_unet_folder
 from stages.autoencoder_kl import AutoencoderKL
 from stages.unet.unet import UNet
 from train.encode import load_text
-from train.losses.unet_denoising import UNET_DIFFUSION_KEY
 
 _log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from cascade.checkpoints.readers import (
     read_json,
     weights_in,
 )
-from cascade.config import from_dict
+from cascade.config import from_dict, to_dict
 from cascade.errors import UserError
 from cascade.pipelines.placement import UNetDtypes
 from cascade.pipelines.published import sampled_hash
@@ -38,7 +38,13 @@ from cascade.pipelines.unet_lora import (
     merge_loras,
 )
 from cascade.pipelines.unet_published import advice_for, sampling_of
-from cascade.pipelines.unet_spec import UNET_SPEC_FILE, UNetSpec, load_unet_spec
+from cascade.pipelines.unet_spec import (
+    UNET_DIFFUSION_KEY,
+    UNET_SPEC_FILE,
+    UNetSampling,
+    UNetSpec,
+    load_unet_spec,
+)
 from cascade.text.encoder import TextConfig, TextEncoder, load_tokenizer
 from stages.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from stages.unet.config import UNetConfig
@@ -171,7 +177,7 @@ class UNetSource:
             )
         self.is_sdxl = config.text_pooled_channels is not None
         try:
-            self.spec = self._make_spec(unet)
+            self.spec = self._as_trained(self._make_spec(unet))
         except UserError:
             raise
         except ValueError as error:  # sizes of which no settings can be made
@@ -367,6 +373,20 @@ class UNetSource:
             licence="" if advice is None else advice.licence,
             notices=tuple(notices),
         )
+
+    def _as_trained(self, spec: UNetSpec) -> UNetSpec:
+        """Return the settings with what the U-Net's own file says of its training."""
+        opened = self._parts["unet"].opened
+        text = opened.metadata.get(UNET_DIFFUSION_KEY)
+        if text is None:
+            return spec
+        where = f"{opened.where} (how it was trained)"
+        try:
+            trained = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}: not valid JSON ({error})") from error
+        values = {**to_dict(spec.sampling), **trained}
+        return replace(spec, sampling=from_dict(UNetSampling, values, where))
 
     def _written_spec(self) -> UNetSpec | None:
         """Return the settings of what was written here."""

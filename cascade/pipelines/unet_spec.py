@@ -34,6 +34,8 @@ from cascade.pipelines.spec import MAX_GUIDANCE
 from cascade.text.encoder import TextConfig
 
 UNET_SPEC_FILE = "pipeline.json"
+UNET_DIFFUSION_KEY = "cascade_unet_diffusion"
+"""Metadata of a file that was trained here: what its U-Net predicts, and on which schedule."""
 UNetSampler = Literal["euler", "euler_ancestral", "ddim", "dpmpp_2m", "lcm"]
 UNET_SAMPLERS: tuple[UNetSampler, ...] = ("euler", "euler_ancestral", "ddim", "dpmpp_2m", "lcm")
 SPACINGS: tuple[Spacing, ...] = ("leading", "trailing", "linspace")

@@ -16,6 +16,7 @@ from cascade.checkpoints.files import load_network, save_network
 from cascade.errors import UserError
 from cascade.images import open_image
 from cascade.pipelines.unet import UNetPipeline
+from cascade.pipelines.unet_parts import open_unet_source
 from cascade.pipelines.unet_plan import UNetSettings
 from cascade.rng import PictureNoise
 from cascade.tools.convert import convert
@@ -89,6 +90,17 @@ def test_diffusers_draws_the_same_latents_from_the_folder(model):
     ).images[0]
     scale = found.std()
     assert (drawn - found).abs().max() < 1e-4 * scale
+
+
+def test_a_u_net_that_was_trained_for_v_is_sampled_so_in_place_of_another(model, tmp_path):
+    own = load_network(model / "teacher.safetensors", expect=UNet)
+    path, said = tmp_path / "v.safetensors", UNetDiffusionConfig("v").metadata()
+    save_network(path, own, metadata=said)
+    assert open_unet_source(model).spec.sampling.prediction == "epsilon"
+    assert open_unet_source(model, path).spec.sampling.prediction == "v"
+    save_network(path, own, metadata={key: '{"prediction": "w"}' for key in said})
+    with pytest.raises(UserError, match="prediction: 'w' is not one of"):
+        open_unet_source(model, path)
 
 
 def test_its_single_file_makes_the_same_picture(model, tmp_path):

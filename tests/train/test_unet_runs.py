@@ -17,6 +17,7 @@ from cascade.checkpoints.files import load_network, read_metadata, save_network
 from cascade.config import from_dict, load_yaml
 from cascade.errors import UserError
 from cascade.images import open_image
+from cascade.pipelines.unet_spec import UNET_DIFFUSION_KEY
 from cascade.text.encoder import TextConfig
 from stages.unet.compress import PUBLISHED, Recipe, plan_student
 from stages.unet.config import UNetConfig
@@ -38,7 +39,6 @@ from train.losses.distillation import (
     site_pairs,
 )
 from train.losses.unet_denoising import (
-    UNET_DIFFUSION_KEY,
     UNetDiffusionConfig,
     noise_unet_batch,
     published_unet_errors,

@@ -12,11 +12,10 @@ from torch import Tensor
 from cascade.diffusion import weighting
 from cascade.diffusion.discrete import NUM_TIMESTEPS, DiscreteSchedule, time_of
 from cascade.diffusion.prediction import Prediction, target, to_x0
+from cascade.pipelines.unet_spec import UNET_DIFFUSION_KEY
 from train.draws import StepDraws
 from train.losses.denoising import Noised
 
-UNET_DIFFUSION_KEY = "cascade_unet_diffusion"
-"""Metadata of a U-Net that was trained here: how it must be sampled."""
 _SAMPLED = ("prediction", "beta_start", "beta_end")
 
 
