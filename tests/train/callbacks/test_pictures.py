@@ -38,7 +38,8 @@ def test_pictures_are_drawn_of_both_weights_and_change_nothing(kind, make_run, t
 
 def test_the_averaged_weights_pictures_are_those_of_the_export(make_run, tiny_model):
     pictures = {"model": str(tiny_model), "prompts": PROMPTS[:1], "seed": 7}
-    run = make_run("stage_c", pictures=pictures)
+    learned = {"prediction": "epsilon", "weight": "p2"}  # as the model's own
+    run = make_run("stage_c", pictures=pictures, diffusion=learned)
     run.start()
     pipeline = CascadePipeline.from_folder(tiny_model, device="cpu")
     pipeline.stage_c = load_network(run.out / "stage_c.safetensors", expect=StageC)

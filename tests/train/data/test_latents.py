@@ -221,7 +221,9 @@ def test_broken_latents_are_found_and_objects_are_never_loaded(paths, pictures, 
 
 def test_what_can_t_be_a_cache_is_refused(pictures, paths, tmp_path):
     words = arguments(pictures, tmp_path / "out", FrozenPaths())
-    with pytest.raises(UserError, match="name a network: --text, --image, --stage-a or"):
+    with pytest.raises(
+        UserError, match="name a network: --text, --image, --stage-a, --compressor or"
+    ):
         main(words)
     words = arguments(pictures, tmp_path / "out", paths)
     with pytest.raises(UserError, match="--part 2/2: parts are numbered from 0"):
