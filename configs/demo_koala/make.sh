@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes the demonstration's U-Nets, after the cascade's (configs/demo/make.sh): the autoencoder, a
-# teacher of SDXL's structure, students of it, and weights/demo-koala.
+# teacher of SDXL's structure, students of it, and the model folder runs/demo_koala/model.
 # Usage: bash configs/demo_koala/make.sh
 # Every step is skipped if its result is there, so the same command goes on after a stop.
 set -euo pipefail
@@ -27,6 +27,12 @@ student() { # name, recipe and what it needs
     --out "$runs/students/$name" --recipe "$@"
 }
 
+# Shipped, since teacher and students are worth nothing without the very one that they learned with.
+if [ ! -f "$runs/autoencoder_kl/autoencoder_kl.safetensors" ] && [ -f weights/demo-koala/autoencoder_kl.safetensors ]; then
+  mkdir -p "$runs/autoencoder_kl"
+  cp weights/demo-koala/autoencoder_kl.safetensors "$runs/autoencoder_kl/"
+  touch "$runs/autoencoder_kl/done"
+fi
 train autoencoder_kl autoencoder_kl autoencoder
 precompute train cache
 precompute test_combo cache_test_combo
@@ -35,4 +41,4 @@ student koala configs/distill/demo_koala.yaml
 student bk configs/distill/demo_bk.yaml
 train unet_kd unet_kd_koala unet_kd_koala
 train unet_kd unet_kd_bk unet_kd_bk
-python -m train.assemble_unet --config configs/demo_koala/model.yaml --out weights/demo-koala
+python -m train.assemble_unet --config configs/demo_koala/model.yaml --out "$runs/model"
