@@ -14,11 +14,10 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -32,41 +31,18 @@ from cascade.evaluate.retrieval import (  # noqa: E402
     Agreement,
     agreement,
     derangement,
-    draw_candidates,
     true_ranks,
 )
 from cascade.pipelines.cascade import CascadePipeline  # noqa: E402
 from stages.stage_c import StageC  # noqa: E402
 from train.fit import DONE_FILE  # noqa: E402
 from train.losses.denoising import DIFFUSION_KEY  # noqa: E402
-from train.study.demo_figures import pixels_of  # noqa: E402
-from train.study.held_out import Split, read_folder, read_splits  # noqa: E402
+from train.study.demo_figures import Asked, ask, pixels_of  # noqa: E402
+from train.study.held_out import read_folder, read_splits  # noqa: E402
 from train.study.provenance import commit, machine  # noqa: E402
 
 _log = logging.getLogger(__name__)
 BATCH_SIZE = 50
-
-
-@dataclass(frozen=True)
-class Asked:
-    """Prompts with their candidates, the same for all recipes."""
-
-    prompts: list[str]
-    vectors: Tensor
-    """(M, D): embeddings of all candidates."""
-    candidates: Tensor
-    """(N, K): rows of ``vectors``, each prompt's own first."""
-
-
-def ask(split: Split, scorer: ClipScorer, num_candidates: int, seed: int) -> Asked:
-    """Draw each prompt's candidates."""
-    generator = torch.Generator().manual_seed(seed)
-    captions = [entry.caption for entry in split.entries]
-    identities = [entry.identity for entry in split.entries]
-    drawn = draw_candidates(split.asked, captions, identities, num_candidates, generator)
-    used, compact = torch.unique(drawn, return_inverse=True)
-    vectors = scorer.embed_prompts([captions[index] for index in used.tolist()])
-    return Asked([captions[index] for index in split.asked], vectors, compact)
 
 
 def put_in(
@@ -132,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     [split] = read_splits(read_folder(options.shards), options.prompts, 0).values()
     scorer = ClipScorer.from_folder(options.model / "text")
-    asked = ask(split, scorer, 100, 0)
+    asked = ask(split, scorer, 100, torch.Generator().manual_seed(0))
     real = scorer.embed_pictures(pixels_of(split, [split.entries[i].key for i in split.asked]))
     shuffled = real[derangement(len(real), torch.Generator().manual_seed(0))]
     print("| Stage C | runs | first of 100 | in the first five |\n| --- | --- | --- | --- |")

@@ -272,6 +272,15 @@ class AutoencoderKL(nn.Module):
             moments = self.quant_conv(moments)
         return DiagonalGaussian.of_moments(moments)
 
+    def latent_gaussian(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and deviation of the latents of ``encode``, shifted and scaled.
+
+        Arguments and errors are those of ``posterior``; both are ``(B, 4, H/8, W/8)``, float32.
+        """
+        posterior = self.posterior(pixels)
+        mean = (posterior.mean - self.config.shift) * self.config.scale
+        return mean, posterior.std * self.config.scale
+
     def encode(
         self, pixels: Tensor, randn_like: Callable[[Tensor], Tensor] | None = None
     ) -> Tensor:

@@ -21,7 +21,6 @@ class TrainedLora(nn.Module):
         """Take the network, which is not held, and what is attached to it."""
         super().__init__()
         self.config = network.config
-        self.alphas = {path: layer.alpha for path, layer in adapter.layers.items()}
         self.name = adapter.name
         # A name of a module holds no dots.
         self.layers = nn.ModuleDict(
@@ -40,7 +39,10 @@ class TrainedLora(nn.Module):
 
     def updates(self) -> dict[str, LowRank]:
         """Return the updates by the paths of their layers."""
-        return {path: LowRank(*self._tensors(path), self.alphas[path]) for path in self.alphas}
+        return {
+            name.replace("/", "."): cast(LoraLayer, layer).update()
+            for name, layer in self.layers.items()
+        }
 
     def keys_in(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return a state of this module by the names that its tensors have in the network."""
@@ -60,7 +62,3 @@ class TrainedLora(nn.Module):
             dtype=dtype,
             metadata=metadata,
         )
-
-    def _tensors(self, path: str) -> tuple[Tensor, Tensor]:
-        layer = cast(LoraLayer, self.layers[path.replace(".", "/")])
-        return layer.down.detach(), layer.up.detach()

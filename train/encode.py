@@ -235,10 +235,8 @@ class FrozenEncoders:
             if self.image is not None:
                 found["image_embeds"] = self.image(centre_square(pixels))
             if self.autoencoder is not None:
-                posterior = self.autoencoder.posterior(pixels)
-                config = self.autoencoder.config
-                found["autoencoder_mean"] = (posterior.mean - config.shift) * config.scale
-                found["autoencoder_std"] = posterior.std * config.scale
+                mean, std = self.autoencoder.latent_gaussian(pixels)
+                found |= {"autoencoder_mean": mean, "autoencoder_std": std}
         except ValueError as error:
             raise UserError(f"the network does not take these pictures: {error}") from error
         return found

@@ -118,6 +118,10 @@ class LoraLayer(nn.Module):
                 raise ValueError(f"a low-rank update of {layer} is not known here")
             self.walk = layer.stride, layer.padding, layer.dilation
 
+    def update(self) -> LowRank:
+        """Return the update, whose tensors are this layer's own."""
+        return LowRank(self.down.detach(), self.up.detach(), self.alpha)
+
     def forward(self, x: Tensor) -> Tensor:
         """Return what is added to the layer's output, in float32 or as autocast has it.
 

@@ -162,6 +162,31 @@ def _reconstruction_row(split: str, measured: Tensor) -> ReconstructionRow:
     return ReconstructionRow(split, len(measured), *means)
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Prompts of a split with their candidates."""
+
+    prompts: list[str]
+    vectors: Tensor
+    """(M, D): embeddings of all candidates."""
+    candidates: Tensor
+    """(N, K): rows of ``vectors``, each prompt's own first."""
+
+
+def ask(split: Split, scorer: ClipScorer, num_candidates: int, generator: torch.Generator) -> Asked:
+    """Draw the candidates of each asked prompt; each caption is embedded once.
+
+    Raises:
+        UserError: If the split has too few different captions.
+    """
+    captions = [entry.caption for entry in split.entries]
+    identities = [entry.identity for entry in split.entries]
+    drawn = draw_candidates(split.asked, captions, identities, num_candidates, generator)
+    used, compact = torch.unique(drawn, return_inverse=True)
+    vectors = scorer.embed_prompts([captions[index] for index in used.tolist()])
+    return Asked([captions[index] for index in split.asked], vectors, compact)
+
+
 def measure_agreement(
     split: Split, scorer: ClipScorer, store: PictureStore, num_candidates: int, seed: int
 ) -> list[AgreementRow]:
@@ -183,29 +208,23 @@ def measure_agreement(
         UserError: If the split has too few different captions.
     """
     generator = torch.Generator().manual_seed(seed)
-    captions = [entry.caption for entry in split.entries]
-    identities = [entry.identity for entry in split.entries]
-    candidates = draw_candidates(split.asked, captions, identities, num_candidates, generator)
+    asked = ask(split, scorer, num_candidates, generator)
     shuffle = derangement(len(split.asked), generator)
-
-    # Each prompt of the pool is embedded once, however often it was drawn.
-    used, compact = torch.unique(candidates, return_inverse=True)
-    prompts = scorer.embed_prompts([captions[i] for i in used.tolist()])
-
     keys = [split.entries[i].key for i in split.asked]
     real = pixels_of(split, keys)
     seeds = range(seed, seed + len(keys))
     embedded = {
         "real": scorer.embed_pictures(real),
         store.reconstruction: scorer.embed_pictures(store.reconstructed(keys, real, seed)),
-        "generated": scorer.embed_pictures(
-            store.generated([captions[i] for i in split.asked], list(seeds))
-        ),
+        "generated": scorer.embed_pictures(store.generated(asked.prompts, list(seeds))),
     }
     embedded["shuffled"] = embedded["real"][shuffle]
     return [
         AgreementRow(
-            split.name, kind, num_candidates, agreement(true_ranks(pictures, prompts, compact))
+            split.name,
+            kind,
+            num_candidates,
+            agreement(true_ranks(pictures, asked.vectors, asked.candidates)),
         )
         for kind, pictures in embedded.items()
     ]
