@@ -295,7 +295,15 @@ def _trainer(
     average = WeightAverage(run.ema_decay, offload=run.ema_offload)
     finite = SkipNonFinite(out, run.max_skipped_steps)
     every = run.checkpoint_every_steps * optimizers  # Lightning counts each optimizer's steps
-    export = Export(out, every, getattr(torch, run.export_dtype), average, ledger, stop.errors)
+    export = Export(
+        out,
+        every,
+        getattr(torch, run.export_dtype),
+        average,
+        ledger,
+        stop.errors,
+        run.export_at_steps,
+    )
     manual = not system.automatic_optimization
     if manual and run.accumulate > 1:
         raise UserError(

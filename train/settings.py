@@ -26,6 +26,9 @@ class RunConfig:
     """Weights & Biases project that the run also reports to; needs the package ``wandb``."""
     checkpoint_every_steps: int = 500
     """Steps between resumable checkpoints and exports of the averaged weights."""
+    export_at_steps: tuple[int, ...] = ()
+    """Steps after which the averaged weights are also kept in ``OUT/exports/step=N``, so that what
+    a run had learned by then can be judged later."""
     keep_checkpoints: int = 2
     """Resumable checkpoints kept: should the newest be damaged, the one before goes on."""
     ema_decay: float = 0.999
@@ -73,6 +76,11 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; at least 1 is needed")
+        beyond = [step for step in self.export_at_steps if not 1 <= step <= self.max_steps]
+        if beyond:
+            raise ValueError(
+                f"export_at_steps holds {beyond[0]}; the run makes steps 1 to {self.max_steps}"
+            )
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed is {self.seed}; it lies in [0, 2^32)")
         if self.max_minutes is not None and not self.max_minutes > 0:

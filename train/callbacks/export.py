@@ -1,8 +1,9 @@
-"""Exports the averaged weights as safetensors, at every checkpoint and at the end."""
+"""Exports the averaged weights as safetensors: at checkpoints, at chosen steps and at the end."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,11 @@ from train.steps import ends_step, steps_done
 _log = logging.getLogger(__name__)
 
 
+def export_folder(out: Path, step: int) -> Path:
+    """Return where a run keeps what it exported after one of ``run.export_at_steps``."""
+    return out / "exports" / f"step={step}"
+
+
 class Export(Callback):
     """Writes ``OUT/NAME.safetensors`` for each exported network, averaged weights, atomically."""
 
@@ -32,10 +38,15 @@ class Export(Callback):
         average: WeightAverage,
         ledger: Ledger,
         errors: RankErrors | None = None,
+        at_steps: Sequence[int] = (),
     ) -> None:
-        """Take the folder, the interval, and the callbacks that hold what is exported."""
+        """Take the folder, the interval, and the callbacks that hold what is exported.
+
+        ``at_steps`` are kept beside, each in a folder of its own.
+        """
         self.out = out
         self.every_steps = every_steps
+        self.at_steps = frozenset(at_steps)
         self.dtype = dtype
         self.average = average
         self.ledger = ledger
@@ -45,9 +56,14 @@ class Export(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Export every so many steps."""
-        if ends_step(trainer, batch_idx) and trainer.global_step % self.every_steps == 0:
+        """Export every so many steps, and at those that were asked for."""
+        if not ends_step(trainer, batch_idx):
+            return
+        if trainer.global_step % self.every_steps == 0:
             self.write(trainer, pl_module)
+        step = steps_done(pl_module, trainer)
+        if step in self.at_steps:
+            self._write_whole(trainer, pl_module, export_folder(self.out, step))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export what the run ended with."""
@@ -62,13 +78,17 @@ class Export(Callback):
         if trainer.global_step == self._written_step:
             return
         self._written_step = trainer.global_step
+        self._write_whole(trainer, system, self.out)
+
+    def _write_whole(self, trainer: Trainer, system: LightningModule, out: Path) -> None:
         with self.ledger.clock.within("checkpoint"):
             averages = {name: self.average.whole(name) for name in exported_networks(system)}
             if not trainer.is_global_zero:
                 return
             with self.errors.kept():
-                self._write(trainer, system, averages, self.out)
-        _log.info("exported %s to %s", ", ".join(averages), self.out)
+                out.mkdir(parents=True, exist_ok=True)
+                self._write(trainer, system, averages, out)
+        _log.info("exported %s to %s", ", ".join(averages), out)
 
     def rehearse(self, trainer: Trainer, system: LightningModule, folder: Path) -> None:
         """Write all exported networks elsewhere and read their files back; for all ranks to call.

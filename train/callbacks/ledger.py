@@ -27,7 +27,7 @@ class Ledger(Callback):
     """Counts what is seen and spent; writes a row at every interval and at the end.
 
     A row of ``ledger.jsonl`` holds ``step`` and ``samples``, which are the run's progress, and what
-    was spent since the row before: ``seconds`` by phase (their sum is the wall time),
+    was spent after ``from_step``: ``seconds`` by phase (their sum is the wall time),
     ``device_seconds``, ``flops`` of all devices (counted by torch at the first step of each kind,
     which is its shapes and what else the system's ``step_kind`` tells apart; null under
     torch.compile), ``energy_j`` of this machine's GPUs (null where none tells) and
@@ -52,6 +52,7 @@ class Ledger(Callback):
         self._flops_by_kind: dict[object, float] = {}
         self._kind: object = None
         self._step = 0
+        self._from_step = 0
         self._world = 1
         self._device = torch.device("cpu")
         self._setup_s = 0.0
@@ -62,6 +63,7 @@ class Ledger(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Wait for the first batch."""
         self.clock.switch("data")
+        self._step = self._from_step = steps_done(pl_module, trainer)
         self._setup_s = self.clock.seconds()["setup"]
         self._world, self._device = trainer.world_size, pl_module.device
         self._energy = EnergyMeter(trainer.num_devices if self._device.type == "cuda" else 0)
@@ -121,6 +123,7 @@ class Ledger(Callback):
         compiled = not self._flops_by_kind
         row = {
             "at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "from_step": self._from_step,
             "step": self._step,
             "samples": self.samples,
             "seconds": seconds,
@@ -131,6 +134,7 @@ class Ledger(Callback):
         }
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+        self._from_step = self._step
 
     def total_seconds(self) -> float:
         """Return the seconds of training, of this and of all earlier starts, set-up not counted."""

@@ -1,0 +1,249 @@
+"""Arms under one budget: plans, runs, judges and reports; the same command goes on after a stop.
+
+A study's folder holds ``study.yaml`` (what was asked), ``plan.json``, a folder for each budget, arm
+and seed with its runs, their logs and what was judged, ``results.jsonl`` with one row for each
+moment, and the report.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cascade.checkpoints.files import atomic_write_text, read_metadata
+from cascade.config import to_dict
+from cascade.errors import UserError
+from cascade.pipelines.placement import pick_device
+from train.callbacks.export import export_folder
+from train.settings import EXPORT_KEYS
+from train.study.judge import judge
+from train.study.plan import (
+    ArmPlan,
+    ArmRates,
+    Moment,
+    calibrate,
+    plan_arm,
+    plan_lines,
+    rates_of_samples,
+)
+from train.study.provenance import commit, machine
+from train.study.report import write_report
+from train.study.settings import ArmConfig, StudyConfig, arm_folder
+from train.study.spent import Spent, read_ledger, spent_until
+from train.study.steps import Commands, Places, StepFailedError
+
+_log = logging.getLogger(__name__)
+
+STUDY_FILE = "study.yaml"
+PLAN_FILE = "plan.json"
+RESULTS_FILE = "results.jsonl"
+ROWS_FILE = "rows.json"
+_FREE = ("description", "headline", "price_per_device_hour", "grid_prompts", "device", "launcher")
+"""Keys that may change between two starts: they decide nothing that was measured."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm with one budget and one seed."""
+
+    arm: ArmConfig
+    amount: float
+    seed: int
+    plan: ArmPlan
+    rates: ArmRates
+    places: Places
+
+    @property
+    def rows_file(self) -> Path:
+        """Where its rows are when it is finished or has failed."""
+        return self.places.here / ROWS_FILE
+
+
+def run_study(config: StudyConfig, out: Path, *, dry_run: bool = False) -> int:
+    """Run a study, or go on with it; print its plan, write its report.
+
+    Returns:
+        How many runs have failed.
+
+    Raises:
+        UserError: The folder holds another study, or the budget buys nothing.
+        StudyStoppedError: SIGTERM; what was done stays.
+    """
+    _claim(config, out)
+    commands = Commands(config.launcher)
+    with commands.listening():
+        rates = _rates(config, out, commands, tried=dry_run)
+        plans = {
+            amount: {
+                arm.name: plan_arm(arm, amount, config.budget, rates[arm.name], config.evaluate_at)
+                for arm in config.arms
+            }
+            for amount in config.budget.amounts
+        }
+        lines = plan_lines(config, plans, rates)
+        print("\n".join(lines), flush=True)
+        if dry_run:
+            return 0
+        _keep_plan(out / PLAN_FILE, plans)
+        runs = list(_runs(config, out, plans, rates))
+        for run in runs:
+            if not run.rows_file.is_file():
+                _one(config, run, commands)
+                _collect(config, out, runs)
+    rows = _collect(config, out, runs)
+    failed = {(row["arm"], row["budget"], row["seed"]) for row in rows if row["status"] == "failed"}
+    return len(failed)
+
+
+def _claim(config: StudyConfig, out: Path) -> None:
+    """Note what is asked; refuse a folder in which something else was asked."""
+    file = out / STUDY_FILE
+    values = to_dict(config)
+    if file.is_file():
+        earlier = yaml.safe_load(file.read_text(encoding="utf-8"))
+        for key, value in values.items():
+            if key not in _FREE and earlier.get(key) != value:
+                raise UserError(
+                    f"{out} holds a study with another {key}; go on with the configuration that "
+                    "it was started with, or choose another --out"
+                )
+    elif out.is_dir() and any(out.iterdir()):
+        raise UserError(f"{out}: holds something else; choose a new folder with --out")
+    out.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(file, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+def _rates(
+    config: StudyConfig, out: Path, commands: Commands, *, tried: bool
+) -> dict[str, ArmRates]:
+    """Return what the steps of each arm take; a budget of samples needs no trying."""
+    if config.budget.unit == "samples" and not tried:
+        return {arm.name: rates_of_samples(arm) for arm in config.arms}
+    found = {}
+    for arm in config.arms:
+        try:
+            found[arm.name] = calibrate(config, arm, out, commands)
+        except StepFailedError as error:
+            raise UserError(f"{arm.name} can't be tried: {error}") from error
+    return found
+
+
+def _keep_plan(file: Path, plans: Mapping[float, Mapping[str, ArmPlan]]) -> None:
+    """Note the plan; one that was noted before is what the study goes on with."""
+    values = {
+        f"{amount:g}": {name: to_dict(plan) for name, plan in by_arm.items()}
+        for amount, by_arm in plans.items()
+    }
+    if file.is_file():
+        if json.loads(file.read_text(encoding="utf-8")) != values:
+            raise UserError(
+                f"{file}: was made with other training configurations than there are now; choose "
+                "another --out"
+            )
+        return
+    atomic_write_text(file, json.dumps(values, indent=2) + "\n")
+
+
+def _runs(
+    config: StudyConfig,
+    out: Path,
+    plans: Mapping[float, Mapping[str, ArmPlan]],
+    rates: Mapping[str, ArmRates],
+) -> Iterator[Run]:
+    """Yield all runs, seed by seed: a study that is cut short has all arms."""
+    for seed in config.seeds:
+        for amount in config.budget.amounts:
+            for arm in config.arms:
+                here = out / "runs" / f"{amount:g}" / arm_folder(arm.name) / f"seed_{seed}"
+                places = Places(here, out / "shared", seed)
+                yield Run(arm, amount, seed, plans[amount][arm.name], rates[arm.name], places)
+
+
+def _one(config: StudyConfig, run: Run, commands: Commands) -> None:
+    """Train an arm, judge its moments, keep the rows; a failure is a row as well."""
+    spent, teacher = Spent(), Spent()
+    rows: list[dict[str, Any]] = []
+    try:
+        for step in run.arm.steps:
+            if step.command is not None:
+                seconds = Spent(device_seconds=commands.other(run.arm, step, run.places))
+                counted = step.cost == "teacher" and config.budget.teacher == "counted"
+                if step.cost == "arm" or counted:
+                    spent += seconds
+                if step.cost == "teacher":
+                    teacher += seconds
+                continue
+            steps = run.plan.steps[step.name]
+            options: dict[str, Any] = {"run.max_steps": steps}
+            if step is run.arm.last:
+                options["run.export_at_steps"] = list(run.plan.exports)
+            folder = commands.train(run.arm, step, run.places, options)
+            if step is not run.arm.last:
+                spent += spent_until(read_ledger(folder))
+        ledger = read_ledger(run.places.here / run.arm.last.name)
+        for moment in run.plan.moments:
+            cost = spent + spent_until(ledger, moment.step or 0)
+            row = {**_row(config, run, moment), "spent": to_dict(cost), "teacher": to_dict(teacher)}
+            if moment.step is not None:
+                row |= _judged(config, run, moment, commands)
+            rows.append(row)
+    except StepFailedError as error:
+        _log.error("%s, seed %d: failed: %s", run.arm.name, run.seed, error)
+        done = {row["fraction"] for row in rows}
+        rows += [
+            {**_row(config, run, moment), "status": "failed", "why": str(error)}
+            for moment in run.plan.moments
+            if moment.fraction not in done
+        ]
+    atomic_write_text(run.rows_file, json.dumps(rows, indent=1) + "\n")
+
+
+def _row(config: StudyConfig, run: Run, moment: Moment) -> dict[str, Any]:
+    return {
+        "study": config.name,
+        "arm": run.arm.name,
+        "unit": config.budget.unit,
+        "budget": run.amount,
+        "seed": run.seed,
+        "fraction": moment.fraction,
+        "step": moment.step,
+        "status": "no model yet" if moment.step is None else "judged",
+        "commit": commit(),
+        "machine": machine(pick_device(config.device)),
+    }
+
+
+def _judged(config: StudyConfig, run: Run, moment: Moment, commands: Commands) -> dict[str, Any]:
+    """Return what the protocol says of what a run had learned at a moment."""
+    assert moment.step is not None
+    weights = export_folder(run.places.here / run.arm.last.name, moment.step)
+    judged = run.places.here / "judged" / f"{moment.fraction:g}"
+    commands.assemble(run.arm.model, run.places, weights, judged / "model")
+    return judge(config, judged, commands)
+
+
+def _collect(config: StudyConfig, out: Path, runs: list[Run]) -> list[dict[str, Any]]:
+    """Write what there is: the rows, and the report of them."""
+    rows: list[dict[str, Any]] = []
+    for run in runs:
+        if run.rows_file.is_file():
+            rows += json.loads(run.rows_file.read_text(encoding="utf-8"))
+    atomic_write_text(out / RESULTS_FILE, "".join(json.dumps(row) + "\n" for row in rows))
+    write_report(config, rows, out, given=_given(config))
+    return rows
+
+
+def _given(config: StudyConfig) -> dict[str, dict[str, str]]:
+    """Return what the weights that arms are given had cost, by file, as the files say."""
+    found = {}
+    for arm in config.arms:
+        for path in arm.given:
+            said = read_metadata(Path(path))
+            found[path] = {key: said[key] for key in EXPORT_KEYS if key in said}
+    return found

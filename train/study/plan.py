@@ -1,0 +1,250 @@
+"""How a budget becomes steps: what a step takes is tried first, then the shares are dealt out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cascade.checkpoints.files import atomic_write_text
+from cascade.config import apply_overrides, from_dict, read_yaml, to_dict
+from cascade.errors import UserError
+from train.study.settings import ArmConfig, BudgetConfig, StepConfig, StudyConfig, arm_folder
+from train.study.spent import read_ledger, spent_until
+from train.study.steps import Commands, Places
+
+_log = logging.getLogger(__name__)
+
+CALIBRATION_FILE = "calibration.json"
+
+
+@dataclass(frozen=True)
+class Rate:
+    """What one step of a training takes."""
+
+    device_seconds: float
+    samples: float
+    flops: float | None
+    """None where it was not counted (torch.compile)."""
+
+
+@dataclass(frozen=True)
+class ArmRates:
+    """What the steps of an arm take."""
+
+    trainings: dict[str, Rate]
+    """By the step's name."""
+    commands: dict[str, float]
+    """Seconds."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A fraction of the budget, and what had been learned by then."""
+
+    fraction: float
+    step: int | None
+    """Of the last training; None: it had not begun, there is no model yet."""
+
+
+@dataclass(frozen=True)
+class ArmPlan:
+    """What an arm does with a budget."""
+
+    steps: dict[str, int]
+    """Of each training, by its name."""
+    moments: tuple[Moment, ...]
+
+    @property
+    def exports(self) -> tuple[int, ...]:
+        """Steps of the last training whose weights are judged."""
+        return tuple(sorted({one.step for one in self.moments if one.step is not None}))
+
+
+def samples_per_step(step: StepConfig) -> int:
+    """Return what one step of a training sees on all devices, as its configuration says."""
+    assert step.config is not None
+    values: dict[str, Any] = read_yaml(step.config)
+    plain = {key: value for key, value in step.set.items() if "{" not in str(value)}
+    apply_overrides(values, [f"{key}={json.dumps(value)}" for key, value in plain.items()])
+    run, data = values.get("run") or {}, values.get("data") or {}
+    if "batch_size" not in data:
+        raise UserError(f"{step.config}: data.batch_size is missing; a study counts samples by it")
+    devices = run.get("devices", 1) * run.get("num_nodes", 1)
+    return int(data["batch_size"] * run.get("accumulate", 1) * devices)
+
+
+def rates_of_samples(arm: ArmConfig) -> ArmRates:
+    """Return what needs no trying: the samples of a step."""
+    trainings = {
+        step.name: Rate(0.0, samples_per_step(step), None)
+        for step in arm.steps
+        if step.train is not None
+    }
+    return ArmRates(trainings, {})
+
+
+def calibrate(config: StudyConfig, arm: ArmConfig, out: Path, commands: Commands) -> ArmRates:
+    """Try a few steps of each training of an arm, in order, and its commands; remembered in a file.
+
+    Raises:
+        StepFailedError: A step can't be made.
+    """
+    places = Places(out / "calibration" / arm_folder(arm.name), out / "shared", config.seeds[0])
+    file = places.here / CALIBRATION_FILE
+    if file.is_file():
+        return from_dict(ArmRates, json.loads(file.read_text(encoding="utf-8")), str(file))
+    trainings: dict[str, Rate] = {}
+    seconds: dict[str, float] = {}
+    steps = config.calibration_steps
+    half = steps // 2
+    for step in arm.steps:
+        if step.command is not None:
+            seconds[step.name] = commands.other(arm, step, places)
+            continue
+        options = {
+            "run.max_steps": steps,
+            "run.log_every_steps": half,
+            "run.checkpoint_every_steps": steps,
+        }
+        run = commands.train(arm, step, places, options)
+        rows = read_ledger(run)
+        # The first half is what is slow once: memory, kernels, the first batch.
+        whole, first = spent_until(rows, 2 * half), spent_until(rows, half)
+        flops = None
+        if whole.flops is not None and first.flops is not None:
+            flops = (whole.flops - first.flops) / half
+        trainings[step.name] = Rate(
+            (whole.device_seconds - first.device_seconds) / half,
+            (whole.samples - first.samples) / half,
+            flops,
+        )
+    rates = ArmRates(trainings, seconds)
+    atomic_write_text(file, json.dumps(to_dict(rates), indent=2) + "\n")
+    return rates
+
+
+def overhead(arm: ArmConfig, rates: ArmRates, budget: BudgetConfig) -> float:
+    """Return the seconds of an arm's commands that it pays for."""
+    payers = ("arm", "teacher") if budget.teacher == "counted" else ("arm",)
+    return sum(
+        rates.commands.get(step.name, 0.0)
+        for step in arm.steps
+        if step.command is not None and step.cost in payers
+    )
+
+
+def plan_arm(
+    arm: ArmConfig,
+    amount: float,
+    budget: BudgetConfig,
+    rates: ArmRates,
+    evaluate_at: tuple[float, ...],
+) -> ArmPlan:
+    """Deal a budget out.
+
+    Args:
+        arm: The arm.
+        amount: Of the budget's unit.
+        budget: What is counted.
+        rates: What its steps take.
+        evaluate_at: Fractions of the amount.
+
+    Raises:
+        UserError: A training would make no step.
+    """
+    paid = overhead(arm, rates, budget) if budget.unit == "device_seconds" else 0.0
+    left = amount - paid
+    if left <= 0:
+        raise UserError(
+            f"{arm.name}: its commands take {paid:.0f} s and the budget is {amount:g} s; raise "
+            "budget.amounts, or make beforehand what can be given to every arm"
+        )
+    steps: dict[str, int] = {}
+    per_step: dict[str, float] = {}
+    for step in arm.steps:
+        if step.train is None:
+            continue
+        takes = getattr(rates.trainings[step.name], budget.unit)
+        if takes is None:
+            raise UserError(
+                f"{arm.name}: the FLOPs of {step.name} are not counted under run.compile; give "
+                "budget.unit device_seconds or samples, or leave compile out"
+            )
+        # Up to what rounding makes of a whole number.
+        count = math.floor(step.share * left / takes + 1e-9)
+        if count < 1:
+            raise UserError(
+                f"{arm.name}: {step.name} gets {step.share * left:g} {budget.unit} and one step "
+                f"takes {takes:g}; raise budget.amounts or its share"
+            )
+        steps[step.name], per_step[step.name] = count, takes
+    last = arm.last
+    before = amount - last.share * left
+    moments = []
+    for fraction in evaluate_at:
+        reached = math.floor((fraction * amount - before) / per_step[last.name] + 1e-9)
+        reached = steps[last.name] if fraction == 1 else min(reached, steps[last.name])
+        moments.append(Moment(fraction, reached if reached >= 1 else None))
+    return ArmPlan(steps, tuple(moments))
+
+
+def seconds_of(plan: ArmPlan, arm: ArmConfig, rates: ArmRates) -> dict[str, float]:
+    """Return the estimated seconds of each step of an arm."""
+    found = {}
+    for step in arm.steps:
+        if step.train is None:
+            found[step.name] = rates.commands.get(step.name, 0.0)
+        else:
+            found[step.name] = plan.steps[step.name] * rates.trainings[step.name].device_seconds
+    return found
+
+
+def plan_lines(
+    config: StudyConfig, plans: Mapping[float, Mapping[str, ArmPlan]], rates: Mapping[str, ArmRates]
+) -> list[str]:
+    """Return the plan as a Markdown table."""
+    lines = [
+        "| budget | arm | step | share | steps | samples | estimated device seconds |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    total = 0.0
+    for amount, by_arm in plans.items():
+        for arm in config.arms:
+            plan = by_arm[arm.name]
+            seconds = seconds_of(plan, arm, rates[arm.name])
+            for step in arm.steps:
+                took = seconds[step.name]
+                if step.train is None:
+                    # What is shared is made once for the study.
+                    paid = "" if step.cost == "arm" else f" ({step.cost})"
+                    row = [f"{step.name}{paid}", "", "", ""]
+                else:
+                    count = plan.steps[step.name]
+                    samples = count * rates[arm.name].trainings[step.name].samples
+                    row = [step.name, f"{step.share:g}", f"{count:,}", f"{samples:,.0f}"]
+                lines.append(
+                    "| " + " | ".join([f"{amount:g}", arm.name, *row, f"{took:,.0f}"]) + " |"
+                )
+                if not step.shared:
+                    total += took * len(config.seeds)
+    once = {
+        step.name: rates[arm.name].commands.get(step.name, 0.0)
+        for arm in config.arms
+        for step in arm.steps
+        if step.shared
+    }
+    total += sum(once.values())
+    lines += [
+        "",
+        f"{len(config.seeds)} seeds: about {total:,.0f} device seconds of training and "
+        f"commands ({total / 3600:.2f} device hours); judging comes on top.",
+    ]
+    if config.price_per_device_hour is not None:
+        lines[-1] += f" At {config.price_per_device_hour:g} a device hour: "
+        lines[-1] += f"{total / 3600 * config.price_per_device_hour:,.2f}."
+    return lines

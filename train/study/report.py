@@ -1,0 +1,310 @@
+"""A budget study's report: tables, curves, Pareto plots and pictures, each number with its source.
+
+It is a function of the rows alone, so that it can be written again at any time.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cascade.checkpoints.files import atomic_write_text
+from train.study.grids import grid_of
+from train.study.page import Block, Heading, Paragraph, Picture, Table, to_html, to_markdown
+from train.study.plots import Axes, Line, Point, plot_front, plot_lines
+from train.study.settings import StudyConfig, arm_folder
+
+Row = Mapping[str, Any]
+MARKDOWN_FILE = "report.md"
+HTML_FILE = "report.html"
+PLOTS = "plots"
+UNIT_TITLES = {
+    "device_seconds": "device seconds",
+    "samples": "samples",
+    "flops": "FLOPs",
+}
+_COSTS = (("latency_s", "latency, s a picture"), ("peak_memory_mib", "peak memory, MiB"))
+
+
+def write_report(
+    config: StudyConfig,
+    rows: Sequence[Row],
+    out: Path,
+    *,
+    given: Mapping[str, Mapping[str, str]],
+) -> None:
+    """Write ``report.md``, ``report.html`` and the plots.
+
+    Args:
+        config: The study.
+        rows: Of ``results.jsonl``; those of runs that are not finished are missing.
+        out: The study's folder.
+        given: What the weights that arms are given had cost, by file.
+    """
+    blocks: list[Block] = [Heading(f"Study: {config.name}", 1)]
+    if config.description:
+        blocks.append(Paragraph(config.description))
+    blocks += _asked(config, rows)
+    blocks += _whole(config, rows)
+    blocks += _curves(config, rows, out)
+    blocks += _pareto(config, rows, out)
+    blocks += _pictures(config, rows, out)
+    blocks += _arms(config, given)
+    blocks += _failures(rows)
+    blocks += _sources(rows)
+    atomic_write_text(out / MARKDOWN_FILE, to_markdown(blocks))
+    atomic_write_text(out / HTML_FILE, to_html(blocks, out, f"Study: {config.name}"))
+
+
+def metric_names(config: StudyConfig, rows: Sequence[Row]) -> list[str]:
+    """Return the figures that are shown: the headline's, or all that were measured."""
+    found = dict.fromkeys(name for row in rows for name in row.get("metrics", {}))
+    return [name for name in config.headline if name in found] or list(found)
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    """Write a mean with the standard deviation over seeds; of one seed there is none."""
+    mean = statistics.mean(values)
+    if len(values) == 1:
+        return f"{mean:.4g}"
+    return f"{mean:.4g} ± {statistics.stdev(values):.2g}"
+
+
+def _asked(config: StudyConfig, rows: Sequence[Row]) -> list[Block]:
+    unit = UNIT_TITLES[config.budget.unit]
+    amounts = " and ".join(f"{amount:,g}" for amount in config.budget.amounts)
+    seeds = ", ".join(str(seed) for seed in config.seeds)
+    teacher = {
+        "apart": "What a teacher draws is told apart and not in the budget.",
+        "counted": "What a teacher draws is in the budget of the arm that learns from it.",
+    }[config.budget.teacher]
+    wanted = len(config.arms) * len(config.seeds) * len(config.budget.amounts)
+    done = {(row["arm"], row["budget"], row["seed"]) for row in rows}
+    state = "" if len(done) == wanted else f" {len(done)} of {wanted} runs are finished so far."
+    return [
+        Paragraph(
+            f"Every arm may spend {amounts} {unit}. Seeds: {seeds}. {teacher} Judging, and the "
+            f"set-up of a run, are nobody's cost.{state}"
+        )
+    ]
+
+
+def _whole(config: StudyConfig, rows: Sequence[Row]) -> list[Block]:
+    """Return a table for each budget: what an arm reaches with all of it."""
+    blocks: list[Block] = []
+    names = metric_names(config, rows)
+    for amount in config.budget.amounts:
+        unit = UNIT_TITLES[config.budget.unit]
+        blocks.append(Heading(f"With {amount:,g} {unit}"))
+        table = []
+        for arm in config.arms:
+            every = _of(rows, arm.name, amount, 1.0)
+            judged = [row for row in every if row["status"] == "judged"]
+            cells = [arm.name, f"{len(judged)} of {len(config.seeds)}"]
+            for name in names:
+                values = _values(judged, name)
+                cells.append(mean_and_spread(values) if values else "failed" if every else "")
+            spent = [row["spent"] for row in judged]
+            teachers = [row["teacher"]["device_seconds"] for row in judged]
+            cells += [
+                _mean(spent, "samples", ",.0f"),
+                _mean(spent, "flops", ".3g"),
+                _mean(spent, "device_seconds", ",.0f"),
+                f"{statistics.mean(teachers):,.0f}" if teachers else "",
+            ]
+            if config.price_per_device_hour is not None:
+                seconds = [one["device_seconds"] for one in spent]
+                price = config.price_per_device_hour
+                cells.append(f"{statistics.mean(seconds) / 3600 * price:,.2f}" if seconds else "")
+            table.append(tuple(cells))
+        head = ["arm", "seeds", *(_title(rows, name) for name in names)]
+        head += ["samples", "FLOPs", "device seconds", "teacher's seconds"]
+        if config.price_per_device_hour is not None:
+            head.append("price")
+        blocks.append(Table(tuple(head), tuple(table)))
+    blocks.append(Paragraph("Means and standard deviations are over seeds."))
+    return blocks
+
+
+def _curves(config: StudyConfig, rows: Sequence[Row], out: Path) -> list[Block]:
+    blocks: list[Block] = [Heading("Quality against budget")]
+    unit = config.budget.unit
+    missing = sorted({row["arm"] for row in rows if row["status"] == "no model yet"})
+    text = (
+        "Within a budget the learning rate is still high at the earlier points: what an arm would "
+        "reach with so small a budget alone is what the smaller budget shows. A band is one "
+        "standard deviation over the seeds; the small dots are the seeds."
+    )
+    if missing:
+        text += (
+            f" Points that are missing: {', '.join(missing)} had no whole model yet, the budget "
+            "having gone to what the last training builds on."
+        )
+    blocks.append(Paragraph(text))
+    for name in metric_names(config, rows):
+        lines = []
+        for style, amount in enumerate(config.budget.amounts):
+            for colour, arm in enumerate(config.arms):
+                points = []
+                for fraction in config.evaluate_at:
+                    judged = _judged(rows, arm.name, amount, fraction)
+                    values = _values(judged, name)
+                    if values:
+                        spent = [row["spent"][unit] for row in judged]
+                        points.append(Point(statistics.mean(spent), tuple(values)))
+                if points:
+                    label = arm.name
+                    if len(config.budget.amounts) > 1:
+                        label += f", {amount:,g}"
+                    lines.append(Line(label, tuple(points), colour, style))
+        if lines:
+            file = f"{PLOTS}/{arm_folder(name)}.svg"
+            axes = Axes(UNIT_TITLES[unit] + " spent", _title(rows, name))
+            plot_lines(out / file, lines, axes)
+            blocks.append(Picture(file, f"{_title(rows, name)} against {UNIT_TITLES[unit]}"))
+    return blocks
+
+
+def _pareto(config: StudyConfig, rows: Sequence[Row], out: Path) -> list[Block]:
+    """Return what a picture costs beside what it is worth, at the largest budget."""
+    amount = max(config.budget.amounts)
+    by_arm = {arm.name: _judged(rows, arm.name, amount, 1.0) for arm in config.arms}
+    names = metric_names(config, rows)
+    if not names or not any(by_arm.values()):
+        return []
+    blocks: list[Block] = [Heading("What a picture costs")]
+    head = ("arm", "parameters", "GMACs a picture", *(title for _, title in _COSTS))
+    table = []
+    for arm, judged in by_arm.items():
+        if not judged:
+            continue
+        costs = [row["cost"] for row in judged]
+        cells = [arm, f"{costs[0]['parameters']:,}", _mean(costs, "gmacs", ",.3g")]
+        cells += [_mean(costs, key, ",.3g") for key, _ in _COSTS]
+        table.append(tuple(cells))
+    blocks.append(Table(head, tuple(table)))
+    best = names[0]
+    higher = _better(rows, best) == "higher"
+    for key, title in _COSTS:
+        lines = []
+        for colour, (arm, judged) in enumerate(by_arm.items()):
+            costs = [row["cost"][key] for row in judged if row["cost"].get(key) is not None]
+            if costs:
+                point = Point(statistics.median(costs), tuple(_values(judged, best)))
+                lines.append(Line(arm, (point,), colour))
+        if lines:
+            file = f"{PLOTS}/{key}.svg"
+            plot_front(out / file, lines, Axes(title, _title(rows, best)), higher_is_better=higher)
+            blocks.append(
+                Picture(file, f"{_title(rows, best)} against {title}; grey: the Pareto front")
+            )
+    return blocks
+
+
+def _pictures(config: StudyConfig, rows: Sequence[Row], out: Path) -> list[Block]:
+    """Return a sheet: the same prompts and seeds, one row an arm."""
+    amount = max(config.budget.amounts)
+    folders = {}
+    for arm in config.arms:
+        judged = _judged(rows, arm.name, amount, 1.0)
+        if judged:
+            folders[arm.name] = out / judged[0]["pictures"]
+    file = "pictures.png"
+    if not folders or not grid_of(folders, config.grid_prompts, out / file):
+        return []
+    caption = f"the same prompts and seeds at {amount:,g} {UNIT_TITLES[config.budget.unit]}"
+    return [Heading("Pictures"), Picture(file, caption)]
+
+
+def _arms(config: StudyConfig, given: Mapping[str, Mapping[str, str]]) -> list[Block]:
+    blocks: list[Block] = [Heading("The arms")]
+    rows = []
+    for arm in config.arms:
+        steps = ", ".join(
+            f"{step.name} ({step.share:.0%})" if step.train is not None else step.name
+            for step in arm.steps
+        )
+        rows.append((arm.name, arm.description, steps, ", ".join(arm.given) or "nothing"))
+    blocks.append(Table(("arm", "what it is", "steps (share of the budget)", "given"), tuple(rows)))
+    if given:
+        blocks.append(
+            Paragraph("What is given was trained before and is in no budget; it had cost:")
+        )
+        costs = tuple(
+            (
+                path,
+                said.get("train_steps", "not said"),
+                said.get("train_samples", "not said"),
+                said.get("train_seconds", "not said"),
+            )
+            for path, said in given.items()
+        )
+        blocks.append(Table(("weights", "steps", "samples", "seconds"), costs))
+    return blocks
+
+
+def _failures(rows: Sequence[Row]) -> list[Block]:
+    failed = {
+        (row["arm"], row["budget"], row["seed"]): row["why"]
+        for row in rows
+        if row["status"] == "failed"
+    }
+    if not failed:
+        return []
+    table = tuple(
+        (arm, f"{budget:,g}", str(seed), why) for (arm, budget, seed), why in failed.items()
+    )
+    return [Heading("Runs that failed"), Table(("arm", "budget", "seed", "why"), table)]
+
+
+def _sources(rows: Sequence[Row]) -> list[Block]:
+    """Return where the numbers are from: one line for each protocol, commit and machine."""
+    found: dict[tuple[str, str, str], int] = {}
+    for row in rows:
+        if row["status"] == "judged":
+            key = (row["protocol"], row["commit"], row["machine"])
+            found[key] = found.get(key, 0) + 1
+    table = tuple((*key, str(count)) for key, count in sorted(found.items()))
+    return [
+        Heading("Where the numbers are from"),
+        Paragraph(
+            "Every row of results.jsonl names its protocol's hash, its commit and its machine. "
+            "Figures of unlike protocols are refused in one report."
+        ),
+        Table(("protocol", "commit", "machine", "rows"), table),
+    ]
+
+
+def _of(rows: Sequence[Row], arm: str, amount: float, fraction: float) -> list[Row]:
+    return [
+        row
+        for row in rows
+        if row["arm"] == arm and row["budget"] == amount and row["fraction"] == fraction
+    ]
+
+
+def _judged(rows: Sequence[Row], arm: str, amount: float, fraction: float) -> list[Row]:
+    return [row for row in _of(rows, arm, amount, fraction) if row["status"] == "judged"]
+
+
+def _values(rows: Sequence[Row], name: str) -> list[float]:
+    return [row["metrics"][name]["value"] for row in rows if name in row["metrics"]]
+
+
+def _better(rows: Sequence[Row], name: str) -> str:
+    says: Callable[[Row], Any] = lambda row: row.get("metrics", {}).get(name)  # noqa: E731
+    return next(says(row)["better"] for row in rows if says(row) is not None)
+
+
+def _title(rows: Sequence[Row], name: str) -> str:
+    arrow = {"higher": " ↑", "lower": " ↓"}.get(_better(rows, name), "")
+    return f"{name}{arrow}"
+
+
+def _mean(costs: Sequence[Mapping[str, Any]], key: str, form: str) -> str:
+    values = [cost[key] for cost in costs if cost.get(key) is not None]
+    if not costs:
+        return ""
+    return format(statistics.mean(values), form) if values else "not counted"

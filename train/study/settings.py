@@ -1,0 +1,203 @@
+"""What a study compares: arms of steps, under one budget, judged by one protocol."""
+
+from __future__ import annotations
+
+import string
+from dataclasses import dataclass, field
+from typing import Literal
+
+Unit = Literal["device_seconds", "samples", "flops"]
+DECIDED = ("run.out", "run.seed", "run.max_steps", "run.export_at_steps", "data.seed")
+"""Keys of a training that the study sets."""
+Option = bool | int | float | str | None
+PLACES = ("here", "shared", "seed", "weights")
+"""What ``{...}`` may name in a step: the arm's folder of this seed and budget, the folder of what
+is made once for the whole study, the seed, and (in ``model`` alone) the folder of the weights that
+the last training had exported at the moment that is judged."""
+
+
+@dataclass(frozen=True)
+class BudgetConfig:
+    """What every arm may spend."""
+
+    unit: Unit
+    """``device_seconds`` of training and of the arm's commands; ``samples`` seen in all trainings;
+    ``flops`` of all trainings."""
+    amounts: tuple[float, ...]
+    """One study for each."""
+    teacher: Literal["apart", "counted"] = "apart"
+    """What a step with ``cost: teacher`` takes is told in a column of its own, or is the arm's."""
+
+    def __post_init__(self) -> None:
+        """Refuse budgets that buy nothing."""
+        if not self.amounts or any(not amount > 0 for amount in self.amounts):
+            raise ValueError(f"amounts is {self.amounts}; give one or more positive numbers")
+        if len(set(self.amounts)) != len(self.amounts):
+            raise ValueError(f"amounts is {self.amounts}; each is to be given once")
+        if self.teacher == "counted" and self.unit != "device_seconds":
+            raise ValueError(
+                f"teacher is counted but unit is {self.unit}: what a teacher draws costs seconds; "
+                "count device_seconds, or tell its cost apart"
+            )
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """One thing that an arm does: a training, or another command of this repository."""
+
+    name: str
+    """Names its folder, its log and its line of the plan."""
+    train: str | None = None
+    """Kind of training, as ``python -m train`` takes it."""
+    command: str | None = None
+    """Module and words of another command, such as ``train.distill make-student``."""
+    config: str | None = None
+    """Its ``--config``."""
+    share: float = 0.0
+    """Part of the budget that a training gets."""
+    set: dict[str, Option] = field(default_factory=dict)
+    """Options: of a training any key of its configuration, of a command those of its ``--help``
+    (true: the option alone)."""
+    cost: Literal["arm", "teacher", "none"] = "arm"
+    """Who pays for a command: the arm, the teacher, or nobody (what every arm is given)."""
+    shared: bool = False
+    """Made once, for all seeds and budgets; ``{here}`` is ``{shared}`` then."""
+    resumable: bool = False
+    """A command that goes on where it was stopped; another begins again, and what it had left at
+    its ``out`` is removed first."""
+
+    def __post_init__(self) -> None:
+        """Refuse steps that are nothing, or two things."""
+        if (self.train is None) == (self.command is None):
+            raise ValueError(f"step {self.name!r}: give train or command")
+        if not self.name or not set(self.name) <= set(string.ascii_letters + string.digits + "_-"):
+            raise ValueError(f"step {self.name!r}: a name is letters, digits, - and _")
+        if self.train is not None and self.config is None:
+            raise ValueError(f"step {self.name!r}: a training has a config")
+        if self.train is not None and self.shared:
+            raise ValueError(
+                f"step {self.name!r}: a training is not shared; train it before the study, and "
+                "name its weights under given"
+            )
+        decided = [key for key in self.set if self.train is not None and key in DECIDED]
+        if decided:
+            raise ValueError(f"step {self.name!r}: {decided[0]} is the study's to decide")
+        if (self.share > 0) != (self.train is not None) or not 0 <= self.share <= 1:
+            raise ValueError(
+                f"step {self.name!r}: share is {self.share}; a training has a share in (0, 1], "
+                "a command none"
+            )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """How what an arm has trained becomes a model folder."""
+
+    command: Literal["train.assemble", "train.assemble_unet"]
+    config: str
+    set: dict[str, Option] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ArmConfig:
+    """One way to a model."""
+
+    name: str
+    steps: tuple[StepConfig, ...]
+    """In order; the last training is judged while it goes on."""
+    model: ModelConfig
+    description: str = ""
+    """A sentence for the report."""
+    given: tuple[str, ...] = ()
+    """Weights that it starts with and does not pay for; the report tells what they had cost."""
+
+    def __post_init__(self) -> None:
+        """Refuse arms whose budget is not all of it, and names that meet."""
+        names = [step.name for step in self.steps]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise ValueError(f"arm {self.name!r}: two steps are named {twice[0]}")
+        trainings = [step for step in self.steps if step.train is not None]
+        if not trainings or self.steps[-1] is not trainings[-1]:
+            raise ValueError(f"arm {self.name!r}: its last step must be a training")
+        total = sum(step.share for step in trainings)
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"arm {self.name!r}: the shares of its trainings sum to {total:g}")
+        given = [(step.set, PLACES[:-1]) for step in self.steps] + [(self.model.set, PLACES)]
+        for options, allowed in given:
+            for key, value in options.items():
+                for place in _places(value):
+                    if place not in allowed:
+                        raise ValueError(
+                            f"arm {self.name!r}: {key} names {{{place}}}; there are "
+                            + ", ".join(f"{{{one}}}" for one in allowed)
+                        )
+
+    @property
+    def last(self) -> StepConfig:
+        """The training that is judged."""
+        return self.steps[-1]
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """Arms under one budget."""
+
+    name: str
+    budget: BudgetConfig
+    arms: tuple[ArmConfig, ...]
+    protocol: str
+    """YAML file of how models are judged."""
+    real: str
+    """Shards or folder of the real pictures that they are held to."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    evaluate_at: tuple[float, ...] = (0.5, 1.0)
+    """Fractions of the budget at which every arm is judged."""
+    description: str = ""
+    """What is asked, in a sentence or two, for the report."""
+    headline: tuple[str, ...] = ()
+    """Figures of the protocol that the report's curves show; empty: all that it has."""
+    launcher: tuple[str, ...] = ()
+    """What starts a training in place of this Python: ``[torchrun, --nproc_per_node, "8"]`` or
+    ``[srun, python]``. Trainings say ``run.devices`` and ``run.num_nodes`` themselves."""
+    calibration_steps: int = 8
+    """Steps of each training that are tried to learn what one takes."""
+    price_per_device_hour: float | None = None
+    """Of one device, in any currency; None: no money in the report."""
+    grid_prompts: int = 8
+    """Prompts of the protocol whose pictures the report shows."""
+    device: str = "auto"
+    """Where models are judged."""
+
+    def __post_init__(self) -> None:
+        """Refuse what could not be told apart or judged."""
+        if not self.arms:
+            raise ValueError("arms is empty; give two or more")
+        names = [arm_folder(arm.name) for arm in self.arms]
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                raise ValueError(f"two arms are named {self.arms[index].name!r}")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds is {self.seeds}; give each once")
+        shared: dict[str, StepConfig] = {}
+        for step in (step for arm in self.arms for step in arm.steps if step.shared):
+            if shared.setdefault(step.name, step) != step:
+                raise ValueError(f"two shared steps are named {step.name!r} and are not the same")
+        outside = [one for one in self.evaluate_at if not 0 < one <= 1]
+        if outside or list(self.evaluate_at) != sorted(set(self.evaluate_at)):
+            raise ValueError(f"evaluate_at is {self.evaluate_at}; fractions rise, within (0, 1]")
+        if not self.evaluate_at or self.evaluate_at[-1] != 1.0:
+            raise ValueError(f"evaluate_at is {self.evaluate_at}; its last is 1, the whole budget")
+        if self.calibration_steps < 4:
+            raise ValueError(f"calibration_steps is {self.calibration_steps}; 4 is the least")
+
+
+def arm_folder(name: str) -> str:
+    """Return a name for an arm's folder."""
+    return "".join(one if one.isalnum() or one in "-." else "_" for one in name)
+
+
+def _places(value: Option) -> list[str]:
+    if not isinstance(value, str):
+        return []
+    return [place for _, place, _, _ in string.Formatter().parse(value) if place is not None]

@@ -1,0 +1,97 @@
+"""What a training has cost, from its ledger: every step is counted once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from train.callbacks.ledger import LEDGER_FILE
+from train.study.settings import Unit
+
+_LOOKING = ("pictures", "validation")
+"""Phases that a budget does not pay for: judging is not learning."""
+
+
+@dataclass(frozen=True)
+class Spent:
+    """A cost; sums add up, and what was not measured of a part is None of the whole."""
+
+    device_seconds: float = 0.0
+    samples: float = 0.0
+    flops: float | None = 0.0
+    energy_j: float | None = 0.0
+
+    def __add__(self, other: Spent) -> Spent:
+        """Add two costs."""
+        return Spent(
+            self.device_seconds + other.device_seconds,
+            self.samples + other.samples,
+            _sum(self.flops, other.flops),
+            _sum(self.energy_j, other.energy_j),
+        )
+
+    def amount(self, unit: Unit) -> float | None:
+        """Return it in a budget's unit."""
+        value: float | None = getattr(self, unit)
+        return value
+
+
+def read_ledger(run: Path) -> list[dict[str, Any]]:
+    """Return the rows of a run's ledger; none if it has not begun."""
+    path = run / LEDGER_FILE
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def spent_until(rows: Iterable[Mapping[str, Any]], step: int | None = None) -> Spent:
+    """Sum a ledger.
+
+    A run that was killed makes some steps again. An accident is no property of an arm, so the last
+    time that a step was made counts, and no other; a row of which a part counts, counts by its
+    share of steps. Set-up, and the seconds of looking, are left out.
+
+    Args:
+        rows: Of the ledger.
+        step: Steps up to this one; None: all.
+    """
+    kept: list[tuple[Mapping[str, Any], int]] = []  # rows, and where each ends
+    for row in rows:
+        begin = row["from_step"]
+        if row["step"] <= begin:
+            continue  # the end of a run belongs to no step
+        while kept and kept[-1][0]["from_step"] >= begin:
+            kept.pop()
+        if kept:
+            kept[-1] = (kept[-1][0], min(kept[-1][1], begin))
+        kept.append((row, row["step"]))
+    total = Spent()
+    for row, end in kept:
+        end = end if step is None else min(end, step)
+        share = (end - row["from_step"]) / (row["step"] - row["from_step"])
+        if share > 0:
+            total += _cost(row, share, end)
+    return total
+
+
+def _cost(row: Mapping[str, Any], share: float, end: int) -> Spent:
+    """Return a part of a row's cost, which ends with step ``end``."""
+    seconds: dict[str, float] = row["seconds"]
+    wall = sum(seconds.values())
+    learning = wall - sum(seconds.get(phase, 0.0) for phase in (*_LOOKING, "setup"))
+    devices = row["device_seconds"] / wall if wall > 0 else 1.0
+    samples_per_step = row["samples"] / row["step"]  # both are the run's progress
+    flops, energy = row["flops"], row["energy_j"]
+    return Spent(
+        learning * devices * share,
+        samples_per_step * (end - row["from_step"]),
+        None if flops is None else flops * share,
+        None if energy is None else energy * share,
+    )
+
+
+def _sum(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one + other
