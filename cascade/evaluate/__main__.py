@@ -1,6 +1,7 @@
 """Measure pictures: ``python -m cascade.evaluate --protocol FILE --pictures FOLDER --real FOLDER``.
 
-``python -m cascade.evaluate table A.jsonl B.jsonl`` puts results of one protocol side by side.
+``python -m cascade.evaluate table A.jsonl B.jsonl`` puts results of one protocol side by side, and
+``python -m cascade.evaluate cost --model M`` measures what pictures cost.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from cascade.command import Parser, parse_all
 from cascade.errors import UserError, run_main
+from cascade.evaluate.cost_command import make_cost_parser, show_cost
 
 DEMO_CLIP = "weights/demo/text"
 
@@ -72,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["table"]:
         return compare(parse_all(make_table_parser(), words[1:]).files)
+    if words[:1] == ["cost"]:
+        return show_cost(parse_all(make_cost_parser(), words[1:]))
     hint = "to compare results, 'table' comes first; "
     return measure(parse_all(make_parser(), words, stray=hint))
 

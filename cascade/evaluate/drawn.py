@@ -1,13 +1,13 @@
 """Pictures that a model draws for a protocol: one seed for each prompt's key, a file for each.
 
-:func:`draw_pictures` is all that asks a pipeline; everything else takes pictures from its folder.
+:func:`plan_of` is all that asks a pipeline; what measures takes its pictures from a folder.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,13 @@ from cascade.checkpoints.hub import resolve
 from cascade.config import to_dict
 from cascade.errors import UserError
 from cascade.evaluate.prompts import Prompt, hash_of, seed_of
-from cascade.evaluate.protocol import DIGITS, Protocol, canonical
+from cascade.evaluate.protocol import (
+    DIGITS,
+    CascadeSampling,
+    Protocol,
+    UNetSampling,
+    canonical,
+)
 from cascade.images import save_png
 from cascade.pipelines.cascade import CascadePipeline
 from cascade.pipelines.plan import Settings, make_plan
@@ -49,10 +55,18 @@ def load_pipeline(
     Raises:
         UserError: If it cannot be loaded, or says that its weights are of the other kind.
     """
-    files = resolve(model)
-    folders = [folder for folder in files.folders if folder.is_dir()]
+    folders = [folder for folder in resolve(model).folders if folder.is_dir()]
     check_weights_kind([unet] if unet is not None else folders, protocol)
-    if is_unet(files):
+    return load_any(model, unet=unet, device=device, dtype=dtype)
+
+
+def load_any(model: str, *, unet: Path | None, device: str, dtype: str) -> Pipeline:
+    """Load a cascade or a U-Net, told by its content.
+
+    Raises:
+        UserError: If it cannot be loaded.
+    """
+    if is_unet(resolve(model)):
         return UNetPipeline.from_pretrained(model, unet=unet, device=device, dtype=dtype)
     if unet is not None:
         raise UserError("--unet: the model is a cascade, which has none")
@@ -117,7 +131,9 @@ def draw_pictures(
     folder = out / f"{pipeline.weights_hash}-{made_by}"
     missing = [prompt for prompt in prompts if not _path(folder, prompt).is_file()]
     if missing:
-        pictures = _run(pipeline, missing, protocol, batch_size)
+        texts = [prompt.text for prompt in missing]
+        seeds = [seed_of(prompt.key, protocol.seed) for prompt in missing]
+        pictures = plan_of(pipeline, texts, seeds, protocol)(batch_size)
         told_s = time.monotonic()
         for done, (prompt, picture) in enumerate(zip(missing, pictures, strict=True), 1):
             path = _path(folder, prompt)
@@ -133,29 +149,50 @@ def _path(folder: Path, prompt: Prompt) -> Path:
     return folder / f"{prompt.key}.png"
 
 
-def _run(
-    pipeline: Pipeline, prompts: Sequence[Prompt], protocol: Protocol, batch_size: int | None
-) -> Iterator[Picture]:
-    """Ask the pipeline for pictures, each as soon as it is finished."""
-    texts = [prompt.text for prompt in prompts]
-    seeds = [seed_of(prompt.key, protocol.seed) for prompt in prompts]
-    side, negative = protocol.generated_size, protocol.negative_prompt
+def plan_of(
+    pipeline: Pipeline, texts: Sequence[str], seeds: Sequence[int], protocol: Protocol | None
+) -> Callable[[int | None], Iterator[Picture]]:
+    """Settle what a pipeline is to make, before any of it is made.
+
+    Args:
+        pipeline: The model.
+        texts: A prompt for each picture.
+        seeds: A seed for each picture.
+        protocol: Its sizes and sampling; None: the model's own.
+
+    Returns:
+        What makes the pictures, each given as soon as it is finished, when it is called with how
+        many are made together (None: the pipeline's choice).
+
+    Raises:
+        UserError: If the model cannot make what the protocol asks.
+    """
+    side = None if protocol is None else protocol.generated_size
+    negative = "" if protocol is None else protocol.negative_prompt
     if isinstance(pipeline, UNetPipeline):
-        unet_settings = UNetSettings(
-            negative_prompt=negative, seeds=seeds, width=side, height=side, **vars(protocol.unet)
+        unet = UNetSampling() if protocol is None else protocol.unet
+        unet_plan = make_unet_plan(
+            pipeline.spec,
+            texts,
+            UNetSettings(
+                negative_prompt=negative, seeds=seeds, width=side, height=side, **vars(unet)
+            ),
         )
-        unet_plan = make_unet_plan(pipeline.spec, texts, unet_settings)
         _check_size(protocol, unet_plan.width, unet_plan.height)
-        return pipeline.run(unet_plan, batch_size=batch_size, progress=False)
-    settings = Settings(
-        negative_prompt=negative, seeds=seeds, width=side, height=side, **vars(protocol.cascade)
+        return lambda batch_size: pipeline.run(unet_plan, batch_size=batch_size, progress=False)
+    cascade = CascadeSampling() if protocol is None else protocol.cascade
+    plan = make_plan(
+        pipeline.spec,
+        texts,
+        Settings(negative_prompt=negative, seeds=seeds, width=side, height=side, **vars(cascade)),
     )
-    plan = make_plan(pipeline.spec, texts, settings)
     _check_size(protocol, plan.width, plan.height)
-    return pipeline.run(plan, batch_size=batch_size, progress=False)
+    return lambda batch_size: pipeline.run(plan, batch_size=batch_size, progress=False)
 
 
-def _check_size(protocol: Protocol, width: int, height: int) -> None:
+def _check_size(protocol: Protocol | None, width: int, height: int) -> None:
+    if protocol is None:
+        return
     side = protocol.generated_size
     if (width, height) != (side, side):
         raise UserError(
