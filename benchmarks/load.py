@@ -151,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _check_system() -> None:
-    from benchmarks.memory import is_measurable
+    from cascade.evaluate.process_memory import is_measurable
 
     if not is_measurable():
         raise UserError("memory is read from Linux's /proc, which is not here")

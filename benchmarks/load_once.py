@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks.memory import measure, reset_peak
+from cascade.evaluate.process_memory import measure, reset_peak
 
 FOLDERS = ("prior_lite", "decoder_lite", "vqgan")
 _PAGE_BYTES = 4096

@@ -43,6 +43,7 @@ from cascade.checkpoints.files import atomic_write_text, load_network  # noqa: E
 from cascade.command import Parser, parse_all  # noqa: E402
 from cascade.config import load_yaml  # noqa: E402
 from cascade.errors import UserError, run_main  # noqa: E402
+from cascade.evaluate.provenance import commit, machine  # noqa: E402
 from stages.stage_c import StageC  # noqa: E402
 from train.callbacks.validation import VALIDATION_FILE  # noqa: E402
 from train.data.open import open_data  # noqa: E402
@@ -50,7 +51,6 @@ from train.draws import StepDraws  # noqa: E402
 from train.encode import FrozenPaths  # noqa: E402
 from train.fit import DONE_FILE  # noqa: E402
 from train.posthoc_ema import average  # noqa: E402
-from train.study.provenance import commit, machine  # noqa: E402
 from train.systems.stage_c import StageCRun, StageCSystem  # noqa: E402
 
 _log = logging.getLogger(__name__)

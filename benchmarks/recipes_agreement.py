@@ -27,6 +27,7 @@ from cascade.checkpoints.files import load_network, read_metadata  # noqa: E402
 from cascade.command import Parser, parse_all  # noqa: E402
 from cascade.errors import UserError, run_main  # noqa: E402
 from cascade.evaluate.clip_scorer import ClipScorer  # noqa: E402
+from cascade.evaluate.provenance import commit, machine  # noqa: E402
 from cascade.evaluate.retrieval import (  # noqa: E402
     Agreement,
     agreement,
@@ -39,7 +40,6 @@ from train.fit import DONE_FILE  # noqa: E402
 from train.losses.denoising import DIFFUSION_KEY  # noqa: E402
 from train.study.demo_figures import Asked, ask, pixels_of  # noqa: E402
 from train.study.held_out import read_folder, read_splits  # noqa: E402
-from train.study.provenance import commit, machine  # noqa: E402
 
 _log = logging.getLogger(__name__)
 BATCH_SIZE = 50

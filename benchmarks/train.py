@@ -34,14 +34,15 @@ from cascade.checkpoints.files import build_on_meta  # noqa: E402
 from cascade.command import Parser, parse_all  # noqa: E402
 from cascade.config import load_yaml  # noqa: E402
 from cascade.errors import UserError, run_main  # noqa: E402
+from cascade.evaluate.flops import FlopCounter  # noqa: E402
+from cascade.evaluate.provenance import commit, machine  # noqa: E402
 from cascade.tools.convert import diffusers_config, family_for  # noqa: E402
 from stages.stage_c import StageC, StageCCondition, StageCConfig  # noqa: E402
 from train.draws import StepDraws  # noqa: E402
-from train.flops import FlopCounter, peak_flops  # noqa: E402
+from train.flops import peak_flops  # noqa: E402
 from train.losses.denoising import DiffusionConfig, denoising_loss, noise_batch  # noqa: E402
 from train.optim import make_optimizer  # noqa: E402
 from train.settings import OptimConfig  # noqa: E402
-from train.study.provenance import commit, machine  # noqa: E402
 from train.systems.stage_c import StageCRun  # noqa: E402
 
 SIZES = ("demo", "lite")

@@ -22,11 +22,9 @@ weighs otherwise.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,16 +36,16 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.memory import is_measurable, measure, reset_peak  # noqa: E402
 from cascade.checkpoints.files import build_on_meta  # noqa: E402
 from cascade.command import Parser, parse_all  # noqa: E402
 from cascade.errors import UserError, run_main  # noqa: E402
+from cascade.evaluate.cost import peak_memory, timed  # noqa: E402
+from cascade.evaluate.flops import FlopCounter  # noqa: E402
+from cascade.evaluate.provenance import commit, machine  # noqa: E402
 from cascade.pipelines.unet_spec import UNetSpec  # noqa: E402
 from cascade.tools.convert_unet import unet_config_of  # noqa: E402
 from stages.unet.config import NUM_SIZES, UNetConfig  # noqa: E402
 from stages.unet.unet import UNet, UNetCondition, UNetPrepared  # noqa: E402
-from train.flops import FlopCounter  # noqa: E402
-from train.study.provenance import commit, machine  # noqa: E402
 
 MODELS = {
     "sdxl": ("SDXL", UNetConfig.sdxl()),
@@ -151,7 +149,7 @@ def _compare(title: str, config: UNetConfig, macs: float, options: argparse.Name
     steps = steps_of(ours, theirs, work)
     first = {side: step() for side, step in steps.items()}
     away = max(_away(one, first[THEIRS]) for one in first.values())
-    peaks = {side: peak_of(step, device) for side, step in steps.items()}
+    peaks = {side: peak_memory(step, device) for side, step in steps.items()}
     for _ in range(_WARM_UP):
         for step in steps.values():
             step()
@@ -260,38 +258,6 @@ def steps_of(ours: UNet, theirs: nn.Module, work: Work) -> dict[str, Step]:
 
 def _away(found: Tensor, wanted: Tensor) -> float:
     return float((found.float() - wanted.float()).abs().max() / wanted.float().std())
-
-
-def timed(step: Step, device: torch.device) -> tuple[float, float]:
-    """Return the seconds of a step, of the clock and of the processor."""
-    _wait(device)
-    started_s, processor_s = time.perf_counter(), time.process_time()
-    step()
-    _wait(device)
-    return time.perf_counter() - started_s, time.process_time() - processor_s
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def peak_of(step: Step, device: torch.device) -> int | None:
-    """Return the bytes that a step takes above what was there; None: this system can't tell."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        step()
-        _wait(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    if device.type != "cpu" or not is_measurable():
-        return None
-    ctypes.CDLL(None).malloc_trim(0)  # else what earlier steps freed is there already
-    reset_peak()
-    resident = measure().resident
-    step()
-    return measure().peak - resident
 
 
 def macs_of(config: UNetConfig, options: argparse.Namespace) -> float:

@@ -12,6 +12,7 @@ from torch import nn
 from cascade.checkpoints.files import on_meta
 from cascade.config import load_yaml
 from cascade.errors import run_main
+from cascade.evaluate.protocol import load_protocol
 from stages.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from stages.previewer import Previewer, PreviewerConfig
 from stages.semantic_compressor import SemanticCompressor
@@ -36,7 +37,9 @@ NOT_A_RUN = {"model.yaml", "switches.yaml"}
 ALL = sorted((ROOT / "configs").rglob("*.yaml"))
 PRESETS = sorted((ROOT / "configs" / "presets").glob("*.yaml"))
 STUDENTS = sorted((ROOT / "configs" / "distill").glob("*.yaml"))
-RUNS = [path for path in ALL if path.name not in NOT_A_RUN and path not in (*PRESETS, *STUDENTS)]
+PROTOCOLS = sorted((ROOT / "configs" / "protocols").glob("*.yaml"))
+OTHERS = {*PRESETS, *STUDENTS, *PROTOCOLS}
+RUNS = [path for path in ALL if path.name not in NOT_A_RUN and path not in OTHERS]
 
 EVERY_RUN = pytest.mark.parametrize(
     "path", RUNS, ids=lambda path: str(path.relative_to(ROOT / "configs"))
@@ -306,3 +309,13 @@ def test_the_script_trains_what_is_there_under_a_kind_that_is_known(tmp_path: Pa
         config = ROOT / "configs/demo" / f"{name}.yaml"
         assert config.is_file()
         assert line == f"-m train {_kind(config)} --config configs/demo/{name}.yaml --resume"
+
+
+@pytest.mark.parametrize("path", PROTOCOLS, ids=lambda path: path.stem)
+def test_protocols_parse_and_say_what_they_are(path: Path) -> None:
+    protocol = load_protocol(path)
+    assert protocol.name == path.stem
+    header = _header(path)
+    for word in ("Purpose:", "Hardware:", "Size:", "Result:"):
+        assert word in header, word
+    assert "FILL" not in header

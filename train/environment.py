@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from cascade.checkpoints.files import atomic_write_text
-from train.study.provenance import commit, machine
+from cascade.evaluate.provenance import commit, machine
 
 ENVIRONMENT_FILE = "environment.json"
 _PACKAGES = (

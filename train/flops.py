@@ -1,17 +1,10 @@
-"""How much a step computes, and how much the machine could: model FLOPs utilization (MFU)."""
+"""How much the machine could compute: the other half of model FLOPs utilization (MFU)."""
 
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import (
-    flop_registry,
-    sdpa_backward_flop_count,
-    sdpa_flop_count,
-)
 
 # Dense bfloat16 FLOP/s of tensor cores by the makers' data sheets; the first name that fits counts.
 _GPU_PEAKS = {
@@ -28,34 +21,6 @@ _GPU_PEAKS = {
     "L4": 121e12,
 }
 _SIDE, _REPEATS = 1024, 5
-
-
-class FlopCounter(TorchDispatchMode):
-    """Counts the operations of what runs inside it, and changes nothing of it.
-
-    The formulas are torch's own; its ``FlopCounterMode`` leaves out attention on a CPU, and takes
-    apart what it has no formula for, so that the step's values differ in their last bits.
-    """
-
-    def __init__(self) -> None:
-        """Start at zero."""
-        super().__init__()
-        self.total = 0.0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run one operation and add its count."""
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        kind = func.overloadpacket
-        if kind is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
-            self.total += sdpa_flop_count(*(one.shape for one in args[:3]))
-        elif kind is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
-            self.total += sdpa_backward_flop_count(*(one.shape for one in args[:4]))
-        elif kind in flop_registry:
-            self.total += flop_registry[kind](*args, **kwargs, out_val=out)
-        return out
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cascade.checkpoints.hub import resolve
 from cascade.diffusion.samplers import StepInfo
@@ -240,6 +240,12 @@ class UNetPipeline:
         for batch in batches_of(plan, states, batch_size):
             watch = Watch(batch, len(plan.requests), progress, on_preview, preview_every)
             yield from self._make_batch(plan, states, given, watch)
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks that make a picture of a prompt."""
+        networks: dict[str, nn.Module] = {"autoencoder": self.autoencoder}
+        return {**networks, **{str(name): one for name, one in self._parts.updatable.items()}}
 
     @property
     def weights_hash(self) -> str:

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from benchmarks.load import FULL, SMALL, report, write_model
-from benchmarks.memory import is_measurable
 from cascade.checkpoints.load import load_any
+from cascade.evaluate.process_memory import is_measurable
 
 ROOT = Path(__file__).parents[2]
 linux = pytest.mark.skipif(not is_measurable(), reason="reads memory from Linux's /proc")

@@ -14,9 +14,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch._dynamo.callback import CallbackArgs, callback_handler
 
+from cascade.evaluate.energy import EnergyMeter
+from cascade.evaluate.flops import FlopCounter
 from train.clock import Phase, PhaseClock
-from train.energy import EnergyMeter
-from train.flops import FlopCounter
 from train.networks import is_compiled
 from train.steps import ends_step, steps_done
 

@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.load_once import read_all
-from benchmarks.memory import measure, reset_peak
 from cascade.checkpoints.files import build_on_meta, load_network, save_network
 from cascade.checkpoints.load import FAMILIES, load_any
+from cascade.evaluate.process_memory import measure, reset_peak
 from stages.stage_c import StageC, StageCConfig
 
 CONFIG = StageCConfig(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.memory import is_measurable
+from cascade.evaluate.process_memory import is_measurable
 
 ROOT = Path(__file__).parents[3]
 KINDS = ("ours", "original", "diffusers", "sharded", "pickled")

@@ -17,11 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.memory import is_measurable, measure
 from cascade.checkpoints import mapped
 from cascade.checkpoints.mapped import MappedFile, Stored, StoredTensors, open_safetensors
 from cascade.checkpoints.readers import open_weights
 from cascade.errors import UserError
+from cascade.evaluate.process_memory import is_measurable, measure
 
 DTYPES = [
     torch.bool,

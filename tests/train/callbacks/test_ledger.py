@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
+from cascade.evaluate.flops import FlopCounter
 from train.clock import PHASES, PhaseClock
-from train.flops import FlopCounter, peak_flops
+from train.flops import peak_flops
 
 
 def rows_of(run) -> list[dict]:

@@ -1,0 +1,160 @@
+"""``python -m cascade.evaluate``, from the command line to the file of results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cascade.checkpoints.files import save_network
+from cascade.errors import UserError, run_main
+from cascade.evaluate.__main__ import main
+from cascade.evaluate.drawn import check_weights_kind, draw_pictures, load_pipeline
+from cascade.evaluate.prompts import inline_prompts
+from cascade.evaluate.protocol import Protocol, load_protocol
+from cascade.evaluate.results import read_rows
+from cascade.images import open_image, read_png_metadata
+from stages.previewer import Previewer, PreviewerConfig
+
+CONTENT = {
+    "name": "tiny",
+    "prompts": {"inline": ["a 3D render of a red apple", "a flat icon of a blue fish"]},
+    "metrics": ["clip_score"],
+    "generated_size": 32,
+    "size": 32,
+    "clip": {"kind": "clip", "name": "demo CLIP"},
+    "features": {"kind": "clip", "name": "demo CLIP"},
+    "cascade": {"steps_c": 2, "steps_b": 1},
+    "unet": {"steps": 2},
+}
+
+
+@pytest.fixture
+def protocol(tmp_path: Path) -> Path:
+    return write(tmp_path / "tiny.yaml")
+
+
+def write(path: Path, **changes: object) -> Path:
+    path.write_text(yaml.safe_dump({**CONTENT, **changes}))
+    return path
+
+
+def run(*words: object) -> int:
+    return run_main(lambda: main([str(word) for word in words]))
+
+
+def test_a_model_is_drawn_measured_and_written_down(
+    tmp_path: Path, protocol: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    words = ("--protocol", protocol, "--model", tiny_model, "--out", out, "--device", "cpu")
+    assert run(*words) == 0
+    printed = capsys.readouterr().out
+    assert "CLIP score, 100 x cosine (demo CLIP)" in printed
+    (row,) = read_rows(out / "results.jsonl")
+    assert row["num_pictures"] == 2 and row["model"].startswith("tiny ")
+    assert row["commit"] and row["machine"] and row["yardstick_weights"]
+    (folder,) = (out / "pictures").iterdir()
+    assert sorted(path.name for path in folder.iterdir()) == ["00000.png", "00001.png"]
+    # The folder alone gives the same figure, and a second line of the same protocol.
+    before = (folder / "00000.png").stat().st_mtime_ns
+    assert run("--protocol", protocol, "--pictures", folder, "--out", out) == 0
+    assert run(*words) == 0
+    assert (folder / "00000.png").stat().st_mtime_ns == before  # not made again
+    values = [row["value"] for row in read_rows(out / "results.jsonl")]
+    assert values == [values[0]] * 3
+    capsys.readouterr()
+    assert run("table", out / "results.jsonl") == 0
+    assert "| CLIP score" in capsys.readouterr().out
+
+
+def test_a_pictures_seed_is_its_prompts_whatever_else_is_drawn(
+    tmp_path: Path, protocol: Path, tiny_model: Path
+) -> None:
+    one = load_protocol(protocol)
+    pipeline = load_pipeline(str(tiny_model), one, unet=None, device="cpu", dtype="auto")
+    prompts = inline_prompts(["a red apple", "a blue fish", "a green hat"])
+    whole = draw_pictures(pipeline, prompts, one, tmp_path / "a")
+    alone = draw_pictures(pipeline, prompts[2:], one, tmp_path / "b")
+    first, second = (drawn.folder / "00002.png" for drawn in (whole, alone))
+    assert open_image(first).tobytes() == open_image(second).tobytes()
+    assert read_png_metadata(first) == read_png_metadata(second)
+
+
+def test_weights_of_the_other_kind_are_refused(tmp_path: Path, protocol: Path) -> None:
+    one: Protocol = load_protocol(protocol)
+    network = Previewer(PreviewerConfig(channels=(8, 8)))
+    save_network(tmp_path / "a.safetensors", network, metadata={"weights": "raw"})
+    with pytest.raises(UserError, match="raw weights, but the protocol tiny measures ema"):
+        check_weights_kind([tmp_path], one)
+    raw = load_protocol(write(tmp_path / "raw.yaml", weights="raw"))
+    check_weights_kind([tmp_path / "a.safetensors"], raw)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words", "line"),
+    [
+        ({}, ("--pictures", "NONE"), "NONE: no such folder of pictures"),
+        ({}, (), "one of the arguments --pictures --model is required"),
+        ({}, ("--pictures", ".", "--unet", "x"), "--unet is for --model"),
+        ({}, ("--pictures", ".", "--clip", "NONE"), "NONE: a CLIP is a folder"),
+        ({}, ("--pictures", ".", "--prompt", "x"), "did you mean --prompts"),
+        ({}, ("--pictures", ".", "--prompts", "x.txt"), "holds its prompts itself"),
+        ({"metrics": ["frechet"]}, ("--pictures", "."), "need reference pictures (--real)"),
+        (
+            {"features": {"kind": "inception", "name": "Inception"}, "metrics": ["frechet"]},
+            ("--pictures", "."),
+            "takes its features from Inception: --features",
+        ),
+        (
+            {"features": {"kind": "inception", "name": "Inception"}, "metrics": ["frechet"]},
+            ("--pictures", ".", "--features", "NONE.pth"),
+            "NONE.pth: no such file of weights",
+        ),
+        (
+            {"metrics": ["lpips"], "perceptual": "lpips_vgg"},
+            ("--pictures", "."),
+            "measures lpips_vgg: give --lpips",
+        ),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line_and_exit_code_2(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, object],
+    words: tuple[str, ...],
+    line: str,
+) -> None:
+    path = write(tmp_path / "p.yaml", **changes)
+    code = run("--protocol", path, *words, "--out", tmp_path / "out")
+    error = capsys.readouterr().err
+    assert code == 2 and line in error
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_another_size_is_refused(
+    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "p.yaml", generated_size=60, size=60)
+    assert run("--protocol", path, "--model", tiny_model, "--out", tmp_path / "out") == 2
+    assert "protocol tiny measures pictures made at 60x60" in capsys.readouterr().err
+
+
+def test_tables_of_unlike_protocols_are_refused(
+    tmp_path: Path, protocol: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = write(tmp_path / "other.yaml", cascade={"steps_c": 3, "steps_b": 1})
+    files = []
+    for path in (protocol, other):
+        out = tmp_path / path.stem
+        assert run("--protocol", path, "--model", tiny_model, "--out", out) == 0
+        files.append(out / "results.jsonl")
+    capsys.readouterr()
+    assert run("table", *files) == 2
+    error = capsys.readouterr().err
+    assert "cascade.steps_c is 2 and 3" in error and error.count("\n") == 1
+    assert run("table", files[0], files[0]) == 0
+    assert json.loads(files[0].read_text())["protocol"]["cascade"]["steps_c"] == 2
