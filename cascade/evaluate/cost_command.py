@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,6 +41,7 @@ def make_cost_parser() -> Parser:
     parser.add_argument(
         "--teacher", type=Path, nargs="+", default=[], metavar="RUN", help="runs of its teacher"
     )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what --model costs there")
     parser.add_argument("--price", type=float, metavar="X", help="of a device hour, in any money")
     return parser
 
@@ -52,6 +55,8 @@ def show_cost(options: argparse.Namespace) -> int:
         raise UserError(f"--price is {options.price:g}; a price is not negative, and finite")
     if options.model is None and not options.ledgers:
         raise UserError("nothing to measure: give --model, --ledgers, or both")
+    if options.json is not None and options.model is None:
+        raise UserError("--json writes what a model costs to run: give --model")
     if options.teacher and not options.ledgers:
         raise UserError("--teacher stands beside the runs of a model: give these with --ledgers")
     from cascade.evaluate.training_cost import cost_table, training_cost
@@ -66,6 +71,7 @@ def show_cost(options: argparse.Namespace) -> int:
 
 
 def _inference(options: argparse.Namespace) -> str:
+    from cascade.checkpoints.files import atomic_write_text
     from cascade.evaluate.cost import measure_inference
     from cascade.evaluate.drawn import load_any, plan_of
     from cascade.evaluate.protocol import load_protocol
@@ -86,6 +92,10 @@ def _inference(options: argparse.Namespace) -> str:
     cost = measure_inference(
         pipeline, draw, count, warm_up=options.warm_up, repeats=options.repeats
     )
+    if options.json is not None:
+        where = {"commit": commit(), "machine": machine(pipeline.device)}
+        text = json.dumps({**dataclasses.asdict(cost), **where}, indent=1)
+        atomic_write_text(options.json, text + "\n")
     head = (
         f"{pipeline.spec.name} {pipeline.weights_hash}, {pipeline.dtypes}, batch {count}, "
         f"{options.repeats} repeats after {options.warm_up}; commit {commit()}, "

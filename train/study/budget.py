@@ -19,6 +19,7 @@ import yaml
 from cascade.checkpoints.files import atomic_write_text, read_metadata
 from cascade.config import to_dict
 from cascade.errors import UserError
+from cascade.evaluate.results import check_alike
 from cascade.pipelines.placement import pick_device
 from train.callbacks.export import export_folder
 from train.settings import EXPORT_KEYS
@@ -94,7 +95,7 @@ def run_study(config: StudyConfig, out: Path, *, dry_run: bool = False) -> int:
         runs = list(_runs(config, out, plans, rates))
         for run in runs:
             if not run.rows_file.is_file():
-                _one(config, run, commands)
+                _one(config, run, out, commands)
                 _collect(config, out, runs)
     rows = _collect(config, out, runs)
     failed = {(row["arm"], row["budget"], row["seed"]) for row in rows if row["status"] == "failed"}
@@ -165,7 +166,7 @@ def _runs(
                 yield Run(arm, amount, seed, plans[amount][arm.name], rates[arm.name], places)
 
 
-def _one(config: StudyConfig, run: Run, commands: Commands) -> None:
+def _one(config: StudyConfig, run: Run, out: Path, commands: Commands) -> None:
     """Train an arm, judge its moments, keep the rows; a failure is a row as well."""
     spent, teacher = Spent(), Spent()
     rows: list[dict[str, Any]] = []
@@ -191,7 +192,7 @@ def _one(config: StudyConfig, run: Run, commands: Commands) -> None:
             cost = spent + spent_until(ledger, moment.step or 0)
             row = {**_row(config, run, moment), "spent": to_dict(cost), "teacher": to_dict(teacher)}
             if moment.step is not None:
-                row |= _judged(config, run, moment, commands)
+                row |= _judged(config, run, moment, out, commands)
             rows.append(row)
     except StepFailedError as error:
         _log.error("%s, seed %d: failed: %s", run.arm.name, run.seed, error)
@@ -219,13 +220,16 @@ def _row(config: StudyConfig, run: Run, moment: Moment) -> dict[str, Any]:
     }
 
 
-def _judged(config: StudyConfig, run: Run, moment: Moment, commands: Commands) -> dict[str, Any]:
+def _judged(
+    config: StudyConfig, run: Run, moment: Moment, out: Path, commands: Commands
+) -> dict[str, Any]:
     """Return what the protocol says of what a run had learned at a moment."""
     assert moment.step is not None
     weights = export_folder(run.places.here / run.arm.last.name, moment.step)
     judged = run.places.here / "judged" / f"{moment.fraction:g}"
     commands.assemble(run.arm.model, run.places, weights, judged / "model")
-    return judge(config, judged, commands)
+    found = judge(config, judged, run.places.shared, commands)
+    return {**found, "pictures": str(Path(found["pictures"]).relative_to(out))}
 
 
 def _collect(config: StudyConfig, out: Path, runs: list[Run]) -> list[dict[str, Any]]:
@@ -234,6 +238,8 @@ def _collect(config: StudyConfig, out: Path, runs: list[Run]) -> list[dict[str, 
     for run in runs:
         if run.rows_file.is_file():
             rows += json.loads(run.rows_file.read_text(encoding="utf-8"))
+    judged = [row for row in rows if row["status"] == "judged"]
+    check_alike(judged, [f"{row['arm']}, seed {row['seed']}" for row in judged])
     atomic_write_text(out / RESULTS_FILE, "".join(json.dumps(row) + "\n" for row in rows))
     write_report(config, rows, out, given=_given(config))
     return rows

@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from cascade.evaluate.sheet import SheetLayout, contact_sheet
-from cascade.images import open_image, save_png
-
-PROMPTS_FILE = "prompts.json"
-"""In a folder of drawn pictures: each prompt by the name of its picture's file."""
+from cascade.images import open_image, read_png_metadata, save_png
 
 
 def grid_of(folders: Mapping[str, Path], count: int, path: Path) -> bool:
     """Write a sheet of the first prompts.
 
     Args:
-        folders: Arm -> folder with its pictures and their prompts.
+        folders: Arm -> folder with its pictures, which say their prompts.
         count: Prompts, at most.
         path: PNG file to write.
 
     Returns:
         Whether there was anything to draw.
     """
-    prompts: dict[str, str] | None = None
+    names: list[str] = []
     images, captions = [], []
     for arm, folder in folders.items():
-        if prompts is None:
-            found = json.loads((folder / PROMPTS_FILE).read_text(encoding="utf-8"))
-            prompts = dict(sorted(found.items())[:count])
-        for name, prompt in prompts.items():
+        names = names or sorted(
+            path.relative_to(folder).as_posix() for path in folder.rglob("*.png")
+        )
+        for name in names[:count]:
+            prompt = read_png_metadata(folder / name).get("prompt", name)
             images.append(open_image(folder / name))
             captions.append(f"{arm}: {prompt}")
-    if not images or not prompts:
+    if not images:
         return False
-    save_png(contact_sheet(images, captions, SheetLayout(columns=len(prompts))), path)
+    layout = SheetLayout(columns=min(count, len(names)))
+    save_png(contact_sheet(images, captions, layout), path)
     return True

@@ -25,7 +25,7 @@ UNIT_TITLES = {
     "samples": "samples",
     "flops": "FLOPs",
 }
-_COSTS = (("latency_s", "latency, s a picture"), ("peak_memory_mib", "peak memory, MiB"))
+_COSTS = (("latency_s", "latency, s a picture"), ("peak_memory_mib", "memory above the model, MiB"))
 
 
 def write_report(
@@ -175,13 +175,13 @@ def _pareto(config: StudyConfig, rows: Sequence[Row], out: Path) -> list[Block]:
     if not names or not any(by_arm.values()):
         return []
     blocks: list[Block] = [Heading("What a picture costs")]
-    head = ("arm", "parameters", "GMACs a picture", *(title for _, title in _COSTS))
+    head = ("arm", "parameters", "GFLOPs a picture", *(title for _, title in _COSTS))
     table = []
     for arm, judged in by_arm.items():
         if not judged:
             continue
         costs = [row["cost"] for row in judged]
-        cells = [arm, f"{costs[0]['parameters']:,}", _mean(costs, "gmacs", ",.3g")]
+        cells = [arm, f"{costs[0]['parameters']:,}", _mean(costs, "gflops", ",.3g")]
         cells += [_mean(costs, key, ",.3g") for key, _ in _COSTS]
         table.append(tuple(cells))
     blocks.append(Table(head, tuple(table)))
@@ -264,7 +264,7 @@ def _sources(rows: Sequence[Row]) -> list[Block]:
     found: dict[tuple[str, str, str], int] = {}
     for row in rows:
         if row["status"] == "judged":
-            key = (row["protocol"], row["commit"], row["machine"])
+            key = (row["protocol_hash"], row["commit"], row["machine"])
             found[key] = found.get(key, 0) + 1
     table = tuple((*key, str(count)) for key, count in sorted(found.items()))
     return [

@@ -140,16 +140,39 @@ class ArmConfig:
 
 
 @dataclass(frozen=True)
+class JudgeConfig:
+    """How models are judged: a protocol, and the places of what it measures with."""
+
+    protocol: str
+    """YAML file."""
+    real: str | None = None
+    """Shards or folder of the real pictures that models are held to; ``{shared}`` is the folder of
+    what the study made once."""
+    prompts: str | None = None
+    """Where the protocol's prompts are, unless it holds them itself."""
+    features: str | None = None
+    """The protocol's feature network."""
+    clip: str | None = None
+    """The protocol's CLIP; None: the demonstration's."""
+    lpips: str | None = None
+    """LPIPS' trunk."""
+
+    def __post_init__(self) -> None:
+        """Refuse places that are not known."""
+        for name in ("real", "prompts", "features", "clip", "lpips"):
+            for place in _places(getattr(self, name)):
+                if place != "shared":
+                    raise ValueError(f"{name} names {{{place}}}; there is {{shared}}")
+
+
+@dataclass(frozen=True)
 class StudyConfig:
     """Arms under one budget."""
 
     name: str
     budget: BudgetConfig
     arms: tuple[ArmConfig, ...]
-    protocol: str
-    """YAML file of how models are judged."""
-    real: str
-    """Shards or folder of the real pictures that they are held to."""
+    judge: JudgeConfig
     seeds: tuple[int, ...] = (0, 1, 2)
     evaluate_at: tuple[float, ...] = (0.5, 1.0)
     """Fractions of the budget at which every arm is judged."""

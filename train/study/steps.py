@@ -147,6 +147,10 @@ class Commands:
         self._run(f"model {out.name}", command, out.with_suffix(".log"))
         done.touch()
 
+    def module(self, module: str, words: Sequence[str], log: Path, what: str) -> None:
+        """Run a module of this repository; its errors are those of ``other``."""
+        self._run(what, [sys.executable, "-m", *module.split(), *words], log)
+
     def _run(self, what: str, command: Sequence[str], log: Path) -> None:
         if self._stopped:
             raise StudyStoppedError

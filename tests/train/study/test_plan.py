@@ -81,8 +81,7 @@ def test_the_plan_says_what_it_will_take():
         "name": "s",
         "budget": {"unit": "samples", "amounts": [1600]},
         "arms": [{"name": "one", "steps": STEPS, "model": MODEL}],
-        "protocol": "p.yaml",
-        "real": "r",
+        "judge": {"protocol": "p.yaml"},
         "seeds": [0, 1],
         "price_per_device_hour": 3600.0,
     }
@@ -132,7 +131,7 @@ def test_arms_that_can_not_be_are_told(changes, message):
 )
 def test_studies_that_can_not_be_are_told(changes, message):
     one = {"name": "one", "steps": STEPS, "model": MODEL}
-    values = {"name": "s", "arms": [one], "protocol": "p.yaml", "real": "r"}
+    values = {"name": "s", "arms": [one], "judge": {"protocol": "p.yaml"}}
     values |= {"budget": {"unit": "samples", "amounts": [1]}} | changes
     with pytest.raises(UserError, match=message):
         from_dict(StudyConfig, values, "s.yaml")
@@ -141,7 +140,7 @@ def test_studies_that_can_not_be_are_told(changes, message):
 def test_arms_whose_folders_would_be_one_and_shared_steps_that_differ_are_told():
     shared = {"name": "x", "command": "train.data check", "shared": True}
     other = shared | {"set": {"limit": 3}}
-    base = {"protocol": "p", "real": "r", "budget": {"unit": "samples", "amounts": [1]}}
+    base = {"judge": {"protocol": "p.yaml"}, "budget": {"unit": "samples", "amounts": [1]}}
 
     def study(*arms: dict[str, object]) -> None:
         from_dict(StudyConfig, {"name": "s", "arms": list(arms), **base}, "s")

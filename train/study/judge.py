@@ -1,0 +1,89 @@
+"""What a model is worth and what it costs: the protocol's figures, and the cost of a picture.
+
+Both are commands of ``cascade.evaluate``, each in a process of its own: what a model needs of
+memory and time is not mixed with what this one holds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cascade.evaluate.results import read_rows
+from train.study.settings import JudgeConfig, StudyConfig
+from train.study.steps import Commands
+
+LOWER = frozenset({"frechet", "kernel", "mmd", "lpips"})
+"""Metrics of which less is better; of all others more is."""
+FIGURES_FILE = "results.jsonl"
+COST_FILE = "cost.json"
+
+
+def judge(config: StudyConfig, folder: Path, shared: Path, commands: Commands) -> dict[str, Any]:
+    """Measure the model in ``folder/model``, or read what was measured before.
+
+    Args:
+        config: The study.
+        folder: Of this moment.
+        shared: What ``{shared}`` means.
+        commands: Runs the two.
+
+    Returns:
+        ``metrics`` (name -> value, label, better, and the value of real pictures where there is
+        one), the protocol and its hash, ``pictures`` (their folder) and ``cost``.
+
+    Raises:
+        StepFailedError: It can't be measured.
+        StudyStoppedError: The study is to end.
+    """
+    figures, cost = folder / FIGURES_FILE, folder / COST_FILE
+    model = folder / "model"
+    options = _options(config.judge, shared)
+    if not figures.is_file():
+        words = ["--protocol", config.judge.protocol, "--model", str(model), "--out", str(folder)]
+        words += ["--device", config.device, *options]
+        commands.module("cascade.evaluate", words, folder / "evaluate.log", "figures")
+    if not cost.is_file():
+        words = ["--model", str(model), "--protocol", config.judge.protocol]
+        words += ["--device", config.device, "--json", str(cost)]
+        commands.module("cascade.evaluate cost", words, folder / "cost.log", "cost of a picture")
+    rows = read_rows(figures)
+    [pictures] = [path for path in (folder / "pictures").iterdir() if path.is_dir()]
+    return {
+        "metrics": {row["metric"]: _figure(row) for row in rows},
+        "protocol_hash": rows[0]["protocol_hash"],
+        "protocol": rows[0]["protocol"],
+        "pictures": str(pictures),
+        "cost": _cost(json.loads(cost.read_text(encoding="utf-8"))),
+    }
+
+
+def _figure(row: Mapping[str, Any]) -> dict[str, Any]:
+    better = "lower" if row["metric"] in LOWER else "higher"
+    return {"value": row["value"], "label": row["label"], "better": better, "real": row["real"]}
+
+
+def _cost(measured: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a picture costs, made alone."""
+    peak = measured["peak_memory_bytes"]
+    return {
+        "parameters": sum(measured["parameters"].values()),
+        "gflops": sum(measured["flops"].values()) / 1e9,
+        "latency_s": measured["seconds"]["all"]["median"],
+        "peak_memory_mib": None if peak is None else peak / 2**20,
+        "energy_j": measured["energy_j"],
+    }
+
+
+def _options(config: JudgeConfig, shared: Path) -> list[str]:
+    named = {
+        "--real": config.real,
+        "--prompts": config.prompts,
+        "--features": config.features,
+        "--clip": config.clip,
+        "--lpips": config.lpips,
+    }
+    given = {key: value for key, value in named.items() if value is not None}
+    return [word for key, value in given.items() for word in (key, value.format(shared=shared))]
