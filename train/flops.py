@@ -31,24 +31,35 @@ _SIDE, _REPEATS = 1024, 5
 
 
 class FlopCounter(TorchDispatchMode):
-    """Counts the operations of what runs inside it, and changes nothing of it.
+    """Counts the operations of what runs inside it; those of training it does not change.
 
     The formulas are torch's own; its ``FlopCounterMode`` leaves out attention on a CPU, and takes
     apart what it has no formula for, so that the step's values differ in their last bits.
     """
 
-    def __init__(self) -> None:
-        """Start at zero."""
+    def __init__(self, *, inference: bool = False) -> None:
+        """Start at zero.
+
+        Args:
+            inference: Count under ``torch.inference_mode`` too, where layers arrive whole: what
+                has no formula is taken apart, which may change last bits.
+        """
         super().__init__()
         self.total = 0.0
+        self.inference = inference
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run one operation and add its count."""
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
         kind = func.overloadpacket
+        if self.inference and kind not in flop_registry:
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        out = func(*args, **kwargs)
         if kind is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
             self.total += sdpa_flop_count(*(one.shape for one in args[:3]))
         elif kind is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
