@@ -2,8 +2,8 @@
 
 The sources of a step's rows are a function of (seed, step) and the same on all ranks: each set has
 its share of the global batch, rounded up or down so that in the long run it is the weight, in an
-order that is drawn anew. Each set keeps a series of its own, with its own shards, cache and filters,
-and gives the next of it; in memory that is every sample once an epoch of the set's.
+order that is drawn anew. Each set keeps a series of its own, with its own shards, cache and
+filters, and gives the next of it; in memory that is every sample once an epoch of the set's.
 """
 
 from __future__ import annotations
@@ -157,9 +157,7 @@ class _MixedBatches(IterableDataset[CachedBatch]):
             batches, rows = [], []
             for number, cache in enumerate(self.caches):
                 own = owners == number
-                place = (
-                    used[number] + np.cumsum(own) - 1
-                )  # in the set's series, of each of its rows
+                place = used[number] + np.cumsum(own) - 1  # in the set's series
                 if own[mine].any():
                     places = place[mine][own[mine]].tolist()
                     batches.append(place_batch(cache, self.seeds[number], places))

@@ -50,8 +50,8 @@ class TrainingData:
     """Part -> its last dimension, where it is known."""
     digest: str
     """Hash of all that the order of the samples depends on."""
-    cache: Cache | None = None
-    """The whole set, if it is in memory."""
+    captions: tuple[str, ...] | None = None
+    """All distinct captions in their order by letter, of what is in memory."""
     encode: EncodeBatch | None = None
     """What makes the parts that the stream does not hold."""
 
@@ -147,7 +147,7 @@ def _in_memory(config: DataConfig, frozen: FrozenPaths) -> TrainingData:
         null_text=cache.null_text,
         widths={name: tensor.shape[-1] for name, tensor in cache.tensors.items()},
         digest=_digest(config, cache.pictures.fingerprint()),
-        cache=cache,
+        captions=_captions([cache]),
     )
 
 
@@ -169,8 +169,13 @@ def _mixed_in_memory(config: DataConfig, frozen: FrozenPaths) -> TrainingData:
         null_text=caches[0].null_text,
         widths={name: tensor.shape[-1] for name, tensor in caches[0].tensors.items()},
         digest=_digest(config, json.dumps([cache.pictures.fingerprint() for cache in caches])),
-        cache=caches[0],
+        captions=_captions(caches),
     )
+
+
+def _captions(caches: list[Cache]) -> tuple[str, ...]:
+    lists = [captions for cache in caches for captions in cache.pictures.captions]
+    return tuple(sorted({caption for captions in lists for caption in captions}))
 
 
 def _say_shares(config: DataConfig, counts: list[int]) -> None:

@@ -13,10 +13,13 @@ import torch
 
 from cascade.errors import UserError
 from tests.train.data.conftest import colored, encoded, write_members, write_set
+from train.data.__main__ import main as check_main
 from train.data.cached import CachedBatch
 from train.data.config import BucketConfig, DataConfig, FilterConfig, MixConfig
+from train.data.latents import PrecomputeOptions, precompute_shards
 from train.data.mix import Mixture, in_places
 from train.data.open import open_data
+from train.encode import FrozenPaths
 
 
 def named_set(folder: Path, name: str, count: int) -> str:
@@ -180,6 +183,42 @@ def test_mixtures_that_can_not_be_are_refused(values, message):
         DataConfig(**{**plain, **values})
     with pytest.raises(ValueError, match="weight is 0"):
         MixConfig("a", "x", 0.0)
+
+
+def test_caches_of_two_sets_are_mixed_and_must_have_the_same_shapes(sets, tiny_model, tmp_path):
+    frozen = FrozenPaths(stage_a=str(tiny_model))
+
+    def cache(shards: str, name: str, buckets: BucketConfig | None = None) -> str:
+        data = DataConfig(shards, 8, mode="resampled", size=32, buckets=buckets)
+        precompute_shards(PrecomputeOptions(data, tmp_path / name, frozen))
+        return f"{tmp_path}/{name}/*.tar"
+
+    caches = cache(sets[0], "real"), cache(sets[1], "made")
+    config = mixed(caches, "resampled", batch_size=4)
+    whole = take(open_data(config, frozen, pixels=False), 12)
+    assert owners(whole) == {"real": 12, "made": 36}
+    again = take(open_data(config, frozen, pixels=False), 4, 5)
+    for one, other in zip(whole[5:9], again, strict=True):
+        assert one.keys == other.keys and one.pixels is None
+        assert torch.equal(one.stage_a_latents, other.stage_a_latents)
+    with pytest.raises(UserError, match="all of its sets hold pictures, or all hold latents"):
+        open_data(mixed((caches[0], sets[1]), "resampled"), frozen, pixels=False)
+    step = BucketConfig(step=8)
+    wide = cache(write_set(tmp_path / "wide", [24]), "shapes", step)
+    square = cache(sets[1], "square", step)
+    with pytest.raises(UserError, match=r"data.mix: teacher has no latents of \d+x\d+"):
+        mix = mixed((wide, square), "resampled", buckets=step, batch_size=2)
+        open_data(mix, frozen, pixels=False)
+
+
+def test_check_looks_at_every_set(sets, tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    mix = [{"name": "teacher", "shards": sets[1], "weight": 2, "folder": "of a cache"}]
+    data = {"shards": sets[0], "batch_size": 2, "folder": "of a cache", "mix": mix}
+    path.write_text(json.dumps({"data": data}))
+    assert check_main(["check", "--config", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "set teacher" in shown and "40" in shown and "30" in shown
 
 
 def test_sets_of_several_sizes_and_a_set_that_is_not_there_are_one_line(sets, tmp_path):
