@@ -1,17 +1,21 @@
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
+import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from torch import nn
 
 from cascade.checkpoints.files import on_meta
-from cascade.config import load_yaml
+from cascade.config import from_dict, load_yaml, read_yaml
 from cascade.errors import run_main
+from cascade.evaluate.flops import FlopCounter
 from cascade.evaluate.protocol import load_protocol
 from stages.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from stages.previewer import Previewer, PreviewerConfig
@@ -23,9 +27,12 @@ from stages.stage_c import StageC, StageCConfig
 from stages.stage_c_v2 import StageCV2, StageCV2Config
 from stages.unet.compress import PUBLISHED, plan_student
 from stages.unet.config import UNetConfig
-from stages.unet.unet import UNet
+from stages.unet.unet import UNet, UNetCondition
+from tests.unet_models import save_tiny
 from train import __main__ as command
 from train import runs, unet_runs
+from train.distill import __main__ as distill
+from train.distill.generate_config import GenerateConfig
 from train.distill.plans import read_recipe
 from train.losses.distillation import site_pairs
 from train.systems.unet import UNetRun
@@ -37,9 +44,10 @@ NOT_A_RUN = {"model.yaml", "switches.yaml"}
 ALL = sorted((ROOT / "configs").rglob("*.yaml"))
 PRESETS = sorted((ROOT / "configs" / "presets").glob("*.yaml"))
 STUDENTS = sorted((ROOT / "configs" / "distill").glob("*.yaml"))
+TEACHERS = sorted((ROOT / "configs" / "teachers").glob("*.yaml"))
 PROTOCOLS = sorted((ROOT / "configs" / "protocols").glob("*.yaml"))
-OTHERS = {*PRESETS, *STUDENTS, *PROTOCOLS}
-RUNS = [path for path in ALL if path.name not in NOT_A_RUN and path not in OTHERS]
+NO_RUNS = {*PRESETS, *STUDENTS, *TEACHERS, *PROTOCOLS}
+RUNS = [path for path in ALL if path.name not in NOT_A_RUN and path not in NO_RUNS]
 
 EVERY_RUN = pytest.mark.parametrize(
     "path", RUNS, ids=lambda path: str(path.relative_to(ROOT / "configs"))
@@ -319,3 +327,51 @@ def test_protocols_parse_and_say_what_they_are(path: Path) -> None:
     for word in ("Purpose:", "Hardware:", "Size:", "Result:"):
         assert word in header, word
     assert "FILL" not in header
+
+
+@pytest.mark.parametrize("path", TEACHERS, ids=lambda path: path.stem)
+def test_a_teachers_file_says_what_its_pictures_cost(path: Path) -> None:
+    """Operations are counted on the published sizes; hours are those of the device it names."""
+    values = {"prompts": "x", "out": "x", **read_yaml(path)}
+    config = from_dict(GenerateConfig, values, str(path))
+    header = " ".join(_header(path).split())
+    for word in ("Purpose", "Hardware", "Size", "Result", "Cost", "Licence"):
+        assert re.search(rf"\b{word}: \S.{{5,}}", header), f"{path}: the header lacks {word}:"
+    side = (config.sides[0] or 0) // 8
+    with on_meta():
+        unet, autoencoder = UNet(UNetConfig.sdxl()), AutoencoderKL(AutoencoderKLConfig())
+    assert f"{sum(p.numel() for p in unet.parameters()) / 1e6:.1f} M parameters" in header
+    calls = (config.steps or 0) * (1 if config.guidance == 1 else 2)
+    assert calls > 0
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(1, *shape, device="meta")
+
+    with torch.inference_mode(), FlopCounter(take_apart=True) as calling:
+        told = unet.prepare(UNetCondition(empty(77, 2048), empty(1280), empty(6)))
+        before = calling.total
+        unet(empty(4, side, side), torch.empty(1, device="meta"), told)
+    with torch.inference_mode(), FlopCounter(take_apart=True) as decoding:
+        autoencoder.decode(empty(4, side, side))
+    total = calls * (calling.total - before) + decoding.total
+    assert f"Cost: {total / 1e12:.1f} TFLOP a picture" in header
+    hours = float(re.findall(r"([\d.]+) hours a million at 395 TFLOP/s", header)[0])
+    assert hours == pytest.approx(total * 1e6 / 395e12 / 3600, rel=0.01)
+
+
+@pytest.mark.parametrize("path", TEACHERS, ids=lambda path: path.stem)
+def test_a_teachers_file_makes_shards_of_tiny_random_weights(path: Path, tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model", "sdxl")
+    (tmp_path / "prompts.txt").write_text("red apple\nblue fish\n")
+    words = ["--config", str(path), "--teacher", str(model), "--size", "16", "--device", "cpu"]
+    words += ["--prompts", f"{tmp_path}/prompts.txt", "--out", f"{tmp_path}/out"]
+    if read_yaml(path).get("unet"):
+        words += ["--unet", str(model / "unet")]
+    assert distill.main(["generate", *words]) == 0
+    with tarfile.open(tmp_path / "out" / "teacher-000000.tar") as tar:
+        names = tar.getnames()
+        made_by = json.load(tar.extractfile("teacher-00000001.json"))["made_by"]  # type: ignore[arg-type]
+    assert "teacher-00000001.autoencoder_mean.npy" in names and len(names) == 8
+    wanted = from_dict(GenerateConfig, {"prompts": "x", "out": "x", **read_yaml(path)}, "")
+    for name in ("steps", "guidance", "sampler", "spacing"):
+        assert made_by["settings"]["unet"][name] == getattr(wanted, name)

@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 Purpose = Literal[
-    "order", "captions", "layers", "rests", "crops", "blocks", "buckets", "spares", "lora"
+    "order", "captions", "layers", "rests", "crops", "blocks", "buckets", "spares", "lora", "mix"
 ]
 
 

@@ -5,6 +5,7 @@ A cache holds what they said once; a stream of pictures has them say it in every
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -210,22 +211,26 @@ class FrozenEncoders:
 
     @torch.inference_mode()
     def encode_pixels(
-        self, pixels: Tensor, compressor_fraction: float | None = None
+        self,
+        pixels: Tensor,
+        compressor_fraction: float | None = None,
+        skip: Collection[str] = (),
     ) -> dict[str, Tensor]:
         """Return the parts of a batch that are made of its pixels (B, 3, H, W).
 
         Args:
             pixels: In [0, 1].
             compressor_fraction: Fraction of their size that the compressor sees; None: its own.
+            skip: Parts, keys of ``CACHE_FILES``, that are known already.
 
         Raises:
             UserError: A network does not take pictures of this size.
         """
         found = {}
         try:
-            if self.stage_a is not None:
+            if self.stage_a is not None and "stage_a" not in skip:
                 found["stage_a_latents"] = self.stage_a.encode(pixels)
-            if self.compressor is not None:
+            if self.compressor is not None and "stage_c" not in skip:
                 compressor = self.compressor
                 found["stage_c_latents"] = (
                     compressor.encode(pixels)
@@ -234,7 +239,7 @@ class FrozenEncoders:
                 )
             if self.image is not None:
                 found["image_embeds"] = self.image(centre_square(pixels))
-            if self.autoencoder is not None:
+            if self.autoencoder is not None and "autoencoder" not in skip:
                 mean, std = self.autoencoder.latent_gaussian(pixels)
                 found |= {"autoencoder_mean": mean, "autoencoder_std": std}
         except ValueError as error:

@@ -23,7 +23,6 @@ from train.callbacks.drawing import CascadeDrawing, Drawing, UNetDrawing
 from train.callbacks.pictures import SamplePictures
 from train.callbacks.posthoc_ema import PosthocEma
 from train.callbacks.validation import Validation
-from train.data.cached import Cache
 from train.data.open import TrainingData, open_data, remember_data
 from train.encode import FrozenPaths
 from train.fit import Prepared, fit, prepare
@@ -54,7 +53,7 @@ def train_clip(config: ClipRun, *, resume: bool) -> None:
     """Train the tokenizer on the captions, then the two towers."""
     prepared = prepare(config.run, config, resume=resume)
     data = open_data(config.data)
-    system = ClipSystem(config, _tokenizer(config, data.cache, prepared))
+    system = ClipSystem(config, _tokenizer(config, data.captions, prepared))
     if config.init_from is not None and prepared.newest is None:
         _copy(load_clip(config.init_from), system.network, config.init_from)
     fit_system(system, data, config, prepared)
@@ -237,18 +236,19 @@ def _drawing(config: StageBRun | StageCRun | UNetRun) -> Drawing:
     return CascadeDrawing(config.pictures.model, stage, config.diffusion)
 
 
-def _tokenizer(config: ClipRun, cache: Cache | None, prepared: Prepared) -> PreTrainedTokenizerFast:
+def _tokenizer(
+    config: ClipRun, captions: Sequence[str] | None, prepared: Prepared
+) -> PreTrainedTokenizerFast:
     """Return the tokenizer of the run that goes on, of the CLIP it starts from, or a new one."""
     if prepared.newest is not None:
         return load_tokenizer(prepared.out / "text")
     if config.init_from is not None:
         return load_tokenizer(config.init_from)
-    if cache is None:
+    if captions is None:
         raise UserError(
             f"data.mode is {config.data.mode}: a tokenizer is trained on captions in memory; name "
             "an init_from, or use data.mode memory"
         )
-    captions = sorted({c for captions in cache.pictures.captions for c in captions})
     return train_tokenizer(captions, config.model.vocab_size, config.model.max_tokens)
 
 

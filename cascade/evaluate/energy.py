@@ -6,10 +6,15 @@ from typing import Any
 
 
 class EnergyMeter:
-    """Joules of the first GPUs of this machine since the last reading."""
+    """Joules of GPUs of this machine since the last reading."""
 
-    def __init__(self, num_gpus: int = 0) -> None:
-        """Take how many GPUs this machine's part of the run uses; 0 measures nothing."""
+    def __init__(self, num_gpus: int = 0, first: int = 0) -> None:
+        """Take how many GPUs this machine's part of the run uses; 0 measures nothing.
+
+        Args:
+            num_gpus: How many.
+            first: Number of the first of them.
+        """
         self._nvml: Any = None
         self._handles: list[Any] = []
         self._last_j = 0.0
@@ -19,7 +24,8 @@ class EnergyMeter:
             import pynvml
 
             pynvml.nvmlInit()
-            self._handles = [pynvml.nvmlDeviceGetHandleByIndex(gpu) for gpu in range(num_gpus)]
+            gpus = range(first, first + num_gpus)
+            self._handles = [pynvml.nvmlDeviceGetHandleByIndex(gpu) for gpu in gpus]
             self._nvml = pynvml
             self._last_j = self._read_j()
         except Exception:  # no library, no driver, or a GPU that does not tell: no figure

@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ class Ledger(Callback):
     which is its shapes and what else the system's ``step_kind`` tells apart; null under
     torch.compile), ``energy_j`` of this machine's GPUs (null where none tells) and
     ``peak_memory_mib`` of the first device, or of the process on a CPU. Steps that a killed run
-    makes again are spent again: the sum of all rows is the whole cost.
+    makes again are spent again: the sum of all rows is the whole cost. A run on several sets
+    (``data.mix``) has ``samples_by_set`` beside ``samples``.
     """
 
     def __init__(
@@ -40,6 +42,8 @@ class Ledger(Callback):
     ) -> None:
         """Take the run's clock, its folder (None: no file is written) and the interval."""
         self.samples = 0
+        self.samples_by_set: Counter[str] = Counter()
+        """Of a run on several sets."""
         self.seconds = 0.0
         """Of earlier starts of the run."""
         self.flops = 0.0
@@ -91,10 +95,13 @@ class Ledger(Callback):
         self._stop_counting(self._kind)
         self.flops += self._flops_by_kind.get(self._kind, 0.0) * trainer.world_size
         self.samples += len(batch) * trainer.world_size
+        self.samples_by_set.update(getattr(batch, "drawn", None) or {})
         self.clock.switch("data")
         self._step = steps_done(pl_module, trainer)
         if ends_step(trainer, batch_idx) and self._step % self._every_steps == 0:
             pl_module.log("samples", float(self.samples))
+            for name, count in self.samples_by_set.items():
+                pl_module.log(f"samples/{name}", float(count))
             self.write_row(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -132,6 +139,8 @@ class Ledger(Callback):
             "energy_j": self._energy.spent_j(),
             "peak_memory_mib": round(self.peak_memory_bytes() / 2**20),
         }
+        if self.samples_by_set:
+            row["samples_by_set"] = dict(self.samples_by_set)
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         self._from_step = self._step
@@ -161,6 +170,7 @@ class Ledger(Callback):
         """Return the counts for the resumable checkpoint."""
         return {
             "samples": self.samples,
+            "samples_by_set": dict(self.samples_by_set),
             "seconds": self.total_seconds(),
             "training_seconds": self.training_seconds(),
         }
@@ -168,6 +178,7 @@ class Ledger(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the counts back."""
         self.samples = state_dict["samples"]
+        self.samples_by_set = Counter(state_dict.get("samples_by_set", {}))
         self.seconds = state_dict["seconds"]
         self._looking_before_s = self.seconds - state_dict.get("training_seconds", self.seconds)
 

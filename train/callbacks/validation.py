@@ -66,6 +66,7 @@ class ValidationConfig:
             shards=self.shards,
             folder=self.folder,
             batch_size=self.batch_size or trained.batch_size,
+            mix=(),  # theirs alone
             seed=self.seed,
         )
 

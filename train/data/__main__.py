@@ -184,15 +184,23 @@ def _check(options: argparse.Namespace, rest: list[str]) -> int:
     one_size = values.get("mode", "memory") == "memory"
     if one_size:  # a set in memory has the size of its pictures; a look at it needs some
         values.pop("folder", None)
-        values["mode"] = "exact"
+        mix = values.get("mix") or []
+        for one in mix if isinstance(mix, list) else ():
+            if isinstance(one, dict):
+                one.pop("folder", None)
+        values["mode"] = "resampled" if mix else "exact"
     values.setdefault("size", 512)
     if "shards" not in values:
         raise UserError("check: name the shards, or a --config whose data section does")
     data = from_dict(DataConfig, values, where)
-    found = check(CheckOptions(data, options.samples, options.ranks or ranks, one_size))
-    for line in found.table():
-        print(line)
-    found.require_usable()
+    names = [one.name for one in data.mix]
+    for name, one in zip(["", *names], data.sets(), strict=True):
+        if name:
+            print(f"\nset {name}")
+        found = check(CheckOptions(one, options.samples, options.ranks or ranks, one_size))
+        for line in found.table():
+            print(line)
+        found.require_usable()
     return 0
 
 

@@ -107,6 +107,8 @@ class CachedBatch:
     """How much each sample counts, (B,), where two sets are served side by side."""
     crops: Tensor | None = None
     """Top and left edge of each crop of a stream, in pixels of the resized picture, (B, 2)."""
+    drawn: dict[str, int] | None = None
+    """Of a mixture: rows of this step over all ranks by set."""
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -240,6 +242,22 @@ class _EndlessBatches(IterableDataset[CachedBatch]):
             ]
             yield self.cache.batch(order[first : first + size], draws)
             step += 1
+
+
+def group_of(captions: Sequence[str]) -> int:
+    """Return a number of a list of captions: its pictures can't be told apart by text."""
+    digest = hashlib.sha256(json.dumps(sorted(captions)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def place_batch(cache: Cache, seed: int, places: Sequence[int]) -> CachedBatch:
+    """Return the samples at places of an endless series of shuffled epochs."""
+    count, orders = len(cache.pictures), {}
+    for epoch in {place // count for place in places}:
+        generator = torch.Generator().manual_seed(derived_seed("order", seed, epoch))
+        orders[epoch] = torch.randperm(count, generator=generator)
+    indices = torch.stack([orders[place // count][place % count] for place in places])
+    return cache.batch(indices, [derived_seed("captions", seed, place) / 2**63 for place in places])
 
 
 def cached_loader(

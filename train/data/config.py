@@ -9,13 +9,16 @@ the step alone, so a run that was killed goes on with the batch that it would ha
 - ``resampled``: endless; each worker draws shards with replacement. For sets too large to index,
   and for ``pipe:`` commands, which can only be read from their beginning.
 
+``mix`` adds further sets, such as a teacher's pictures beside real ones.
+
 A streamed set of pictures can have sizes of its own; shards that ``python -m train.data precompute
 --shards-out`` wrote hold latents instead. Which of the two they are is read from the shards.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 
@@ -75,6 +78,27 @@ class BucketConfig:
 
 
 @dataclass(frozen=True)
+class MixConfig:
+    """A further set, such as a teacher's pictures."""
+
+    name: str
+    """What it is called in the log and the ledger."""
+    shards: str
+    """Its shards, as in ``data.shards``."""
+    weight: float
+    """How often a row is drawn from it; the weight of ``data.shards`` is 1."""
+    folder: str | None = None
+    """Its cache, of a set in memory."""
+    filters: FilterConfig | None = None
+    """What its samples need; null: as ``data.filters`` has it."""
+
+    def __post_init__(self) -> None:
+        """Refuse what is never drawn."""
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"weight is {self.weight}; it must be positive")
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Which pictures a run trains on, and how they are served."""
 
@@ -109,6 +133,8 @@ class DataConfig:
     """Share of unreadable samples, among the first thousand or more, at which a run stops."""
     allow_pipe: bool = False
     """Let ``pipe:COMMAND`` in ``shards`` run its command in a shell."""
+    mix: tuple[MixConfig, ...] = ()
+    """Further sets, from which rows of every batch are drawn by weight: in memory, or resampled."""
     index_folder: str | None = None
     """Where indexes of shards are kept; null: ``cascade/index`` in the user's cache folder."""
 
@@ -124,6 +150,7 @@ class DataConfig:
         if not 0 < self.max_broken_share <= 1:
             raise ValueError(f"max_broken_share is {self.max_broken_share}; it lies in (0, 1]")
         self._check_mode()
+        self._check_mix()
         if self.size is not None and self.size < 8:
             raise ValueError(f"size is {self.size}; at least 8 pixels")
         if self.buckets is not None and self.size is not None and self.size % self.buckets.step:
@@ -131,6 +158,29 @@ class DataConfig:
                 f"size is {self.size} and buckets.step {self.buckets.step}; the square must be one "
                 "of the shapes, so size must be a multiple of step"
             )
+
+    def sets(self) -> list[DataConfig]:
+        """Return the configuration of each set by itself, the run's own first."""
+        alone = replace(self, mix=())
+        return [alone] + [
+            replace(
+                alone, shards=one.shards, folder=one.folder, filters=one.filters or self.filters
+            )
+            for one in self.mix
+        ]
+
+    def _check_mix(self) -> None:
+        """Refuse sets that can't be drawn from by weight."""
+        if self.mix and self.mode == "exact":
+            raise ValueError(
+                "mix is set but mode is exact, which shows every sample once an epoch whatever its "
+                "weight; set mode to resampled, or join the shards by '::'"
+            )
+        names = ["own", *(one.name for one in self.mix)]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise ValueError(f"mix has the name {twice[0]!r} twice ('own' is data.shards)")
+        _ = self.sets() if self.mix else ()
 
     def _check_mode(self) -> None:
         """An option of the other modes must not look as if it did something."""

@@ -5,11 +5,14 @@ For each shard of pictures there is one of the same name, written whole or not a
 killed goes on with the first shard that is not done. Processes on several machines share the work
 without a word to each other (``--part 0/4``). ``cache.json`` says what the numbers depend on; a
 folder that was made in another way is refused.
+
+Pictures of ``train.distill generate --keep-latents`` bring what their teacher drew: where it is of
+the very network that is asked for, and the picture is taken whole, that is kept and not encoded
+again. A U-Net's are samples of its autoencoder's Gaussian, so their deviation is zero.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import tarfile
@@ -28,6 +31,7 @@ from cascade.checkpoints.files import atomic_path, atomic_write_text
 from cascade.errors import UserError
 from cascade.pipelines.placement import pick_device
 from train.data.buckets import Shape
+from train.data.cached import CACHE_FILES
 from train.data.config import DataConfig
 from train.data.fingerprint import (
     CACHE_FILE,
@@ -39,11 +43,13 @@ from train.data.fingerprint import (
 )
 from train.data.members import (
     CAPTION_KEY,
+    DRAWN_KEY,
     LATENT_KEYS,
     METADATA_KEY,
     SHAPE_KEY,
     array_bytes,
     picture_key,
+    read_array,
     read_captions,
     read_metadata,
     scores_of,
@@ -53,6 +59,7 @@ from train.data.resampled import FetchedShard
 from train.data.select import Selector
 from train.data.sources import check_allowed, expand_shards, scheme_of, shard_title, stamp
 from train.data.transport import shown
+from train.data.write import add_member
 from train.encode import NO_NETWORK, FrozenEncoders, FrozenPaths
 
 _log = logging.getLogger(__name__)
@@ -114,6 +121,7 @@ def precompute_shards(options: PrecomputeOptions) -> PrecomputeReport:
     _claim(options, encoders, len(addresses))
     selector = Selector.of(options.data)
     report = PrecomputeReport()
+    hashes = options.frozen.hashes()
     number, parts = options.part
     for address, target in list(zip(addresses, targets, strict=True))[number::parts]:
         source = stamp(address) if scheme_of(address) != "pipe" else ""
@@ -123,7 +131,7 @@ def precompute_shards(options: PrecomputeOptions) -> PrecomputeReport:
         for old in target.parent.glob(f".{target.name[:32]}.*.tmp"):
             old.unlink(missing_ok=True)  # of a process that was killed
         shard = FetchedShard(address, allow_pipe=options.data.allow_pipe)
-        written, skipped = _Writer(options, selector, encoders).write(shard, target)
+        written, skipped = _Writer(options, selector, encoders, hashes).write(shard, target)
         shard.close()
         _mark_done(target, address, source, written, skipped)
         report.shards += 1
@@ -204,6 +212,8 @@ class _Decoded:
     fitted: Fitted
     captions: tuple[str, ...]
     scores: dict[str, float]
+    drawn: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """Parts, keys of ``CACHE_FILES``, that a teacher drew: their tensors by name."""
 
 
 @dataclass
@@ -213,6 +223,8 @@ class _Writer:
     options: PrecomputeOptions
     selector: Selector
     encoders: FrozenEncoders
+    hashes: dict[str, str]
+    """Part -> hash of the network that makes it."""
     skipped: dict[str, list[str]] = field(default_factory=dict)
     written: int = 0
 
@@ -262,9 +274,28 @@ class _Writer:
             kind = picture_key(index.kinds_of(sample))
             picture = _member(shard, sample, kind) if kind is not None else None
             fitted = fit_picture(picture or b"", shape)
+            drawn = self._drawn(shard, sample, metadata) if fitted.original_size == shape else {}
         except BROKEN_PICTURE:
             return None
-        return _Decoded(index.keys[sample], fitted, allowed, scores_of(metadata))
+        return _Decoded(index.keys[sample], fitted, allowed, scores_of(metadata), drawn)
+
+    def _drawn(
+        self, shard: FetchedShard, sample: int, metadata: dict[str, Any]
+    ) -> dict[str, dict[str, Tensor]]:
+        """Return what a teacher drew, of the networks that are asked for."""
+        said = metadata.get(DRAWN_KEY)
+        hashes = said if isinstance(said, dict) else {}
+        found: dict[str, dict[str, Tensor]] = {}
+        for part, weights in self.hashes.items():
+            if hashes.get(part) != weights:
+                continue
+            first, *others = CACHE_FILES[part]
+            data = _member(shard, sample, LATENT_KEYS[first])
+            if data is not None:
+                latents = torch.from_numpy(read_array(data)).float()
+                zeros = {name: torch.zeros_like(latents) for name in others}
+                found[part] = {first: latents, **zeros}
+        return found
 
     def _number(self, index: Any, sample: int) -> int:
         sides = slice(sample, sample + 1)
@@ -273,7 +304,8 @@ class _Writer:
     def _encode(self, title: str, batch: list[_Decoded], tar: tarfile.TarFile) -> None:
         device = pick_device(self.options.device)
         pixels = torch.stack([one.fitted.pixels for one in batch]).to(device).float().div_(255.0)
-        parts = self.encoders.encode_pixels(pixels)
+        known = set.intersection(*(set(one.drawn) for one in batch))
+        parts = self.encoders.encode_pixels(pixels, skip=known)
         captions = [caption for one in batch for caption in one.captions]
         texts = self._texts(captions)
         first = 0
@@ -281,6 +313,8 @@ class _Writer:
             last = first + len(one.captions)
             arrays = {name: tensor[row] for name, tensor in parts.items()}
             arrays |= {name: tensor[first:last] for name, tensor in texts.items()}
+            for drawn in one.drawn.values():
+                arrays |= drawn
             first = last
             self._add(tar, title, one, arrays)
 
@@ -304,7 +338,7 @@ class _Writer:
                     f"{title}/{one.key}: {name} would hold values that are not finite in "
                     f"{self.options.dtype}; the shard is not written{hint}"
                 )
-            _put(tar, f"{one.key}.{LATENT_KEYS[name]}", array_bytes(stored.numpy()))
+            add_member(tar, f"{one.key}.{LATENT_KEYS[name]}", array_bytes(stored.numpy()))
         shape: Shape = (one.fitted.pixels.shape[1], one.fitted.pixels.shape[2])
         row = {
             **one.scores,
@@ -313,8 +347,8 @@ class _Writer:
             "original_size": list(one.fitted.original_size),
             "crop": list(one.fitted.crop),
         }
-        _put(tar, f"{one.key}.{CAPTION_KEY}", one.captions[0].encode())
-        _put(tar, f"{one.key}.{METADATA_KEY}", json.dumps(row, sort_keys=True).encode())
+        add_member(tar, f"{one.key}.{CAPTION_KEY}", one.captions[0].encode())
+        add_member(tar, f"{one.key}.{METADATA_KEY}", json.dumps(row, sort_keys=True).encode())
         self.written += 1
 
 
@@ -324,9 +358,3 @@ def _member(shard: FetchedShard, sample: int, kind: str) -> bytes | None:
     column = shard.index.kinds.index(kind)
     offset, size = (int(a[sample, column]) for a in (shard.index.offsets, shard.index.sizes))
     return shard.read(offset, size) if offset >= 0 else None
-
-
-def _put(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))

@@ -28,6 +28,9 @@ LATENT_KEYS = {
     "image_embeds": "image.npy",
 }
 """Part of a batch -> extension of its array. Text arrays have a row for each caption."""
+DRAWN_KEY = "latents"
+"""In the json of a generated picture: part of a cache -> hash of the network whose latents its
+teacher drew; their arrays lie beside the picture."""
 SHAPE_KEY = "shape"
 """In a cache's json: height and width of the pixels that the latents were made from."""
 

@@ -6,9 +6,10 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from cascade.checkpoints.files import atomic_write_text
@@ -21,6 +22,7 @@ from train.data.config import DataConfig
 from train.data.exact import ExactSource, index_set
 from train.data.fingerprint import CacheFound, check_fits, find_cache
 from train.data.loader import StepSource, StreamLoader
+from train.data.mix import MixedRows, MixedSource, Mixture, mixed_loader, set_seed
 from train.data.resampled import ResampledSource, probe_shards
 from train.data.select import Selector
 from train.data.sources import check_allowed, expand_shards, shard_title
@@ -48,8 +50,8 @@ class TrainingData:
     """Part -> its last dimension, where it is known."""
     digest: str
     """Hash of all that the order of the samples depends on."""
-    cache: Cache | None = None
-    """The whole set, if it is in memory."""
+    captions: tuple[str, ...] | None = None
+    """All distinct captions in their order by letter, of what is in memory."""
     encode: EncodeBatch | None = None
     """What makes the parts that the stream does not hold."""
 
@@ -75,33 +77,61 @@ def open_data(
             "stream pictures: data.mode exact or resampled"
         )
     if config.mode == "memory":
-        return _in_memory(config, frozen)
+        return _mixed_in_memory(config, frozen) if config.mix else _in_memory(config, frozen)
+    hashes = frozen.hashes()
+    streams = [_stream(one, frozen, hashes, pixels=pixels) for one in config.sets()]
+    if len({stream.found is None for stream in streams}) > 1:
+        raise UserError("data.mix: all of its sets hold pictures, or all hold latents of a cache")
+    encoded = frozen if hashes and streams[0].found is None else None
+    if config.mix:
+        return _mixed_streams(config, streams, encoded)
+    return _streamed(streams[0], encoded)
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """Shards that are streamed, looked at from outside."""
+
+    config: DataConfig
+    addresses: list[str]
+    selector: Selector
+    found: CacheFound | None
+    """What they were made with, if they hold latents."""
+
+
+def _stream(
+    config: DataConfig, frozen: FrozenPaths, hashes: dict[str, str], *, pixels: bool
+) -> _Stream:
+    """Find shards and, if they are a cache's, see that it fits.
+
+    Raises:
+        UserError: It does not.
+    """
     addresses = expand_shards(config.shards)
     check_allowed(addresses, allow_pipe=config.allow_pipe, in_pieces=config.mode == "exact")
-    hashes = frozen.hashes()
     found = find_cache(addresses)
-    if found is not None:
-        if pixels:
-            raise UserError(
-                f"{config.shards}: shards of latents, but this run reads pixels; name the shards "
-                "of the pictures"
-            )
-        if frozen.compressor_input is not None:
-            raise UserError(
-                f"{config.shards}: shards of latents, but compressor_input is drawn anew in every "
-                "step; name the shards of the pictures"
-            )
-        check_fits(found.fingerprint, config, hashes)
-        if len(addresses) < found.num_shards:
-            _log.warning(
-                "%s: %d of the cache's %d shards; was precompute stopped? the same command goes on",
-                config.shards,
-                len(addresses),
-                found.num_shards,
-            )
-        parts = tuple(name for part in hashes for name in CACHE_FILES[part])
-        return _streamed(config, addresses, Selector.of(config, parts), found)
-    return _streamed(config, addresses, Selector.of(config), None, frozen if hashes else None)
+    if found is None:
+        return _Stream(config, addresses, Selector.of(config), None)
+    if pixels:
+        raise UserError(
+            f"{config.shards}: shards of latents, but this run reads pixels; name the shards "
+            "of the pictures"
+        )
+    if frozen.compressor_input is not None:
+        raise UserError(
+            f"{config.shards}: shards of latents, but compressor_input is drawn anew in every "
+            "step; name the shards of the pictures"
+        )
+    check_fits(found.fingerprint, config, hashes)
+    if len(addresses) < found.num_shards:
+        _log.warning(
+            "%s: %d of the cache's %d shards; was precompute stopped? the same command goes on",
+            config.shards,
+            len(addresses),
+            found.num_shards,
+        )
+    parts = tuple(name for part in hashes for name in CACHE_FILES[part])
+    return _Stream(config, addresses, Selector.of(config, parts), found)
 
 
 def _in_memory(config: DataConfig, frozen: FrozenPaths) -> TrainingData:
@@ -117,17 +147,98 @@ def _in_memory(config: DataConfig, frozen: FrozenPaths) -> TrainingData:
         null_text=cache.null_text,
         widths={name: tensor.shape[-1] for name, tensor in cache.tensors.items()},
         digest=_digest(config, cache.pictures.fingerprint()),
-        cache=cache,
+        captions=_captions([cache]),
     )
 
 
-def _streamed(
-    config: DataConfig,
-    addresses: list[str],
-    selector: Selector,
-    found: CacheFound | None,
-    frozen: FrozenPaths | None = None,
+def _mixed_in_memory(config: DataConfig, frozen: FrozenPaths) -> TrainingData:
+    hashes = frozen.hashes()
+    caches = [load_cache(one, hashes) for one in config.sets()]
+    shapes = [cache.pictures.pixels.shape[-2:] for cache in caches]
+    sizes = sorted({(height, width) for height, width in shapes})
+    if len(sizes) > 1:
+        raise UserError(f"data.mix: pictures of {len(sizes)} sizes ({sizes}); one is needed")
+    _say_shares(config, [len(cache.pictures) for cache in caches])
+
+    def loader(step: int, rank: int, world: int) -> Iterable[CachedBatch]:
+        return mixed_loader(caches, config, start_step=step, rank=rank, world=world)
+
+    return TrainingData(
+        loader_from=loader,
+        shapes=sizes,
+        null_text=caches[0].null_text,
+        widths={name: tensor.shape[-1] for name, tensor in caches[0].tensors.items()},
+        digest=_digest(config, json.dumps([cache.pictures.fingerprint() for cache in caches])),
+        captions=_captions(caches),
+    )
+
+
+def _captions(caches: list[Cache]) -> tuple[str, ...]:
+    lists = [captions for cache in caches for captions in cache.pictures.captions]
+    return tuple(sorted({caption for captions in lists for caption in captions}))
+
+
+def _say_shares(config: DataConfig, counts: list[int]) -> None:
+    mixture = Mixture.of(config)
+    for name, share, count in zip(mixture.names, mixture.shares, counts, strict=True):
+        _log.info("set %s: %.1f %% of the rows, from %d samples", name, 100 * share, count)
+
+
+def _mixed_streams(
+    config: DataConfig, streams: list[_Stream], encoded: FrozenPaths | None
 ) -> TrainingData:
+    activity, mixture = Activity(config.workers), Mixture.of(config)
+    probes = [probe_shards(one.addresses, one.config, one.selector) for one in streams]
+    weights = mixture.shares.tolist()
+    shares = tuple(
+        float(np.dot(weights, of_shape))
+        for of_shape in zip(*(probe.shares for probe in probes), strict=True)
+    )
+    for name, stream, probe in zip(mixture.names, streams, probes, strict=True):
+        _log.info(
+            "set %s: %.1f %% of the rows, from %d shards; of two: %s",
+            name,
+            100 * weights[mixture.names.index(name)],
+            len(stream.addresses),
+            probe.report.summary(),
+        )
+        lacking = [n for n, share in enumerate(shares) if share and not probe.shares[n]]
+        if stream.found is not None and lacking:
+            shape = stream.selector.buckets.name(lacking[0])
+            raise UserError(
+                f"data.mix: {name} has no latents of {shape}, but another set has; cache all sets "
+                "in the same shapes, or stream the pictures, which can be cropped"
+            )
+
+    def make(rank: int, world: int) -> StepSource:
+        sources = []
+        for number, (stream, probe) in enumerate(zip(streams, probes, strict=True)):
+            rows = MixedRows(config.batch_size, shares, config.seed, mixture, number, rank, world)
+            own = replace(stream.config, seed=set_seed(config, number))
+            sources.append(
+                ResampledSource(
+                    stream.addresses,
+                    own,
+                    stream.selector,
+                    probe,
+                    activity,
+                    rank=rank,
+                    world=world,
+                    rows=rows,
+                )
+            )
+        return MixedSource(sources, mixture, rank=rank, world=world)
+
+    state = [
+        [[shard_title(address) for address in stream.addresses], probe.kept_per_shard, probe.shares]
+        for stream, probe in zip(streams, probes, strict=True)
+    ]
+    text = json.dumps([state, config.workers])
+    return _served(streams[0], config, make, activity, text, encoded)
+
+
+def _streamed(stream: _Stream, encoded: FrozenPaths | None) -> TrainingData:
+    config, addresses, selector = stream.config, stream.addresses, stream.selector
     activity = Activity(config.workers)
     make: Callable[[int, int], StepSource]
     if config.mode == "exact":
@@ -152,6 +263,19 @@ def _streamed(
                 addresses, config, selector, probe, activity, rank=rank, world=world
             )
 
+    return _served(stream, config, make, activity, state, encoded)
+
+
+def _served(
+    stream: _Stream,
+    config: DataConfig,
+    make: Callable[[int, int], StepSource],
+    activity: Activity,
+    state: str,
+    encoded: FrozenPaths | None,
+) -> TrainingData:
+    """Return the data that sources serve; of several sets ``stream`` is the first."""
+
     def loader(step: int, rank: int, world: int) -> Iterable[CachedBatch]:
         return StreamLoader(
             make(rank, world),
@@ -161,25 +285,27 @@ def _streamed(
             max_broken_share=config.max_broken_share,
         )
 
-    null_text, widths = None, {}
+    null_text, widths, found = None, {}, stream.found
     if found is not None:
         null_text, widths = found.null_text, found.fingerprint.widths
-    elif frozen is not None:
+    elif encoded is not None:
         _log.info("no cache: the frozen networks run in every step")
         # Only the text encoders are loaded here, for the empty prompt; the run loads all of them.
-        null_text = FrozenEncoders(frozen.only("text")).null_text()
+        null_text = FrozenEncoders(encoded.only("text")).null_text()
     return TrainingData(
         loader_from=loader,
-        shapes=list(selector.buckets.shapes),
+        shapes=list(stream.selector.buckets.shapes),
         null_text=null_text,
         widths=widths,
         digest=_digest(config, state),
-        encode=EncodeBatch(frozen, config.seed) if frozen is not None else None,
+        encode=EncodeBatch(encoded, config.seed) if encoded is not None else None,
     )
 
 
 def _digest(config: DataConfig, state: str) -> str:
     values = {name: v for name, v in to_dict(config).items() if name not in _POSITION_FREE}
+    if not config.mix:
+        del values["mix"]  # as before there were mixtures: runs of then go on without a warning
     text = json.dumps([values, state], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

@@ -45,6 +45,7 @@ class PriorConfig:
             shards=self.shards,
             folder=self.folder,
             batch_size=self.batch_size or own.batch_size,
+            mix=(),  # theirs alone
         )
 
 

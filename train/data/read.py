@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,7 +14,7 @@ from torch import Tensor
 from cascade.errors import UserError
 from train.data.activity import Activity
 from train.data.buckets import Shape
-from train.data.cached import CachedBatch
+from train.data.cached import CachedBatch, group_of
 from train.data.config import DataConfig
 from train.data.index import ShardIndex
 from train.data.members import (
@@ -179,9 +177,7 @@ class BatchMaker:
         if not allowed:
             raise ValueError("no caption; the shard has changed since it was indexed")
         row = allowed[int(draw * len(allowed))]
-        # Pictures with the same captions can't be told apart by text.
-        digest = hashlib.sha256(json.dumps(sorted(captions)).encode()).digest()
-        group = int.from_bytes(digest[:8], "big") >> 1
+        group = group_of(captions)
         if self.selector.parts:
             parts = {part: self._part(part, data, row) for part in self.selector.parts}
             original = _pair(metadata.get("original_size"), shape)

@@ -100,6 +100,30 @@ def probe_shards(addresses: list[str], config: DataConfig, selector: Selector) -
     return Probe(report, kept, tuple(shares.tolist()), tuple(merged.tolist()))
 
 
+@dataclass(frozen=True)
+class StepRows:
+    """What each step takes of a set."""
+
+    batch_size: int
+    shares: tuple[float, ...]
+    """How often each shape comes up."""
+    seed: int
+
+    @property
+    def mean_count(self) -> float:
+        """Samples of a step in the long run."""
+        return self.batch_size
+
+    def count(self, step: int) -> int:
+        """Return the samples of a step."""
+        return self.batch_size
+
+    def bucket(self, step: int) -> int:
+        """Return the shape of a step, the same on all ranks."""
+        seed = derived_seed("buckets", self.seed, step)
+        return int(np.random.default_rng(seed).choice(len(self.shares), p=self.shares))
+
+
 class ResampledSource(StepSource):
     """The batches of one rank in resampled mode."""
 
@@ -113,8 +137,12 @@ class ResampledSource(StepSource):
         *,
         rank: int,
         world: int,
+        rows: StepRows | None = None,
     ) -> None:
-        """Take the shards and what was learnt of them."""
+        """Take the shards and what was learnt of them.
+
+        ``rows`` is what steps take of them; None: whole batches, in the shapes of the set itself.
+        """
         self.addresses = addresses
         self.config = config
         self.selector = selector
@@ -125,30 +153,26 @@ class ResampledSource(StepSource):
         self.activity = activity
         self.maker = BatchMaker(config, selector, activity)
         in_block = probe.kept_per_shard * min(config.block_shards, len(addresses))
-        self.block_steps = max(1, int(in_block // config.batch_size))
+        self.rows = rows or StepRows(config.batch_size, probe.shares, config.seed)
+        self.block_steps = max(1, int(in_block // self.rows.mean_count))
         self._blocks: dict[tuple[int, int], _Block] = {}
         self._coming: dict[tuple[int, int], _Coming] = {}
-
-    def bucket_of(self, step: int) -> int:
-        """Return the shape of a step, the same on all ranks."""
-        seed = derived_seed("buckets", self.config.seed, step)
-        return int(np.random.default_rng(seed).choice(len(self.probe.shares), p=self.probe.shares))
 
     def serve(self, step: int) -> Served:
         """Return the batch of a step."""
         lane, turn = step % self.lanes, step // self.lanes
         number, place = divmod(turn, self.block_steps)
         block = self._block(lane, number)
-        bucket = self.bucket_of(step)
+        bucket, count = self.rows.bucket(step), self.rows.count(step)
         first = (number * self.block_steps) * self.lanes + lane
         earlier = range(first, step, self.lanes)
-        used = sum(self.bucket_of(one) == bucket for one in earlier) * self.config.batch_size
+        used = sum(self.rows.count(one) for one in earlier if self.rows.bucket(one) == bucket)
         assert len(earlier) == place, "a block's steps are its lane's"
         samples = block.of_bucket(bucket)
-        refs = [samples[(used + n) % len(samples)] for n in range(self.config.batch_size)]
+        refs = [samples[(used + n) % len(samples)] for n in range(count)]
 
         def spare(n: int) -> Ref:
-            return samples[(used + self.config.batch_size + n) % len(samples)]
+            return samples[(used + count + n) % len(samples)]
 
         shape = self.selector.buckets.shapes[bucket]
         place = (step * self.world + self.rank) * self.config.batch_size

@@ -224,13 +224,14 @@ def square(image: Image.Image, size: int) -> tuple[Image.Image, tuple[int, int, 
 def _write_shard(path: Path, samples: list[tuple[str, bytes, dict[str, Any]]]) -> None:
     with atomic_path(path) as temporary, tarfile.open(temporary, "w") as tar:
         for key, picture, row in samples:
-            _add(tar, f"{key}.png", picture)
-            _add(tar, f"{key}.txt", row["captions"][0].encode())
-            _add(tar, f"{key}.json", json.dumps(row, sort_keys=True, default=str).encode())
+            add_member(tar, f"{key}.png", picture)
+            add_member(tar, f"{key}.txt", row["captions"][0].encode())
+            add_member(tar, f"{key}.json", json.dumps(row, sort_keys=True, default=str).encode())
     _log.info("%s: %d pictures", path.name, len(samples))
 
 
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """Append a file; it has no time, so that the same members are the same bytes."""
     member = tarfile.TarInfo(name)
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))
