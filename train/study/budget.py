@@ -36,7 +36,7 @@ from train.study.plan import (
 from train.study.provenance import commit, machine
 from train.study.report import write_report
 from train.study.settings import ArmConfig, StudyConfig, arm_folder
-from train.study.spent import Spent, read_ledger, spent_until
+from train.study.spent import Spent, read_ledger, spent_by_command, spent_until
 from train.study.steps import Commands, Places, StepFailedError
 
 _log = logging.getLogger(__name__)
@@ -173,12 +173,16 @@ def _one(config: StudyConfig, run: Run, out: Path, commands: Commands) -> None:
     try:
         for step in run.arm.steps:
             if step.command is not None:
-                seconds = Spent(device_seconds=commands.other(run.arm, step, run.places))
+                seconds = commands.other(run.arm, step, run.places)
+                written = step.set.get("out")
+                places = run.places.of(step)
+                folder = None if written is None else Path(places.fill(written))
+                cost = spent_by_command(folder, seconds)
                 counted = step.cost == "teacher" and config.budget.teacher == "counted"
                 if step.cost == "arm" or counted:
-                    spent += seconds
+                    spent += cost
                 if step.cost == "teacher":
-                    teacher += seconds
+                    teacher += cost
                 continue
             steps = run.plan.steps[step.name]
             options: dict[str, Any] = {"run.max_steps": steps}

@@ -77,6 +77,20 @@ def spent_until(rows: Iterable[Mapping[str, Any]], step: int | None = None) -> S
     return total
 
 
+def spent_by_command(folder: Path | None, seconds: float) -> Spent:
+    """Return what a command has cost: what its own ledger says, or the seconds of the clock.
+
+    Args:
+        folder: Where it wrote; None: unknown.
+        seconds: Of the clock, on one device.
+    """
+    rows = [] if folder is None else read_ledger(folder)
+    total = Spent(device_seconds=0.0 if rows else seconds)
+    for row in rows:
+        total += Spent(row["device_seconds"], 0, row["flops"], row["energy_j"])
+    return total
+
+
 def _cost(row: Mapping[str, Any], share: float, end: int) -> Spent:
     """Return a part of a row's cost, which ends with step ``end``."""
     seconds: dict[str, float] = row["seconds"]
