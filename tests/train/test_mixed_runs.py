@@ -1,4 +1,4 @@
-"""Runs on real and generated pictures: whole and resumed ones end alike, and say what they saw."""
+"""Runs on real and generated pictures: resumed as whole, and they say what they saw."""
 
 from __future__ import annotations
 
