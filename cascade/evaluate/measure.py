@@ -122,7 +122,7 @@ class Judge:
         return Results(
             model=model,
             figures=tuple(figures),
-            protocol=self.resolved.content(),
+            protocol=self.resolved(pictures.keys).content(),
             protocol_name=protocol.name,
             pictures=made.fingerprint,
             commit=commit(),
@@ -130,16 +130,20 @@ class Judge:
             at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         )
 
-    @cached_property
-    def resolved(self) -> Resolved:
-        """The protocol with what it stands for."""
+    def resolved(self, keys: Sequence[str]) -> Resolved:
+        """Return the protocol with what it stands for.
+
+        Args:
+            keys: Of the pictures; without prompts they say what is measured.
+        """
         yards = self._yardsticks
+        asked = prompts_hash(self._prompts) if self._prompts else hash_of("\n".join(keys))
         # A reference that serves for ceilings alone does not move a figure.
         reference = self._scene.reference if REFERRED & set(self._protocol.metrics) else None
         return Resolved(
             protocol=self._protocol,
-            prompts_sha256=prompts_hash(self._prompts) if self._prompts else hash_of(""),
-            num_prompts=len(self._prompts),
+            prompts_sha256=asked,
+            num_prompts=len(keys),
             reference=None if reference is None else reference.fingerprint,
             num_reference=0 if reference is None else len(reference.keys),
             features_weights=None if yards.features is None else yards.features.weights,

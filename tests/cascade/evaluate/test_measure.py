@@ -206,6 +206,19 @@ def test_pictures_are_brought_to_the_protocols_size(yards: Yardsticks) -> None:
     assert values(found) == {"psnr": 100.0}
 
 
+def test_without_prompts_the_keys_say_what_is_measured(yards: Yardsticks) -> None:
+    protocol = dataclasses.replace(PROTOCOL, metrics=("psnr",))
+
+    def hash_of(count: int) -> str:
+        made = levels()[:count]
+        of = {"yardsticks": yards, "keys": KEYS[:count], "real_keys": KEYS}
+        found = evaluate(made, levels(), protocol, **of)  # type: ignore[arg-type]
+        assert found.protocol["prompts"]["count"] == count  # type: ignore[index]
+        return found.protocol_hash
+
+    assert hash_of(5) == hash_of(5) != hash_of(6)
+
+
 @pytest.mark.parametrize(
     ("made", "keys", "words"),
     [
