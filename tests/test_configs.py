@@ -31,10 +31,14 @@ from stages.unet.unet import UNet, UNetCondition
 from tests.unet_models import save_tiny
 from train import __main__ as command
 from train import runs, unet_runs
+from train.assemble import AssembleConfig
+from train.assemble_unet import AssembleUNetConfig
 from train.distill import __main__ as distill
 from train.distill.generate_config import GenerateConfig
 from train.distill.plans import read_recipe
 from train.losses.distillation import site_pairs
+from train.study.settings import StudyConfig
+from train.study.steps import Places
 from train.systems.unet import UNetRun
 
 ROOT = Path(__file__).parents[1]
@@ -46,7 +50,8 @@ PRESETS = sorted((ROOT / "configs" / "presets").glob("*.yaml"))
 STUDENTS = sorted((ROOT / "configs" / "distill").glob("*.yaml"))
 TEACHERS = sorted((ROOT / "configs" / "teachers").glob("*.yaml"))
 PROTOCOLS = sorted((ROOT / "configs" / "protocols").glob("*.yaml"))
-NO_RUNS = {*PRESETS, *STUDENTS, *TEACHERS, *PROTOCOLS}
+STUDIES = sorted((ROOT / "configs" / "study").glob("*.yaml"))
+NO_RUNS = {*PRESETS, *STUDENTS, *TEACHERS, *PROTOCOLS, *STUDIES}
 RUNS = [path for path in ALL if path.name not in NOT_A_RUN and path not in NO_RUNS]
 
 EVERY_RUN = pytest.mark.parametrize(
@@ -327,6 +332,32 @@ def test_protocols_parse_and_say_what_they_are(path: Path) -> None:
     for word in ("Purpose:", "Hardware:", "Size:", "Result:"):
         assert word in header, word
     assert "FILL" not in header
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_a_studys_trainings_and_models_and_protocol_parse(
+    path: Path, started: list[tuple[str, object, bool]], tmp_path: Path
+) -> None:
+    study = load_yaml(StudyConfig, path)
+    assert study.name == path.stem
+    for word in ("Purpose:", "Hardware:", "Size:", "Result:"):
+        assert word in _header(path), word
+    assert load_protocol(study.judge.protocol)
+    places = Places(tmp_path / "here", tmp_path / "shared", 0)
+    for arm in study.arms:
+        for step in arm.steps:
+            assert step.config is None or Path(step.config).is_file()
+            if step.train is not None:
+                words = [word for k, v in step.set.items() for word in (f"--{k}", places.fill(v))]
+                assert command.main([step.train, "--config", str(step.config), *words]) == 0
+                assert started.pop()[0] == step.train
+        cls = {"train.assemble": AssembleConfig, "train.assemble_unet": AssembleUNetConfig}
+        options = {k: places.fill(v, tmp_path / "weights") for k, v in arm.model.set.items()}
+        load_yaml(
+            cls[arm.model.command], arm.model.config, [f"{k}={v}" for k, v in options.items()]
+        )
+        for weights in arm.given:
+            assert Path(weights).is_file(), weights
 
 
 @pytest.mark.parametrize("path", TEACHERS, ids=lambda path: path.stem)

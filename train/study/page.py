@@ -26,10 +26,12 @@ class Paragraph:
 
 @dataclass(frozen=True)
 class Table:
-    """A table; the first column is left-aligned, numbers to the right."""
+    """A table; numbers to the right, words to the left."""
 
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    words: int = 1
+    """Leading columns that hold words."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ table { border-collapse: collapse; margin: 1rem 0; font-size: 0.9rem; display: b
   overflow-x: auto; }
 th, td { border-bottom: 1px solid #d0d7de; padding: 0.3rem 0.7rem; text-align: right;
   font-variant-numeric: tabular-nums; }
-th:first-child, td:first-child { text-align: left; }
+.word { text-align: left; }
 th { border-bottom: 2px solid #57606a; }
 figure { margin: 1.5rem 0; }
 figure svg, figure img { max-width: 100%; height: auto; }
@@ -70,7 +72,10 @@ def _markdown(block: Block) -> str:
         return block.text
     if isinstance(block, Picture):
         return f"![{block.caption}]({block.file})"
-    lines = [block.head, tuple("---" if i == 0 else "---:" for i in range(len(block.head)))]
+    lines = [
+        block.head,
+        tuple("---" if i < block.words else "---:" for i in range(len(block.head))),
+    ]
     rows = [*lines, *block.rows]
     return "\n".join(
         "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows
@@ -102,11 +107,14 @@ def _html(block: Block, folder: Path) -> str:
     if isinstance(block, Picture):
         caption = f"<figcaption>{html.escape(block.caption)}</figcaption>"
         return f"<figure>{_inline(folder / block.file, block.caption)}{caption}</figure>"
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in block.head)
-    rows = "\n".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
-        for row in block.rows
-    )
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        classes = [' class="word"' if i < block.words else "" for i in range(len(cells))]
+        drawn = zip(cells, classes, strict=True)
+        return "".join(f"<{tag}{kind}>{html.escape(cell)}</{tag}>" for cell, kind in drawn)
+
+    head = line(block.head, "th")
+    rows = "\n".join(f"<tr>{line(row, 'td')}</tr>" for row in block.rows)
     return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table>"
 
 

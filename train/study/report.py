@@ -6,7 +6,7 @@ It is a function of the rows alone, so that it can be written again at any time.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,11 @@ def _whole(config: StudyConfig, rows: Sequence[Row]) -> list[Block]:
                 price = config.price_per_device_hour
                 cells.append(f"{statistics.mean(seconds) / 3600 * price:,.2f}" if seconds else "")
             table.append(tuple(cells))
+        real = [_figure(rows, name)["real"] for name in names]
+        if any(value is not None for value in real):
+            cells = ["" if value is None else f"{value:.4g}" for value in real]
+            padding = [""] * (len(table[0]) - 2 - len(names))
+            table.append(("real pictures", "", *cells, *padding))
         head = ["arm", "seeds", *(_title(rows, name) for name in names)]
         head += ["samples", "FLOPs", "device seconds", "teacher's seconds"]
         if config.price_per_device_hour is not None:
@@ -186,7 +191,7 @@ def _pareto(config: StudyConfig, rows: Sequence[Row], out: Path) -> list[Block]:
         table.append(tuple(cells))
     blocks.append(Table(head, tuple(table)))
     best = names[0]
-    higher = _better(rows, best) == "higher"
+    higher = _figure(rows, best)["better"] == "higher"
     for key, title in _COSTS:
         lines = []
         for colour, (arm, judged) in enumerate(by_arm.items()):
@@ -227,7 +232,9 @@ def _arms(config: StudyConfig, given: Mapping[str, Mapping[str, str]]) -> list[B
             for step in arm.steps
         )
         rows.append((arm.name, arm.description, steps, ", ".join(arm.given) or "nothing"))
-    blocks.append(Table(("arm", "what it is", "steps (share of the budget)", "given"), tuple(rows)))
+    blocks.append(
+        Table(("arm", "what it is", "steps (share of the budget)", "given"), tuple(rows), 4)
+    )
     if given:
         blocks.append(
             Paragraph("What is given was trained before and is in no budget; it had cost:")
@@ -256,7 +263,7 @@ def _failures(rows: Sequence[Row]) -> list[Block]:
     table = tuple(
         (arm, f"{budget:,g}", str(seed), why) for (arm, budget, seed), why in failed.items()
     )
-    return [Heading("Runs that failed"), Table(("arm", "budget", "seed", "why"), table)]
+    return [Heading("Runs that failed"), Table(("arm", "budget", "seed", "why"), table, 4)]
 
 
 def _sources(rows: Sequence[Row]) -> list[Block]:
@@ -273,7 +280,7 @@ def _sources(rows: Sequence[Row]) -> list[Block]:
             "Every row of results.jsonl names its protocol's hash, its commit and its machine. "
             "Figures of unlike protocols are refused in one report."
         ),
-        Table(("protocol", "commit", "machine", "rows"), table),
+        Table(("protocol", "commit", "machine", "rows"), table, 3),
     ]
 
 
@@ -293,14 +300,17 @@ def _values(rows: Sequence[Row], name: str) -> list[float]:
     return [row["metrics"][name]["value"] for row in rows if name in row["metrics"]]
 
 
-def _better(rows: Sequence[Row], name: str) -> str:
-    says: Callable[[Row], Any] = lambda row: row.get("metrics", {}).get(name)  # noqa: E731
-    return next(says(row)["better"] for row in rows if says(row) is not None)
+def _figure(rows: Sequence[Row], name: str) -> Mapping[str, Any]:
+    """Return what some row says of a figure that at least one has."""
+    found: Mapping[str, Any] = next(
+        row["metrics"][name] for row in rows if name in row.get("metrics", {})
+    )
+    return found
 
 
 def _title(rows: Sequence[Row], name: str) -> str:
-    arrow = {"higher": " ↑", "lower": " ↓"}.get(_better(rows, name), "")
-    return f"{name}{arrow}"
+    figure = _figure(rows, name)
+    return f"{figure['label']} {'↑' if figure['better'] == 'higher' else '↓'}"
 
 
 def _mean(costs: Sequence[Mapping[str, Any]], key: str, form: str) -> str:
