@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,20 +39,11 @@ def train_unet(config: UNetRun, *, resume: bool) -> None:
 def _train(config: UNetRun, *, resume: bool) -> None:
     config = with_architecture(config, "unet", resume=resume)
     prepared = prepare(config.run, config, resume=resume)
-    sizes = config.sizes
     lesson = None if config.distill is None else _lesson(config.distill, config)
-    frozen = _frozen(config, sizes)
-    data = open_data(config.data, frozen, pixels=False)
-    null_text = _null_text(config, data)
+    opened = open_unet_data(config, lesson)
+    frozen, data, system = opened.frozen, opened.data, opened.system
     if config.prior is not None:
         data = _with_prior(config.prior, config, frozen, data)
-    autoencoder = find_network(config.autoencoder, "autoencoder_kl").published.config
-    if autoencoder.latent_channels != sizes.in_channels:
-        raise UserError(
-            f"model.in_channels is {sizes.in_channels} but {config.autoencoder} has latents of "
-            f"{autoencoder.latent_channels} channels"
-        )
-    system = UNetSystem(config, null_text, autoencoder.downscale, lesson)
     if config.init_from is not None and (config.lora is not None or prepared.newest is None):
         system.started_from = _said_of(config.init_from, hashed=config.lora is not None)
     if config.lora is None:
@@ -64,6 +55,34 @@ def _train(config: UNetRun, *, resume: bool) -> None:
     last = validation(config, frozen, prepared, pixels=False)
     first = [] if lesson is None else [LoadTeacher(lesson.teacher)]
     fit_system(system, data, config, prepared, first=first, last=last)
+
+
+@dataclass(frozen=True)
+class OpenedUNet:
+    """A U-Net with fresh weights, and its data."""
+
+    system: UNetSystem
+    data: TrainingData
+    frozen: FrozenPaths
+
+
+def open_unet_data(config: UNetRun, lesson: Lesson | None = None) -> OpenedUNet:
+    """Open a run's data, and build the system that is told of it.
+
+    Raises:
+        UserError: Data, text, autoencoder and network do not fit each other.
+    """
+    sizes = config.sizes
+    frozen = _frozen(config, sizes)
+    data = open_data(config.data, frozen, pixels=False)
+    null_text = _null_text(config, data)
+    autoencoder = find_network(config.autoencoder, "autoencoder_kl").published.config
+    if autoencoder.latent_channels != sizes.in_channels:
+        raise UserError(
+            f"model.in_channels is {sizes.in_channels} but {config.autoencoder} has latents of "
+            f"{autoencoder.latent_channels} channels"
+        )
+    return OpenedUNet(UNetSystem(config, null_text, autoencoder.downscale, lesson), data, frozen)
 
 
 def _said_of(name: str, *, hashed: bool) -> dict[str, str]:

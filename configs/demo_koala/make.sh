@@ -39,6 +39,7 @@ precompute test_combo cache_test_combo
 train unet unet unet
 student koala configs/distill/demo_koala.yaml
 student bk configs/distill/demo_bk.yaml
+student auto auto --max-params 32% --calibration configs/demo_koala/unet.yaml --calibration-size 32
 train unet_kd unet_kd_koala unet_kd_koala
 train unet_kd unet_kd_bk unet_kd_bk
 python -m train.assemble_unet --config configs/demo_koala/model.yaml --out "$runs/model"

@@ -64,7 +64,8 @@ def _add_auto(make: argparse.ArgumentParser) -> None:
     auto.add_argument(
         "--calibration",
         metavar="FILE",
-        help="safetensors with latents, text_hidden and, as SDXL, text_pooled and sizes; or random",
+        help="the YAML of a training, for its data; safetensors with latents, text_hidden and, as "
+        "SDXL, text_pooled and sizes; or random",
     )
     auto.add_argument("--calibration-size", type=int, metavar="N", help="how many (default 8)")
     auto.add_argument(
@@ -106,8 +107,8 @@ def _check_auto(options: argparse.Namespace) -> None:
         raise UserError("--recipe auto: give --max-params or --max-latency, one of them")
     if options.calibration is None:
         raise UserError(
-            "--recipe auto: give --calibration FILE, a safetensors file of latents with their "
-            "text, or --calibration random, which is less faithful"
+            "--recipe auto: give --calibration FILE, the YAML of a training or a safetensors file "
+            "of latents with their text, or --calibration random, which is less faithful"
         )
     for name in ("calibration_size", "latent_size", "batch_size", "repeats"):
         value = getattr(options, name)

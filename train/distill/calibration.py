@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from cascade.checkpoints.files import read_tensors
-from cascade.config import nearest
+from cascade.config import load_yaml, nearest
 from cascade.diffusion.discrete import NUM_TIMESTEPS, DiscreteSchedule, time_of
 from cascade.errors import UserError
 from stages.unet.config import NUM_SIZES, UNetConfig
@@ -76,7 +76,8 @@ def calibrate(
     """Make a batch.
 
     Args:
-        name: A safetensors file with ``latents`` (N, 4, h, w), as diffusion has them,
+        name: The YAML file of a training of U-Nets, whose cached data is taken; a safetensors file
+            with ``latents`` (N, 4, h, w), as diffusion has them,
             ``text_hidden`` (N, L, D) and, for networks as SDXL, ``text_pooled`` (N, P) and
             ``sizes`` (N, 6); or "random".
         config: Sizes of the teacher.
@@ -97,7 +98,8 @@ def calibrate(
             "latents of pictures with their captions (--calibration FILE)"
         )
     else:
-        given = _read(name, config)
+        is_run = Path(name).suffix in (".yaml", ".yml")
+        given = _of_run(name, config, count, seed) if is_run else _read(name, config)
         height, width = given["latents"].shape[-2:]
         described = (
             f"{count} noisings of {len(given['latents'])} latents of {height}x{width} of {name}"
@@ -132,6 +134,38 @@ def _random(
         given["text_pooled"] = draw(count, config.text_pooled_channels)
         given["sizes"] = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]]).repeat(count, 1)
     return given
+
+
+def _of_run(name: str, config: UNetConfig, count: int, seed: int) -> dict[str, Tensor]:
+    """Return the first latents that a training of U-Nets would see, with what it tells of them."""
+    # Lightning takes seconds to import.
+    from train.draws import StepDraws
+    from train.systems.unet import UNetRun
+    from train.unet_runs import open_unet_data
+
+    opened = open_unet_data(replace(load_yaml(UNetRun, name), model=config, distill=None))
+    if opened.data.encode is not None:
+        raise UserError(
+            f"{name}: its data is pictures; precompute its latents (data.folder), and calibrate on "
+            "those"
+        )
+    batches = iter(opened.data.loader_from(0, 0, 1))
+    parts: dict[str, list[Tensor]] = {}
+    taken = 0
+    while taken < count:
+        batch = next(batches)
+        told = opened.system.told(batch)
+        values = {
+            "latents": opened.system.clean_latents(batch, StepDraws(seed, taken)),
+            "text_hidden": told.text_hidden,
+            "text_pooled": told.text_pooled,
+            "sizes": told.sizes,
+        }
+        for key, value in values.items():
+            if value is not None:
+                parts.setdefault(key, []).append(value.float())
+        taken += len(batch)
+    return {key: torch.cat(values)[:count] for key, values in parts.items()}
 
 
 def _read(name: str, config: UNetConfig) -> dict[str, Tensor]:
