@@ -34,6 +34,7 @@ KINDS = (
     "autoencoder_kl",
     "unet",
     "unet_kd",
+    "cascade_kd",
 )
 
 
@@ -81,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, overrides = parse(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     # Lightning and transformers take seconds to import: only when a run really starts.
-    from train import runs, unet_runs
+    from train import cascade_kd_runs, runs, unet_runs
 
     kinds: dict[str, tuple[type[Any], Callable[..., None]]] = {
         "clip": (runs.ClipRun, runs.train_clip),
@@ -93,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "previewer": (runs.PreviewerRun, runs.train_previewer),
         "unet": (unet_runs.UNetRun, unet_runs.train_unet),
         "unet_kd": (unet_runs.UNetRun, unet_runs.train_unet_kd),
+        "cascade_kd": (cascade_kd_runs.CascadeKDRun, cascade_kd_runs.train_cascade_kd),
     }
     run_class, start = kinds[options.kind]
     data, where = read_yaml(options.config), options.config

@@ -141,14 +141,26 @@ def train_stage_c(config: StageCRun, *, resume: bool) -> None:
     """Train Stage C on compressor latents and text states."""
     config = with_architecture(config, "stage_c", resume=resume)
     prepared = prepare(config.run, config, resume=resume)
-    sizes = config.sizes
-    frozen = FrozenPaths(
+    frozen = frozen_of_stage_c(config)
+    data = open_stage_c(config, frozen)
+    assert data.null_text is not None, "open_data gives the null text with the text part"
+    fit_stage_c(StageCSystem(config, data.null_text), data, config, frozen, prepared)
+
+
+def frozen_of_stage_c(config: StageCRun) -> FrozenPaths:
+    """Return the networks whose output Stage C learns from."""
+    return FrozenPaths(
         text=config.text,
         text_states=config.text_states,
-        text_width=sizes.text_channels,
+        text_width=config.sizes.text_channels,
         compressor=config.compressor,
         image=(config.image or config.text) if config.image_share > 0 else None,
     )
+
+
+def open_stage_c(config: StageCRun, frozen: FrozenPaths) -> TrainingData:
+    """Open the data of a Stage C and check that its widths are the network's."""
+    sizes = config.sizes
     data = open_data(config.data, frozen, pixels=False)
     assert data.null_text is not None, "open_data gives the null text with the text part"
     section = "model_v2" if isinstance(sizes, StageCV2Config) else "model"
@@ -159,11 +171,34 @@ def train_stage_c(config: StageCRun, *, resume: bool) -> None:
             _fits("model.image_channels", sizes.image_channels, width, "image embeddings")
         pooled_channels = data.null_text[1].shape[-1]
         _fits("model.text_pooled_channels", sizes.text_pooled_channels, pooled_channels)
-    system = StageCSystem(config, data.null_text)
+    return data
+
+
+def fit_stage_c(
+    system: StageCSystem,
+    data: TrainingData,
+    config: StageCRun,
+    frozen: FrozenPaths,
+    prepared: Prepared,
+    *,
+    first: Sequence[pl.Callback] = (),
+) -> None:
+    """Start the network as ``init_from`` says, and train it.
+
+    Args:
+        system: With the network.
+        data: What it is trained on.
+        config: The run.
+        frozen: The networks whose output held-out pictures are judged on.
+        prepared: The run's folder.
+        first: Callbacks that act before all others.
+    """
+    section = "model_v2" if isinstance(config.sizes, StageCV2Config) else "model"
     start(system.network, config.init_from, "stage_c", prepared, section)
     # Held-out pictures are judged by their captions alone.
     judged = replace(frozen, image=None)
-    fit_system(system, data, config, prepared, validation(config, judged, prepared, pixels=False))
+    last = validation(config, judged, prepared, pixels=False)
+    fit_system(system, data, config, prepared, last, first=first)
 
 
 def train_previewer(config: PreviewerRun, *, resume: bool) -> None:
