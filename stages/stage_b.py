@@ -310,9 +310,7 @@ class StageB(nn.Module):
         return torch.stack(rows, dim=1)  # (B, num_extra, time_channels)
 
     @overload
-    def forward(
-        self, x: Tensor, t: Tensor, cond: StageBCondition | StageBPrepared
-    ) -> Tensor: ...
+    def forward(self, x: Tensor, t: Tensor, cond: StageBCondition | StageBPrepared) -> Tensor: ...
 
     @overload
     def forward(

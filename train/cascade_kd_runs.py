@@ -149,11 +149,12 @@ def _curve(config: CascadeKDRun, teacher: PictureTeacher, compressor: str) -> Bi
                 f"estimate.curve {config.estimate.curve}: measured with {name} {theirs}, but this "
                 f"run has {ours}; measure it again"
             )
-    best = max(min(point.ratio, 1 / point.ratio) for point in curve.points)
+    first = curve.points[0]
+    best = min(first.ratio, 1 / first.ratio)
     if best < config.estimate.min_ratio:
         raise UserError(
-            f"estimate.curve {config.estimate.curve}: its best ratio is {best:.3f}, below "
-            f"estimate.min_ratio {config.estimate.min_ratio}: this teacher's estimates are biased "
-            "at all noise; leave the term out"
+            f"estimate.curve {config.estimate.curve}: its ratio at the least noise is "
+            f"{best:.3f}, below estimate.min_ratio {config.estimate.min_ratio}: this teacher's "
+            "estimates are biased at all noise; leave the term out"
         )
     return curve

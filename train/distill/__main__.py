@@ -1,4 +1,4 @@
-"""Compress a U-Net: ``python -m train.distill make-student --teacher X --recipe koala_700m``."""
+"""Compress a U-Net (``python -m train.distill make-student``), or measure one as a teacher."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from cascade.command import Parser, parse_all
 from cascade.errors import UserError, run_main
 from stages.unet.compress import PUBLISHED
+from train.distill.measure_commands import add_measure_commands, measure
 
 if TYPE_CHECKING:
     from train.distill.auto import AutoChoice
@@ -50,6 +51,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="new folder for the teacher's whole model with the student in it, as diffusers has it",
     )
     _add_auto(make)
+    add_measure_commands(commands)
     return parse_all(parser, argv)
 
 
@@ -116,9 +118,11 @@ def _check_auto(options: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Make a student."""
+    """Run the named command."""
     options = parse(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if options.command != "make-student":
+        return measure(options)
     _check_auto(options)
     # torch takes a second to import: only when there is something to do.
     from train.distill.make_student import (

@@ -69,14 +69,15 @@ class BiasCurve:
     def trusted(self, log_snr: Tensor, min_ratio: float) -> Tensor:
         """Return whether an estimate is a target at these log-SNRs, bool of the same shape.
 
-        The ratio, or one over it where the spread is too large, must be at least ``min_ratio``.
-        Noise above what was measured is not trusted; at less than the first point's it is.
+        The ratio, or one over it where the spread is too large, must be at least ``min_ratio``, at
+        this and at all less noise: an untrained teacher's spread rises again where its estimates
+        are noise, and passes through 1 on its way. Noise above what was measured is not trusted.
         """
-        rising = sorted(self.points, key=lambda point: point.log_snr)
-        xs = torch.tensor([point.log_snr for point in rising], device=log_snr.device)
-        ys = torch.tensor([min(point.ratio, 1 / point.ratio) for point in rising])
-        ratios = interpolate_curve(log_snr.float(), xs, ys.to(log_snr.device))
-        return (ratios >= min_ratio) & (log_snr >= xs[0])
+        falling = sorted(self.points, key=lambda point: -point.log_snr)
+        ratios = torch.tensor([min(point.ratio, 1 / point.ratio) for point in falling])
+        xs = torch.tensor([point.log_snr for point in falling]).flip(0).to(log_snr.device)
+        ys = ratios.cummin(0).values.flip(0).to(log_snr.device)
+        return (interpolate_curve(log_snr.float(), xs, ys) >= min_ratio) & (log_snr >= xs[0])
 
     def write(self, path: Path) -> None:
         """Write it as JSON."""

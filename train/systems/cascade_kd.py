@@ -329,13 +329,15 @@ class CascadeKDSystem(StageCSystem):
                 student = output.features[ours][asked][related]
                 distance = relation_distances(student, maps[theirs][related])
                 weight = config.relations.weight / len(lesson.pairs)
-                found["kd_relations"] += weight * mean_over_batch(distance, count)
+                added = weight * mean_over_batch(distance, count)
+                found["kd_relations"] = found["kd_relations"] + added
             if bool(trusted.any()):
                 with lesson.speaks():
                     estimate = teacher.estimate(predicted, x_t, timesteps)[trusted]
                     target = lesson.reencoded(estimate)
                 distance = self._estimate_distances(output, noised, asked[trusted], target)
-                found["kd_estimate"] += config.estimate.weight * mean_over_batch(distance, count)
+                added = config.estimate.weight * mean_over_batch(distance, count)
+                found["kd_estimate"] = found["kd_estimate"] + added
         if lesson.curve is not None:
             self.log("kd_estimate_share", trusted.float().sum() / count, sync_dist=True)
         return found
