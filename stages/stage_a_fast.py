@@ -10,7 +10,6 @@ autoencoder's latents is common practice for previews, this one's sizes are ours
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -155,7 +154,7 @@ class FastDecodedStageA(StageA):
         self.decoder = StageAFast(config.fast)
 
     @classmethod
-    def of(cls, stage_a: StageA, fast: StageAFast) -> Self:
+    def of(cls, stage_a: StageA, fast: StageAFast) -> FastDecodedStageA:
         """Join the encoder of one and the other, without a copy.
 
         Raises:

@@ -1,9 +1,9 @@
 """How biased a U-Net's estimate of a picture is once it is brought into Stage C's space.
 
-The estimate is the mean of all pictures that the noised one may have been. The compressor's latents
-of that mean are not the mean of the compressor's latents: the blurred picture has latents of smaller
-spread. The ratio of the spreads says where an estimate may be a target. It is near 1 at little
-noise, and stays there longer for a teacher whose estimates are sharp, a step-distilled one.
+The estimate is the mean of all pictures that the noised one may have been. Its latents are not the
+mean of their latents: a blurred picture's have a smaller spread. The ratio of the spreads says
+where an estimate may be a target. It is near 1 at little noise, and stays there longer for a
+teacher whose estimates are sharp, a step-distilled one.
 """
 
 from __future__ import annotations

@@ -40,6 +40,20 @@ class FeatureProjector(nn.Module):
         return projected.permute(0, 3, 1, 2)
 
 
+class FeatureProjectors(nn.ModuleDict):
+    """Several projections by name."""
+
+    @property
+    def recompute(self) -> bool:
+        """Whether the backward pass runs them again."""
+        return any(bool(one.recompute) for one in self.values())
+
+    @recompute.setter
+    def recompute(self, value: bool) -> None:
+        for one in self.values():
+            one.recompute = value  # type: ignore[assignment]
+
+
 def on_grid(features: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize features (B, C, h, w) to another grid, antialiased, in float32."""
     features = features.float()

@@ -20,7 +20,7 @@ from train.callbacks.find import find_callback
 from train.callbacks.ledger import Ledger
 from train.clock import PhaseClock
 from train.distill.teacher import TeacherDtype
-from train.losses.cascade_distillation import FeatureProjector, on_grid
+from train.losses.cascade_distillation import FeatureProjector, FeatureProjectors, on_grid
 from train.losses.denoising import Noised
 from train.losses.distillation import output_loss
 from train.systems.stage_b import StageBRun, StageBSystem
@@ -199,7 +199,7 @@ class StageBKDSystem(StageBSystem):
         super().__init__(config, null_text, frozen_compressor)
         self.teacher = teacher
         self.pairs: tuple[tuple[str, str], ...] = ()
-        self.projectors = nn.ModuleDict()
+        self.projectors = FeatureProjectors()
         sizes, taught_by = config.sizes, config.taught_by
         assert isinstance(sizes, StageBConfig), "StageBKDRun refuses v2"
         if taught_by.feature_weight > 0:
