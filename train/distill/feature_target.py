@@ -75,7 +75,7 @@ class FeatureSource:
         """Return what names the features."""
         target = self.target
         basis = "all" if target.basis is None else file_hash(target.basis)
-        parts = (self.site, target.timestep, basis, target.max_side, target.teacher.image_size)
+        parts = (self.site, target.timestep, basis, target.max_side)
         return "/".join([self.teacher.fingerprint(), *map(str, parts)])
 
     def of_pixels(self, pixels: Tensor) -> Tensor:

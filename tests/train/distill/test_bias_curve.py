@@ -34,7 +34,7 @@ CURVE = BiasCurve(
 
 
 def test_an_estimate_is_trusted_where_the_ratio_is_near_1_and_not_again_where_it_comes_back():
-    log_snr = torch.tensor([9.0, 6.0, 2.0, 1.85, 0.0, -4.0, -9.0])
+    log_snr = torch.tensor([9.0, 6.0, 2.0, 1.95, 0.0, -4.0, -9.0])
     assert CURVE.trusted(log_snr, 0.9).tolist() == [True] * 4 + [False] * 3
     wide = replace(CURVE, points=(replace(CURVE.points[0], ratio=1.2), *CURVE.points[1:]))
     assert not wide.trusted(log_snr, 0.9).any(), "too wide a spread is biased as well"
