@@ -129,7 +129,7 @@ def make_parser() -> Parser:
         "--fast-decoder",
         action="store_true",
         default=None,
-        help="decode with the model's small decoder, stage_a_fast.safetensors, instead of Stage A's",
+        help="decode with the model's small decoder, stage_a_fast.safetensors, not Stage A's",
     )
 
     unet = parser.add_argument_group("how to make it with a U-Net")

@@ -42,10 +42,18 @@ def made(kind: str):
     t = torch.tensor([0.3, 0.7])
     if kind == "c":
         network = StageC(C)
-        inputs = (torch.randn(2, 16, 4, 4), t, StageCCondition(torch.randn(2, 5, 8), torch.randn(2, 6)))
+        inputs = (
+            torch.randn(2, 16, 4, 4),
+            t,
+            StageCCondition(torch.randn(2, 5, 8), torch.randn(2, 6)),
+        )
     else:
         network = StageB(B)
-        inputs = (torch.randn(2, 4, 8, 8), t, StageBCondition(torch.randn(2, 16, 2, 2), torch.randn(2, 6)))
+        inputs = (
+            torch.randn(2, 4, 8, 8),
+            t,
+            StageBCondition(torch.randn(2, 16, 2, 2), torch.randn(2, 6)),
+        )
     with torch.no_grad():
         for parameter in network.parameters():
             if not parameter.any():

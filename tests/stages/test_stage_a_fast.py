@@ -48,7 +48,9 @@ def test_a_new_decoder_starts_with_blocks_that_do_nothing_and_every_weight_learn
     )
     assert torch.equal(network(latents), plain(latents))
     network(latents).square().sum().backward()
-    moved = [bool(one.grad.any()) for name, one in network.named_parameters() if "expand" not in name]
+    moved = [
+        bool(one.grad.any()) for name, one in network.named_parameters() if "expand" not in name
+    ]
     assert all(moved)
 
 

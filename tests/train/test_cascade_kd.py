@@ -143,7 +143,9 @@ def test_every_term_is_logged_the_teacher_is_in_no_file_and_its_seconds_are_its_
     rows = run.metrics()
     names = ("task", "kd_align", "kd_relations", "kd_estimate")
     for row in rows[:4]:
-        assert float(row["loss"]) == pytest.approx(sum(float(row[name]) for name in names), rel=1e-4)
+        assert float(row["loss"]) == pytest.approx(
+            sum(float(row[name]) for name in names), rel=1e-4
+        )
         assert 0 < float(row["kd_align"]) < 1 and float(row["task"]) > 0
     for name in names:
         assert max(float(row[name]) for row in rows[:4]) > 0, name
@@ -333,19 +335,20 @@ def test_a_teacher_of_other_text_states_is_refused_captions_only(
 def test_latents_of_another_autoencoder_and_a_teacher_without_its_text_are_refused(
     tiny_unet, tmp_path
 ):
+    from cascade.checkpoints.files import save_network
     from stages.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
     from stages.unet.unet import UNet
     from tests.reference.unet_toys import SD
 
-    from cascade.checkpoints.files import save_network
-
-    other = AutoencoderKLConfig(channels=(8, 8), blocks_per_level=1, norm_groups=4, latent_channels=8)
+    other = AutoencoderKLConfig(
+        channels=(8, 8), blocks_per_level=1, norm_groups=4, latent_channels=8
+    )
     save_network(tmp_path / "autoencoder_kl.safetensors", AutoencoderKL(other))
     unet = str(tiny_unet / "unet.safetensors")
-    with pytest.raises(UserError, match="latents have 8 channels, but .* takes 4"):
+    with pytest.raises(UserError, match=r"latents have 8 channels, but .* takes 4"):
         PictureTeacher(PictureTeacherConfig(unet, str(tmp_path), 32))
     save_network(tmp_path / "unet.safetensors", UNet(SD))
-    with pytest.raises(UserError, match="teacher.text is missing: .* is of SD's kind"):
+    with pytest.raises(UserError, match=r"teacher.text is missing: .* is of SD's kind"):
         PictureTeacher(PictureTeacherConfig(str(tmp_path), str(tiny_unet), 32))
 
 

@@ -59,7 +59,10 @@ def test_what_a_student_takes_over_is_of_its_own_blocks_and_shapes():
     found = thinned(student.state_dict(), small, teacher.state_dict(), BIG)
     weights = teacher.state_dict()
     key = "residual.depthwise.weight"
-    for ours, theirs in (("down_blocks.1.1", "down_blocks.1.2"), ("up_blocks.0.1", "up_blocks.0.2")):
+    for ours, theirs in (
+        ("down_blocks.1.1", "down_blocks.1.2"),
+        ("up_blocks.0.1", "up_blocks.0.2"),
+    ):
         assert torch.equal(found.state[f"{ours}.{key}"], weights[f"{theirs}.{key}"])
     assert found.left == ("pooled_mapper.weight",)
     assert "pooled_mapper.weight" in found.summary
@@ -80,7 +83,7 @@ def test_blocks_are_paired_level_by_level_or_as_named():
         ("up_blocks.1.0", "up_blocks.1.0"),
     )
     assert len(last_blocks(StageBConfig.lite())) == 8
-    with pytest.raises(ValueError, match="'down_blocks.1.4' is no block of the student"):
+    with pytest.raises(ValueError, match=r"'down_blocks.1.4' is no block of the student"):
         block_pairs({"down_blocks.1.4": "down_blocks.1.4"}, small, BIG)
 
 

@@ -64,7 +64,9 @@ def test_a_basis_is_that_of_the_principal_components(teacher):
     assert torch.allclose(basis.mean, tokens.mean(dim=0), atol=1e-5)
     cosines = (basis.components * vectors[:2].T).sum(dim=0).abs()
     assert torch.allclose(cosines, torch.ones(2), atol=1e-4)
-    assert share == pytest.approx(float(values[:2].square().sum() / values.square().sum()), rel=1e-4)
+    assert share == pytest.approx(
+        float(values[:2].square().sum() / values.square().sum()), rel=1e-4
+    )
     projected = basis.project(features)
     assert projected.shape == (40, 2, 3, 3)
     assert projected.mean(dim=(0, 2, 3)).abs().max() < 1e-5

@@ -87,6 +87,8 @@ def test_a_projection_works_position_by_position(recompute):
     features = drawn(2, 4, 3, 5).requires_grad_()
     found = projector(features)
     assert found.shape == (2, 6, 3, 5)
-    assert torch.allclose(found[:, :, 1, 2], projector(features[:, :, 1:2, 2:3])[:, :, 0, 0], atol=1e-6)
+    assert torch.allclose(
+        found[:, :, 1, 2], projector(features[:, :, 1:2, 2:3])[:, :, 0, 0], atol=1e-6
+    )
     found.square().sum().backward()
     assert all(bool(one.grad.any()) for one in projector.parameters())
