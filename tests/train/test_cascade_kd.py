@@ -366,3 +366,25 @@ def test_how_a_teacher_was_trained_is_read_from_its_file(tiny_unet, tmp_path):
     alpha, sigma = teacher._scales(at)
     x_t = teacher.noised(x0, noise, at)
     assert torch.allclose(teacher.estimate(alpha * noise - sigma * x0, x_t, at), x0, atol=1e-5)
+
+
+def test_every_recipe_that_is_compared_is_a_run_of_the_terms_that_its_name_says():
+    from benchmarks.recipes import ROOT, read_recipes
+    from cascade.config import apply_overrides, from_dict, read_yaml
+
+    compared = read_recipes(ROOT / "configs/cascade_kd/switches.yaml")
+    assert compared.kind == "cascade_kd"
+    terms = {}
+    for recipe in compared.recipes:
+        values = read_yaml(ROOT / compared.base)
+        apply_overrides(values, [f"{key}={value}" for key, value in recipe.options.items()])
+        terms[recipe.name] = from_dict(CascadeKDRun, values, recipe.name).terms
+    assert terms["no term"] == () and next(iter(terms)) == "no term"
+    assert {*terms.values()} == {
+        (),
+        ("align",),
+        ("relations",),
+        ("estimate",),
+        ("align", "relations"),
+        ("align", "relations", "estimate"),
+    }
