@@ -229,7 +229,7 @@ def test_a_network_that_does_not_fit_the_pictures_is_refused(source, tmp_path, t
     [
         (
             {},
-            "name a network: --text, --image, --stage-a, --compressor, --autoencoder or --teacher-of",
+            "name a network: --text, --image, .*--autoencoder or --teacher-of",
         ),
         ({"text": "/none", "batch_size": 0}, "--batch-size 0"),
         ({"text": "/none", "device": "cudaa"}, "device 'cudaa'"),
