@@ -124,7 +124,9 @@ def cascade_job(options: argparse.Namespace, prompts: list[str], files: ModelFil
 
     pick_dtypes(options.dtype, pick_device(options.device))
     given, control = read_picture(options), read_control(options)
-    source = open_source(files, dialect=options.dialect or "official")
+    source = open_source(
+        files, dialect=options.dialect or "official", fast_decoder=bool(options.fast_decoder)
+    )
     settings = Settings(
         negative_prompt=options.negative_prompt,
         seed=options.seed,

@@ -17,6 +17,7 @@ ONLY_CASCADES = {
     "guidance_b": "--guidance",
     "control": "",
     "dialect": "",
+    "fast_decoder": "",
 }
 """Options that a U-Net has no use for, and which of its own are meant."""
 ONLY_UNETS = {
@@ -122,6 +123,13 @@ def make_parser() -> Parser:
         metavar="NAME",
         help="ddpm, ddim or dpmpp_2m, for both stages; of a U-Net euler, euler_ancestral, ddim, "
         "dpmpp_2m or lcm",
+    )
+
+    how.add_argument(
+        "--fast-decoder",
+        action="store_true",
+        default=None,
+        help="decode with the model's small decoder, stage_a_fast.safetensors, not Stage A's",
     )
 
     unet = parser.add_argument_group("how to make it with a U-Net")

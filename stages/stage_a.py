@@ -254,7 +254,7 @@ class StageA(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.quantizer = VectorQuantizer(config.codebook_size, config.latent_channels)
-        self.decoder = Decoder(config)
+        self.decoder: nn.Module = Decoder(config)
 
     @property
     def downscale(self) -> int:

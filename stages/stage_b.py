@@ -9,13 +9,15 @@ Stable Cascade checkpoints.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import cast
+from typing import cast, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stages.block_features import BlockOutput, BlockSite, BlockTaps, block_sites
 from stages.embeddings import time_embedding
 from stages.layers import (
     AttnBlock,
@@ -98,6 +100,11 @@ class StageBConfig:
     def latent_multiple(self) -> int:
         """What both sides of the latent must be multiples of; odd levels are resized on the way."""
         return self.patch_size
+
+    @property
+    def sites(self) -> dict[str, BlockSite]:
+        """The blocks whose outputs can be asked for, by name in running order."""
+        return block_sites(self.hidden_channels, self.down_blocks, self.up_blocks)
 
     @classmethod
     def full(cls) -> StageBConfig:
@@ -302,20 +309,44 @@ class StageB(nn.Module):
             rows.append(time_embedding(value, config.time_channels))
         return torch.stack(rows, dim=1)  # (B, num_extra, time_channels)
 
-    def forward(self, x: Tensor, t: Tensor, cond: StageBCondition | StageBPrepared) -> Tensor:
+    @overload
+    def forward(self, x: Tensor, t: Tensor, cond: StageBCondition | StageBPrepared) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        cond: StageBCondition | StageBPrepared,
+        *,
+        features: Iterable[str],
+    ) -> BlockOutput: ...
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        cond: StageBCondition | StageBPrepared,
+        *,
+        features: Iterable[str] | None = None,
+    ) -> Tensor | BlockOutput:
         """Predict.
 
         Args:
             x: Noised Stage A latents, ``(B, 4, H, W)``; sides are multiples of ``patch_size``.
             t: Diffusion time, ``(B,)``, float32.
             cond: A condition, or the result of ``prepare``.
+            features: Names of the blocks, see ``StageBConfig.sites``, whose outputs are returned
+                as well.
 
         Returns:
-            The raw prediction (epsilon in the published checkpoints), ``(B, 4, H, W)``.
+            The raw prediction (epsilon in the published checkpoints), ``(B, 4, H, W)``; with
+            ``features``, a ``BlockOutput``.
 
         Raises:
-            ValueError: A side is no multiple of ``patch_size``.
+            ValueError: A side is no multiple of ``patch_size``, or a name no block.
         """
+        taps = BlockTaps(() if features is None else features, self.config.sites)
         height, width = x.shape[-2:]
         patch = self.config.patch_size
         if height % patch or width % patch:
@@ -333,19 +364,27 @@ class StageB(nn.Module):
         for level, blocks in enumerate(self.down_blocks):
             if level > 0:
                 x = self.down_samplers[level - 1](x)
-            for block in cast(nn.ModuleList, blocks):
+            for block_index, block in enumerate(cast(nn.ModuleList, blocks)):
                 x = run(block, x, None, times, cond.tokens, recompute=self.recompute)
+                taps.see("down_blocks", level, block_index, x)
             skips.append(x)
         x = skips.pop()
         for index in range(len(self.up_blocks)):
             skip = skips.pop() if index > 0 else None
-            x = self._up_level(index, x, skip, times, cond.tokens)
+            x = self._up_level(index, x, skip, times, cond.tokens, taps)
             if index < len(self.up_samplers):
                 x = self.up_samplers[index](x)
-        return F.pixel_shuffle(self.out(self.out_norm(x)), patch)
+        prediction = F.pixel_shuffle(self.out(self.out_norm(x)), patch)
+        return prediction if features is None else BlockOutput(prediction, taps.found)
 
     def _up_level(
-        self, index: int, x: Tensor, skip: Tensor | None, times: Tensor, tokens: Tensor
+        self,
+        index: int,
+        x: Tensor,
+        skip: Tensor | None,
+        times: Tensor,
+        tokens: Tensor,
+        taps: BlockTaps,
     ) -> Tensor:
         """Run an up level as often as it repeats; its first block reads the skip every time."""
         if skip is not None and x.shape[-2:] != skip.shape[-2:]:  # an odd size was halved
@@ -359,4 +398,5 @@ class StageB(nn.Module):
             for block_index, block in enumerate(cast(nn.ModuleList, self.up_blocks[index])):
                 inputs = (x, skip if block_index == 0 else None, times, tokens)
                 x = run(block, *inputs, recompute=self.recompute)
+                taps.see("up_blocks", index, block_index, x)
         return x

@@ -9,13 +9,15 @@ Stable Cascade checkpoints.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import cast
+from typing import cast, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stages.block_features import BlockOutput, BlockSite, BlockTaps, block_sites
 from stages.embeddings import time_embedding
 from stages.layers import (
     AttnBlock,
@@ -100,6 +102,11 @@ class StageCConfig:
         down = zip(self.hidden_channels, self.down_blocks, strict=True)
         up = zip(reversed(self.hidden_channels), self.up_blocks, strict=True)
         return tuple(width for width, blocks in (*down, *up) for _ in range(blocks))
+
+    @property
+    def sites(self) -> dict[str, BlockSite]:
+        """The blocks whose outputs can be asked for, by name in running order."""
+        return block_sites(self.hidden_channels, self.down_blocks, self.up_blocks)
 
     @classmethod
     def full(cls) -> StageCConfig:
@@ -315,13 +322,35 @@ class StageC(nn.Module):
             rows.append(time_embedding(value, config.time_channels))
         return torch.stack(rows, dim=1)  # (B, num_extra, time_channels)
 
+    @overload
     def forward(
         self,
         x: Tensor,
         t: Tensor,
         cond: StageCCondition | StageCPrepared,
         visible: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        cond: StageCCondition | StageCPrepared,
+        visible: Tensor | None = None,
+        *,
+        features: Iterable[str],
+    ) -> BlockOutput: ...
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        cond: StageCCondition | StageCPrepared,
+        visible: Tensor | None = None,
+        *,
+        features: Iterable[str] | None = None,
+    ) -> Tensor | BlockOutput:
         """Predict.
 
         Args:
@@ -330,10 +359,17 @@ class StageC(nn.Module):
             cond: A condition, or the result of ``prepare``.
             visible: ``(B, 1, h / patch, w / patch)``, 0 where the network must guess what lies
                 there (masked training); None shows everything.
+            features: Names of the blocks, see ``StageCConfig.sites``, whose outputs are returned
+                as well.
 
         Returns:
-            The raw prediction (epsilon in the published checkpoints), ``(B, 16, h, w)``.
+            The raw prediction (epsilon in the published checkpoints), ``(B, 16, h, w)``; with
+            ``features``, a ``BlockOutput``.
+
+        Raises:
+            ValueError: A name in ``features`` is no block.
         """
+        taps = BlockTaps(() if features is None else features, self.config.sites)
         prepared = self.prepare(cond) if isinstance(cond, StageCCondition) else cond
         times = time_embedding(t, self.config.time_channels)[:, None]  # (B, 1, time_channels)
         times = torch.cat([times, prepared.extra_embeddings], dim=1)
@@ -348,9 +384,10 @@ class StageC(nn.Module):
         for level, blocks in enumerate(self.down_blocks):
             if level > 0:
                 x = self.down_changes[level - 1](x)
-            for block in cast(nn.ModuleList, blocks):
+            for block_index, block in enumerate(cast(nn.ModuleList, blocks)):
                 x = _steered(x, next(control))
                 x = run(block, x, None, times, prepared.tokens, recompute=self.recompute)
+                taps.see("down_blocks", level, block_index, x)
             skips.append(x)
         x = skips.pop()
         for index, blocks in enumerate(self.up_blocks):
@@ -359,6 +396,8 @@ class StageC(nn.Module):
                 x = _steered(x, next(control))
                 inputs = (x, skip if block_index == 0 else None, times, prepared.tokens)
                 x = run(block, *inputs, recompute=self.recompute)
+                taps.see("up_blocks", index, block_index, x)
             if index < len(self.up_changes):
                 x = self.up_changes[index](x)
-        return F.pixel_shuffle(self.out(self.out_norm(x)), self.config.patch_size)
+        prediction = F.pixel_shuffle(self.out(self.out_norm(x)), self.config.patch_size)
+        return prediction if features is None else BlockOutput(prediction, taps.found)

@@ -21,6 +21,7 @@ from stages.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from stages.previewer import Previewer, PreviewerConfig
 from stages.semantic_compressor import SemanticCompressor
 from stages.stage_a import StageA, StageAConfig
+from stages.stage_a_fast import StageAFast, StageAFastConfig
 from stages.stage_b import StageB, StageBConfig
 from stages.stage_b_v2 import StageBV2, StageBV2Config
 from stages.stage_c import StageC, StageCConfig
@@ -30,7 +31,7 @@ from stages.unet.config import UNetConfig
 from stages.unet.unet import UNet, UNetCondition
 from tests.unet_models import save_tiny
 from train import __main__ as command
-from train import runs, unet_runs
+from train import cascade_kd_runs, runs, stage_kd_runs, unet_runs
 from train.assemble import AssembleConfig
 from train.assemble_unet import AssembleUNetConfig
 from train.distill import __main__ as distill
@@ -68,9 +69,17 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, object, bool]]:
         def start(config: object, *, resume: bool, kind: str = kind) -> None:
             calls.append((kind, config, resume))
 
-        module = unet_runs if kind.startswith("unet") else runs
-        monkeypatch.setattr(module, f"train_{kind}", start)
+        monkeypatch.setattr(_MODULES.get(kind, runs), f"train_{kind}", start)
     return calls
+
+
+_MODULES = {
+    "unet": unet_runs,
+    "unet_kd": unet_runs,
+    "cascade_kd": cascade_kd_runs,
+    "stage_b_kd": stage_kd_runs,
+    "stage_a_decoder": stage_kd_runs,
+}
 
 
 def _kind(path: Path) -> str:
@@ -94,7 +103,8 @@ def _header(path: Path) -> str:
 
 
 def test_the_demonstration_has_a_run_of_every_network() -> None:
-    demo = {_kind(path) for path in RUNS if path.parent.name.startswith("demo")}
+    folders = ("demo", "demo_koala", "cascade_kd")
+    demo = {_kind(path) for path in RUNS if path.parent.name in folders}
     assert demo == set(command.KINDS)
 
 
@@ -106,7 +116,7 @@ def test_a_run_loads_as_its_name_says_and_starts_what_it_names(
     assert command.main([kind, "--config", str(path), "--resume", "--run.max_steps", "7"]) == 0
     [(begun, config, resume)] = started
     assert (begun, resume) == (kind, True)
-    kind = kind.removesuffix("_kd")  # the same run with a teacher
+    kind = kind.replace("unet_kd", "unet")  # the same run with a teacher
     assert type(config).__name__.lower() == kind.replace("_", "") + "run"  # "AutoencoderKLRun"
     assert config.run.max_steps == 7  # type: ignore[attr-defined]
     if path.parent.name != "recipes":
@@ -157,7 +167,7 @@ def _sizes(config: object) -> object:
             recipe = read_recipe(f"{ROOT}/configs/distill/demo_{Path(name).parent.name}.yaml")
             return plan_student(teacher, recipe.recipe).student
         return _INIT_FROM[name]
-    return config.sizes  # type: ignore[attr-defined]
+    return getattr(config, "sizes", config.model)  # type: ignore[attr-defined]
 
 
 _STUDENTS = ("bk_base", "bk_small", "bk_tiny", "sd_small", "sd_tiny", "ssd_1b", "vega")
@@ -181,6 +191,7 @@ def _of(sizes: object) -> nn.Module:
         StageBConfig: StageB,
         StageCConfig: StageC,
         StageAConfig: StageA,
+        StageAFastConfig: StageAFast,
         PreviewerConfig: Previewer,
         AutoencoderKLConfig: AutoencoderKL,
         UNetConfig: UNet,

@@ -34,6 +34,9 @@ KINDS = (
     "autoencoder_kl",
     "unet",
     "unet_kd",
+    "cascade_kd",
+    "stage_b_kd",
+    "stage_a_decoder",
 )
 
 
@@ -81,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, overrides = parse(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     # Lightning and transformers take seconds to import: only when a run really starts.
-    from train import runs, unet_runs
+    from train import cascade_kd_runs, runs, stage_kd_runs, unet_runs
 
     kinds: dict[str, tuple[type[Any], Callable[..., None]]] = {
         "clip": (runs.ClipRun, runs.train_clip),
@@ -93,6 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "previewer": (runs.PreviewerRun, runs.train_previewer),
         "unet": (unet_runs.UNetRun, unet_runs.train_unet),
         "unet_kd": (unet_runs.UNetRun, unet_runs.train_unet_kd),
+        "cascade_kd": (cascade_kd_runs.CascadeKDRun, cascade_kd_runs.train_cascade_kd),
+        "stage_b_kd": (stage_kd_runs.StageBKDRun, stage_kd_runs.train_stage_b_kd),
+        "stage_a_decoder": (stage_kd_runs.StageADecoderRun, stage_kd_runs.train_stage_a_decoder),
     }
     run_class, start = kinds[options.kind]
     data, where = read_yaml(options.config), options.config

@@ -21,10 +21,12 @@ from cascade.command import Parser
 from cascade.config import load_yaml, parse_overrides
 from cascade.errors import UserError, run_main
 from cascade.pipelines.cascade import CascadePipeline
-from cascade.pipelines.spec import CascadeSpec, save_spec
+from cascade.pipelines.parts import open_source
+from cascade.pipelines.spec import FAST_DECODER_FILE, CascadeSpec, save_spec
 from stages.previewer import Previewer
 from stages.semantic_compressor import SemanticCompressor
 from stages.stage_a import StageA
+from stages.stage_a_fast import StageAFast
 from stages.stage_b import StageB
 from stages.stage_c import StageC
 from train.losses.denoising import DIFFUSION_KEY
@@ -61,6 +63,8 @@ class AssembleConfig:
     stage_c: str
     compressor: str
     previewer: str
+    stage_a_fast: str | None = None
+    """Small decoder of Stage A's latents, for ``--fast-decoder``; null: the model has none."""
     max_mb: float | None = None
     """Largest sum of the weight files, in 10^6 bytes."""
 
@@ -78,6 +82,9 @@ def assemble(config: AssembleConfig, out: Path) -> float:
     sources = {f"{name}.safetensors": Path(getattr(config, name)) for name in NETWORKS}
     for name, network in NETWORKS.items():
         load_network(getattr(config, name), expect=network)
+    if config.stage_a_fast is not None:
+        load_network(config.stage_a_fast, expect=StageAFast)
+        sources[FAST_DECODER_FILE] = Path(config.stage_a_fast)
     _check_sampling(config)
     sources |= {f"text/{name}": Path(config.text) / name for name in TEXT_FILES}
     for path in sources.values():
@@ -93,6 +100,8 @@ def assemble(config: AssembleConfig, out: Path) -> float:
     save_spec(config.spec, out)
     pipeline = CascadePipeline.from_folder(out, device="cpu")
     _ = (pipeline.compressor, pipeline.previewer)  # loaded on first use: here, to check them
+    if config.stage_a_fast is not None:
+        CascadePipeline(open_source(out, fast_decoder=True), device="cpu")
     return total_mb
 
 

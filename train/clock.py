@@ -7,9 +7,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal, get_args
 
-Phase = Literal["setup", "data", "step", "compile", "checkpoint", "pictures", "validation", "end"]
+Phase = Literal[
+    "setup",
+    "data",
+    "step",
+    "teacher",
+    "compile",
+    "checkpoint",
+    "pictures",
+    "validation",
+    "end",
+]
 """``setup``: before the first batch is asked for. ``data``: waiting for batches, and logging.
-``step``: forward, backward, optimizer, average. ``compile``: torch.compile at work.
+``step``: forward, backward, optimizer, average. ``teacher``: what a cascade's teacher says of a
+batch. ``compile``: torch.compile at work.
 ``checkpoint``: writing checkpoints and exports. ``pictures``: making sample pictures.
 ``validation``: looking at held-out pictures. ``end``: after the last step."""
 PHASES: tuple[Phase, ...] = get_args(Phase)

@@ -31,6 +31,7 @@ from stages.autoencoder_kl import AutoencoderKL
 from stages.semantic_compressor import SemanticCompressor
 from stages.stage_a import StageA
 from train.data.cached import CachedBatch
+from train.distill.feature_target import FeatureSource, FeatureTarget
 from train.draws import step_draws
 
 
@@ -74,6 +75,8 @@ class FrozenPaths:
     """CLIP's picture tower, for embeddings of the pictures."""
     autoencoder: str | None = None
     """The autoencoder of a U-Net."""
+    features: FeatureTarget | None = None
+    """Which features of a U-Net that a cascade is to imitate."""
 
     def hashes(self) -> dict[str, str]:
         """Return part, a key of ``CACHE_FILES`` -> hash of what makes it.
@@ -98,6 +101,8 @@ class FrozenPaths:
             config = autoencoder.published.config
             scaled = f"/{config.scale}/{config.shift}"
             found["autoencoder"] = weights_hash(autoencoder.path) + scaled
+        if self.features is not None:
+            found["teacher"] = FeatureSource(self.features).fingerprint()
         return found
 
     def only(self, part: str) -> FrozenPaths:
@@ -114,8 +119,12 @@ MADE_BY = {  # part -> fields of FrozenPaths
     "stage_c": ("compressor",),
     "image": ("image",),
     "autoencoder": ("autoencoder",),
+    "teacher": ("features",),
 }
-NO_NETWORK = "precompute: name a network: --text, --image, --stage-a, --compressor or --autoencoder"
+NO_NETWORK = (
+    "precompute: name a network: --text, --image, --stage-a, --compressor, --autoencoder or "
+    "--teacher-of"
+)
 
 
 def find_stage_a(name: str, scale: float | None) -> FoundNetwork:
@@ -185,6 +194,7 @@ class FrozenEncoders:
         self.image: PictureEncoder | None = None
         self.text_2: TextEncoder | None = None
         self.autoencoder: AutoencoderKL | None = None
+        self.features: FeatureSource | None = None
         if paths.text is not None:
             self.text = load_text(paths.text, paths.text_states, paths.text_width, device)
         if paths.text_2 is not None:
@@ -201,6 +211,9 @@ class FrozenEncoders:
         if paths.image is not None:
             folder = find_image_encoder(paths.image)
             self.image = PictureEncoder.from_folder(folder, torch.device(device))
+        if paths.features is not None:
+            self.features = FeatureSource(paths.features)
+            self.features.teacher.load(self.device)
 
     def null_text(self) -> tuple[Tensor, Tensor] | None:
         """Return the hidden (L, D) and pooled (P,) states of the empty prompt."""
@@ -242,6 +255,8 @@ class FrozenEncoders:
             if self.autoencoder is not None and "autoencoder" not in skip:
                 mean, std = self.autoencoder.latent_gaussian(pixels)
                 found |= {"autoencoder_mean": mean, "autoencoder_std": std}
+            if self.features is not None:
+                found["teacher_features"] = self.features.of_pixels(pixels)
         except ValueError as error:
             raise UserError(f"the network does not take these pictures: {error}") from error
         return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import lightning.pytorch as pl
 from torch import nn
@@ -16,6 +16,7 @@ from cascade.checkpoints.part_files import find_network
 from cascade.errors import UserError
 from cascade.text.tokenizer import train_tokenizer
 from stages.autoencoder_kl import AutoencoderKLConfig
+from stages.semantic_compressor import CompressorConfig
 from stages.stage_b_v2 import StageBV2Config
 from stages.stage_c import StageCConfig
 from stages.stage_c_v2 import StageCV2Config
@@ -33,6 +34,7 @@ from train.systems.clip import ClipRun, ClipSystem, load_clip, load_tokenizer
 from train.systems.compressor import CompressorRun, CompressorSystem
 from train.systems.previewer import PreviewerRun, PreviewerSystem
 from train.systems.stage_a import StageARun, StageASystem
+from train.systems.stage_a_decoder import StageADecoderRun
 from train.systems.stage_b import StageBRun, StageBSystem
 from train.systems.stage_c import StageCRun, StageCSystem
 from train.systems.unet import UNetRun
@@ -45,6 +47,7 @@ AnyRun = (
     | StageBRun
     | StageCRun
     | PreviewerRun
+    | StageADecoderRun
     | UNetRun
 )
 
@@ -64,7 +67,7 @@ def train_stage_a(config: StageARun, *, resume: bool) -> None:
     config = with_architecture(config, "stage_a", resume=resume)
     prepared = prepare(config.run, config, resume=resume)
     data = open_data(config.data)
-    _check_crop(config, data, "Stage A", config.sizes.downscale)
+    check_crop(config, data, "Stage A", config.sizes.downscale)
     system = StageASystem(config)
     start(system.network, config.init_from, "stage_a", prepared)
     fit_system(system, data, config, prepared)
@@ -75,7 +78,7 @@ def train_autoencoder_kl(config: AutoencoderKLRun, *, resume: bool) -> None:
     config = with_architecture(config, "autoencoder_kl", resume=resume)
     prepared = prepare(config.run, config, resume=resume)
     data = open_data(config.data)
-    _check_crop(config, data, "this autoencoder", config.sizes.downscale)
+    check_crop(config, data, "this autoencoder", config.sizes.downscale)
     if config.init_from is not None and prepared.newest is None:
         _check_scale(config, find_network(config.init_from, "autoencoder_kl").published.config)
     system = AutoencoderKLSystem(config)
@@ -97,30 +100,11 @@ def train_stage_b(config: StageBRun, *, resume: bool) -> None:
     """Train Stage B on Stage A latents and text, with the compressor or on its latents."""
     config = with_architecture(config, "stage_b", resume=resume)
     prepared = prepare(config.run, config, resume=resume)
-    sizes, v2 = config.sizes, isinstance(config.sizes, StageBV2Config)
-    frozen = FrozenPaths(
-        text=config.text,
-        text_states=config.text_states,
-        text_width=sizes.text_channels if isinstance(sizes, StageBV2Config) else None,
-        stage_a=config.stage_a,
-        stage_a_scale=config.stage_a_scale,
-        compressor=config.frozen_compressor,
-        compressor_input=config.compressor_input,
-    )
-    pixels = config.compressor is not None
-    data = open_data(config.data, frozen, pixels=pixels)
+    frozen = frozen_of_stage_b(config)
+    data = open_stage_b(config, frozen)
     assert data.null_text is not None, "open_data gives the null text with the text part"
-    if isinstance(sizes, StageBV2Config):
-        _fits("model_v2.text_channels", sizes.text_channels, data.null_text[0].shape[-1])
-        _check_shapes(sizes, config, data)
-    else:
-        pooled_channels = data.null_text[1].shape[-1]
-        _fits("model.text_pooled_channels", sizes.text_pooled_channels, pooled_channels)
-    finished = None
-    if config.frozen_compressor is not None:
-        finished = find_network(config.frozen_compressor, "compressor").published.config
-    system = StageBSystem(config, data.null_text, finished)
-    section = "model_v2" if v2 else "model"
+    system = StageBSystem(config, data.null_text, finished_compressor(config))
+    section = "model_v2" if isinstance(config.sizes, StageBV2Config) else "model"
     start(system.network, config.init_from, "stage_b", prepared, section)
     if system.compressor is not None and prepared.newest is None:
         folder = None if config.init_from is None else Path(config.init_from)
@@ -133,21 +117,92 @@ def train_stage_b(config: StageBRun, *, resume: bool) -> None:
                 f"init_from {folder}: no compressor.safetensors in it, and the compressor learns "
                 "too; name its weights as compressor_init_from"
             )
-    fit_system(system, data, config, prepared, validation(config, frozen, prepared, pixels=pixels))
+    fit_stage_b(system, data, config, frozen, prepared)
+
+
+def frozen_of_stage_b(config: StageBRun) -> FrozenPaths:
+    """Return the networks whose output Stage B learns from."""
+    sizes = config.sizes
+    return FrozenPaths(
+        text=config.text,
+        text_states=config.text_states,
+        text_width=sizes.text_channels if isinstance(sizes, StageBV2Config) else None,
+        stage_a=config.stage_a,
+        stage_a_scale=config.stage_a_scale,
+        compressor=config.frozen_compressor,
+        compressor_input=config.compressor_input,
+    )
+
+
+def open_stage_b(config: StageBRun, frozen: FrozenPaths) -> TrainingData:
+    """Open the data of a Stage B and check that they fit the network."""
+    sizes = config.sizes
+    data = open_data(config.data, frozen, pixels=config.compressor is not None)
+    assert data.null_text is not None, "open_data gives the null text with the text part"
+    if isinstance(sizes, StageBV2Config):
+        _fits("model_v2.text_channels", sizes.text_channels, data.null_text[0].shape[-1])
+        _check_shapes(sizes, config, data)
+    else:
+        pooled_channels = data.null_text[1].shape[-1]
+        _fits("model.text_pooled_channels", sizes.text_pooled_channels, pooled_channels)
+    return data
+
+
+def finished_compressor(config: StageBRun) -> CompressorConfig | None:
+    """Return the sizes of a finished compressor; None: it is trained."""
+    if config.frozen_compressor is None:
+        return None
+    found = find_network(config.frozen_compressor, "compressor").published.config
+    return cast(CompressorConfig, found)
+
+
+def fit_stage_b(
+    system: StageBSystem,
+    data: TrainingData,
+    config: StageBRun,
+    frozen: FrozenPaths,
+    prepared: Prepared,
+    *,
+    first: Sequence[pl.Callback] = (),
+) -> None:
+    """Train a Stage B that has its first weights.
+
+    Args:
+        system: With the network.
+        data: What it is trained on.
+        config: The run.
+        frozen: The networks whose output held-out pictures are judged on.
+        prepared: The run's folder.
+        first: Callbacks that act before all others.
+    """
+    last = validation(config, frozen, prepared, pixels=config.compressor is not None)
+    fit_system(system, data, config, prepared, last, first=first)
 
 
 def train_stage_c(config: StageCRun, *, resume: bool) -> None:
     """Train Stage C on compressor latents and text states."""
     config = with_architecture(config, "stage_c", resume=resume)
     prepared = prepare(config.run, config, resume=resume)
-    sizes = config.sizes
-    frozen = FrozenPaths(
+    frozen = frozen_of_stage_c(config)
+    data = open_stage_c(config, frozen)
+    assert data.null_text is not None, "open_data gives the null text with the text part"
+    fit_stage_c(StageCSystem(config, data.null_text), data, config, frozen, prepared)
+
+
+def frozen_of_stage_c(config: StageCRun) -> FrozenPaths:
+    """Return the networks whose output Stage C learns from."""
+    return FrozenPaths(
         text=config.text,
         text_states=config.text_states,
-        text_width=sizes.text_channels,
+        text_width=config.sizes.text_channels,
         compressor=config.compressor,
         image=(config.image or config.text) if config.image_share > 0 else None,
     )
+
+
+def open_stage_c(config: StageCRun, frozen: FrozenPaths) -> TrainingData:
+    """Open the data of a Stage C and check that its widths are the network's."""
+    sizes = config.sizes
     data = open_data(config.data, frozen, pixels=False)
     assert data.null_text is not None, "open_data gives the null text with the text part"
     section = "model_v2" if isinstance(sizes, StageCV2Config) else "model"
@@ -158,11 +213,34 @@ def train_stage_c(config: StageCRun, *, resume: bool) -> None:
             _fits("model.image_channels", sizes.image_channels, width, "image embeddings")
         pooled_channels = data.null_text[1].shape[-1]
         _fits("model.text_pooled_channels", sizes.text_pooled_channels, pooled_channels)
-    system = StageCSystem(config, data.null_text)
+    return data
+
+
+def fit_stage_c(
+    system: StageCSystem,
+    data: TrainingData,
+    config: StageCRun,
+    frozen: FrozenPaths,
+    prepared: Prepared,
+    *,
+    first: Sequence[pl.Callback] = (),
+) -> None:
+    """Start the network as ``init_from`` says, and train it.
+
+    Args:
+        system: With the network.
+        data: What it is trained on.
+        config: The run.
+        frozen: The networks whose output held-out pictures are judged on.
+        prepared: The run's folder.
+        first: Callbacks that act before all others.
+    """
+    section = "model_v2" if isinstance(config.sizes, StageCV2Config) else "model"
     start(system.network, config.init_from, "stage_c", prepared, section)
     # Held-out pictures are judged by their captions alone.
     judged = replace(frozen, image=None)
-    fit_system(system, data, config, prepared, validation(config, judged, prepared, pixels=False))
+    last = validation(config, judged, prepared, pixels=False)
+    fit_system(system, data, config, prepared, last, first=first)
 
 
 def train_previewer(config: PreviewerRun, *, resume: bool) -> None:
@@ -258,7 +336,9 @@ def _fits(key: str, wanted: int, found: int, what: str = "text states") -> None:
         raise UserError(f"{key} is {wanted} but the cached {what} have {found}")
 
 
-def _check_crop(config: AutoencoderRun, data: TrainingData, network: str, downscale: int) -> None:
+def check_crop(
+    config: AutoencoderRun | StageADecoderRun, data: TrainingData, network: str, downscale: int
+) -> None:
     """Refuse crops that do not fit into the pictures, or that the autoencoder can't halve."""
     for height, width in data.shapes:
         if config.crop > min(height, width):

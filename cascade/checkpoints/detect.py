@@ -32,6 +32,7 @@ from stages.stage_c_v2 import StageCV2Config
 
 Kind = Literal[
     "stage_a",
+    "stage_a_fast",
     "stage_b",
     "stage_c",
     "compressor",

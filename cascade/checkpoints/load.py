@@ -36,6 +36,7 @@ from stages.controlnet import ControlNet, ControlNetConfig
 from stages.previewer import Previewer, PreviewerConfig
 from stages.semantic_compressor import CompressorConfig, SemanticCompressor
 from stages.stage_a import StageA, StageAConfig
+from stages.stage_a_fast import StageAFast, StageAFastConfig
 from stages.stage_b import StageB, StageBConfig
 from stages.stage_b_v2 import StageBV2, StageBV2Config
 from stages.stage_c import StageC, StageCConfig
@@ -79,6 +80,7 @@ FAMILIES = (
             "diffusers": autoencoders.stage_a_to_diffusers,
         },
     ),
+    Family("stage_a_fast", None, StageAFast, StageAFastConfig, {}, {}),
     Family(
         "stage_b",
         "v3",

@@ -28,7 +28,12 @@ from cascade.checkpoints.readers import is_index, open_weights, read_json, weigh
 from cascade.errors import UserError
 from cascade.text.picture_encoder import own_picture_encoder
 
-_TITLES = {"stage_a": "Stage A", "stage_b": "Stage B", "stage_c": "Stage C"}
+_TITLES = {
+    "stage_a": "Stage A",
+    "stage_a_fast": "fast decoder of Stage A",
+    "stage_b": "Stage B",
+    "stage_c": "Stage C",
+}
 
 
 def title(kind: Kind) -> str:

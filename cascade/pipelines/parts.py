@@ -11,16 +11,23 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 from torch import nn
 
-from cascade.checkpoints.files import load_network, read_metadata
+from cascade.checkpoints.files import file_hash, load_network, read_metadata
 from cascade.checkpoints.hub import ModelFiles
 from cascade.errors import UserError
 from cascade.pipelines.placement import Dtypes, refuse_overflow
-from cascade.pipelines.spec import SPEC_FILE, CascadeSpec, load_spec, model_hash
+from cascade.pipelines.spec import (
+    FAST_DECODER_FILE,
+    SPEC_FILE,
+    CascadeSpec,
+    load_spec,
+    model_hash,
+)
 from cascade.text.encoder import TextEncoder
 from cascade.text.picture_encoder import PictureEncoder, own_picture_encoder
 from stages.previewer import Previewer
 from stages.semantic_compressor import SemanticCompressor
 from stages.stage_a import StageA
+from stages.stage_a_fast import FastDecodedStageA, StageAFast
 from stages.stage_b import StageB
 from stages.stage_b_v2 import StageBV2
 from stages.stage_c import StageC
@@ -80,14 +87,24 @@ class Source(Protocol):
 class OwnFolder:
     """A model folder that was written here: ``model.json``, the stages' files, ``text/``."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, fast_decoder: bool = False) -> None:
         """Read ``model.json``.
 
+        Args:
+            folder: Of the model.
+            fast_decoder: Decode with ``stage_a_fast.safetensors`` instead of Stage A's decoder.
+
         Raises:
-            UserError: If it is missing or not valid.
+            UserError: If it is missing or not valid, or has no fast decoder.
         """
         self.folder = folder
         self.spec = load_spec(folder)
+        self.fast_decoder = folder / FAST_DECODER_FILE if fast_decoder else None
+        if self.fast_decoder is not None and not self.fast_decoder.is_file():
+            raise UserError(
+                f"{self.fast_decoder}: not there: this model has no fast decoder; train one with "
+                "python -m train stage_a_decoder, or leave --fast-decoder out"
+            )
 
     def load(self, device: torch.device, dtypes: Dtypes) -> CascadeParts:
         """Load the stages; the compressor and the previewer wait until they are needed.
@@ -118,15 +135,27 @@ class OwnFolder:
         return CascadeParts(
             stage_c=load("stage_c", StageCV2) if v2 else load("stage_c", StageC),
             stage_b=load("stage_b", StageBV2) if v2 else load("stage_b", StageB),
-            stage_a=load("stage_a", StageA),
+            stage_a=self._stage_a(load("stage_a", StageA), device, dtypes),
             text=text,
             text_b=text_b,
             extras=extras,
         )
 
+    def _stage_a(self, stage_a: StageA, device: torch.device, dtypes: Dtypes) -> StageA:
+        """Give Stage A its fast decoder, if that was asked for."""
+        if self.fast_decoder is None:
+            return stage_a
+        dtype = dtypes.of("stage_a")
+        fast = load_network(self.fast_decoder, expect=StageAFast, device=device, dtype=dtype)
+        try:
+            return FastDecodedStageA.of(stage_a, fast)
+        except ValueError as error:
+            raise UserError(f"{self.fast_decoder}: {error}") from error
+
     def weights_hash(self) -> str:
-        """Hash all weights and settings."""
-        return model_hash(self.folder)
+        """Hash all weights and settings that are used."""
+        whole = model_hash(self.folder)
+        return whole if self.fast_decoder is None else f"{whole}+{file_hash(self.fast_decoder)}"
 
     def metadata(self, name: str) -> dict[str, str]:
         """Return the metadata of a network's file."""
@@ -134,7 +163,11 @@ class OwnFolder:
 
 
 def open_source(
-    model: str | Path | ModelFiles, *, dialect: Dialect = "official", lite: bool = False
+    model: str | Path | ModelFiles,
+    *,
+    dialect: Dialect = "official",
+    lite: bool = False,
+    fast_decoder: bool = False,
 ) -> Source:
     """Find out what a model is: one of ours, or published files in any layout.
 
@@ -142,13 +175,18 @@ def open_source(
         model: Its folder, or what ``resolve`` found of it.
         dialect: For published weights: sampled as their authors do, or as diffusers does.
         lite: For published weights in several sizes: take the smaller ones.
+        fast_decoder: For a model folder of ours: decode with its small decoder.
 
     Raises:
-        UserError: If no cascade is there.
+        UserError: If no cascade is there, or it has no fast decoder.
     """
     files = model if isinstance(model, ModelFiles) else ModelFiles((Path(model),))
     if len(files.folders) == 1 and (files.folders[0] / SPEC_FILE).is_file():
-        return OwnFolder(files.folders[0])
+        return OwnFolder(files.folders[0], fast_decoder=fast_decoder)
+    if fast_decoder:
+        raise UserError(
+            f"{files.folders[0]}: published files have no fast decoder; leave --fast-decoder out"
+        )
     from cascade.pipelines.published import PublishedFiles
 
     return PublishedFiles(replace(files, lite=files.lite or lite), dialect)

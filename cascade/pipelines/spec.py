@@ -24,6 +24,8 @@ from cascade.text.encoder import TextConfig
 SPEC_FILE = "model.json"
 CONVERTED_SPEC_FILE = "cascade.json"
 """The same content beside files in other layouts, which have no place for it."""
+FAST_DECODER_FILE = "stage_a_fast.safetensors"
+"""A small decoder of Stage A's latents, which a model folder may have beside its own."""
 NETWORKS = ("stage_a", "stage_b", "stage_c", "compressor", "previewer")
 """Names of a model folder's network files."""
 ENCODERS = ("text", "text_b", "image_encoder")

@@ -66,6 +66,7 @@ _SIZES = (
 )
 _TITLES = {
     "stage_a": "Stage A",
+    "stage_a_fast": "fast decoder of Stage A",
     "stage_b": "Stage B",
     "stage_c": "Stage C",
     "unet": "U-Net",

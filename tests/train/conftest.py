@@ -165,7 +165,9 @@ def make_run(
                 else _kind(kind, tiny_model, clip_folder)
             ),
         }
-        if kind in ("stage_b", "stage_c", "previewer", "unet", "unet_kd"):
+        if kind == "cascade_kd":
+            config |= {"teacher": picture_teacher(tiny_unet)}
+        if kind not in ("clip", "stage_a", "autoencoder_kl", "compressor", "stage_a_decoder"):
             config["data"] |= {"folder": str(cache)}  # type: ignore[operator]
         for section, values in sections.items():
             inner = config.get(section)
@@ -176,6 +178,16 @@ def make_run(
         return TinyRun(kind, out, path)
 
     return make
+
+
+def picture_teacher(unet: Path) -> dict[str, object]:
+    """The tiny U-Net as the teacher of a cascade."""
+    return {
+        "unet": str(unet / "unet.safetensors"),
+        "autoencoder": str(unet / "autoencoder_kl.safetensors"),
+        "image_size": 32,
+        "dtype": "float32",
+    }
 
 
 def _unet(kind: str, unet: Path, model: Path) -> dict[str, object]:
@@ -214,7 +226,13 @@ def _kind(kind: str, model: Path, clip: Path) -> dict[str, object]:
     if kind == "autoencoder_kl":
         sizes = {"channels": [8, 16], "blocks_per_level": 1, "norm_groups": 4}
         return {"model": sizes, **_judged(clip)}
-    networks: dict[str, object] = {"model": config_in(model / f"{kind}.safetensors")}
+    if kind == "stage_a_decoder":
+        sizes = {"channels": [8, 8], "blocks": [1, 1]}
+        judged: dict[str, object] = {"crop": 16, "clip": str(clip)}
+        judged |= {"loss": {"perceptual_layers": [1]}, "latent_noise": 0.1}
+        return {"model": sizes, "stage_a": str(model / "stage_a.safetensors"), **judged}
+    own = {"cascade_kd": "stage_c", "stage_b_kd": "stage_b"}.get(kind, kind)
+    networks: dict[str, object] = {"model": config_in(model / f"{own}.safetensors")}
     if kind == "compressor":
         return {**networks, "previewer": config_in(model / "previewer.safetensors")}
     if kind == "stage_a":
@@ -222,6 +240,12 @@ def _kind(kind: str, model: Path, clip: Path) -> dict[str, object]:
     if kind == "stage_b":
         compressor = config_in(model / "compressor.safetensors") | {"stochastic_depth": 0.5}
         networks |= {"compressor": compressor, "stage_a": str(model / "stage_a.safetensors")}
+    elif kind == "stage_b_kd":
+        networks |= {
+            "frozen_compressor": str(model / "compressor.safetensors"),
+            "stage_a": str(model / "stage_a.safetensors"),
+            "teacher": {"network": str(model / "stage_b.safetensors"), "dtype": "float32"},
+        }
     else:
         networks |= {"compressor": str(model / "compressor.safetensors")}
     if kind != "previewer":

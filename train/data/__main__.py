@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -15,6 +15,9 @@ from cascade.command import Parser
 from cascade.config import apply_overrides, from_dict, parse_overrides
 from cascade.errors import UserError, run_main
 from train.data.config import DataConfig
+
+if TYPE_CHECKING:
+    from train.distill.feature_target import FeatureTarget
 
 _CHECK = """Look at the first samples of every shard and print one table: pictures, sizes, captions,
 broken members, what the filters leave out, what the shapes hold. Exit code 2 and one line when a
@@ -127,6 +130,11 @@ def _add_precompute(commands: Any) -> None:
     cache.add_argument(
         "--autoencoder", help="a U-Net's autoencoder, or a model with one: cache its latents"
     )
+    cache.add_argument(
+        "--teacher-of",
+        metavar="CONFIG",
+        help="a cascade_kd run's file: cache the features of its teacher that its align names",
+    )
     cache.add_argument("--batch-size", type=int, default=64)
     cache.add_argument("--device", default="cpu")
     cache.add_argument(
@@ -237,6 +245,16 @@ def _write(options: argparse.Namespace) -> int:
     return 0
 
 
+def _features_of(config: str) -> FeatureTarget:
+    from cascade.config import load_yaml
+    from train.systems.cascade_kd import CascadeKDRun
+
+    run = load_yaml(CascadeKDRun, config)
+    if run.teacher is None:
+        raise UserError(f"{config}: names no teacher")
+    return run.align.target(run.teacher)
+
+
 def _precompute(options: argparse.Namespace, rest: list[str]) -> int:
     from cascade.text.encoder import TextConfig
     from train.encode import FrozenPaths
@@ -256,6 +274,7 @@ def _precompute(options: argparse.Namespace, rest: list[str]) -> int:
         compressor=options.compressor,
         image=options.image,
         autoencoder=options.autoencoder,
+        features=None if options.teacher_of is None else _features_of(options.teacher_of),
     )
     if options.shards_out is not None:
         from train.data.latents import PrecomputeOptions, precompute_shards

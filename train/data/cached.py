@@ -99,6 +99,7 @@ class CachedBatch:
     text_hidden: Tensor | None = None  # (B, L, D)
     text_pooled: Tensor | None = None  # (B, P)
     image_embeds: Tensor | None = None  # (B, E)
+    teacher_features: Tensor | None = None  # (B, C, h, w), of a U-Net that saw the clean picture
     keys: list[str] | None = None
     """``SHARD/KEY`` of each sample of a stream."""
     original_sizes: Tensor | None = None
@@ -161,6 +162,7 @@ CACHE_FILES = {
     "stage_c": ("stage_c_latents",),
     "autoencoder": ("autoencoder_mean", "autoencoder_std"),
     "image": ("image_embeds",),
+    "teacher": ("teacher_features",),
 }
 """File of a cache folder -> tensors in it."""
 

@@ -26,6 +26,7 @@ LATENT_KEYS = {
     "text_hidden": "text_hidden.npy",
     "text_pooled": "text_pooled.npy",
     "image_embeds": "image.npy",
+    "teacher_features": "teacher_features.npy",
 }
 """Part of a batch -> extension of its array. Text arrays have a row for each caption."""
 DRAWN_KEY = "latents"

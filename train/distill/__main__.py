@@ -1,4 +1,7 @@
-"""Students of a teacher, and its pictures: ``python -m train.distill {make-student,generate}``."""
+"""Students of a teacher, its pictures, and what it is worth to a cascade.
+
+``python -m train.distill {make-student,generate,reencode-bias,feature-basis}``.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from cascade.command import Parser, parse_all
 from cascade.errors import UserError, run_main
 from stages.unet.compress import PUBLISHED
 from train.distill.generate_options import add_generate
+from train.distill.measure_commands import add_measure_commands, measure
 
 if TYPE_CHECKING:
     from train.distill.auto import AutoChoice
@@ -52,6 +56,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     _add_auto(make)
     add_generate(commands)
+    add_measure_commands(commands)
     return parse_all(parser, argv)
 
 
@@ -126,6 +131,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from train.distill.generate import generate
 
         return generate(options)
+    if options.command != "make-student":
+        return measure(options)
     return _make_student(options)
 
 

@@ -5,7 +5,8 @@ It is no part of the system: nothing wraps it, no checkpoint and no optimizer ho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Literal, cast
 
 import torch
@@ -42,6 +43,20 @@ class FrozenTeacher:
     def config(self) -> UNetConfig:
         """Its sizes."""
         return cast(UNetConfig, self._found.published.config)
+
+    @property
+    def path(self) -> Path:
+        """Its file, or the index of its shards."""
+        return self._found.path
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What its file says beside its sizes."""
+        return self._found.opened.metadata
+
+    def unload(self) -> None:
+        """Let go of the weights."""
+        self._network = None
 
     def load(self, device: torch.device) -> None:
         """Load the weights onto a device."""

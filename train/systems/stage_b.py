@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cascade.diffusion.schedules import CosineSchedule
 from cascade.text.encoder import TextConfig
+from stages.block_features import BlockOutput
 from stages.semantic_compressor import CompressorConfig, SemanticCompressor
 from stages.stage_b import StageB, StageBCondition, StageBConfig
 from stages.stage_b_v2 import StageBV2, StageBV2Condition, StageBV2Config
@@ -24,6 +25,7 @@ from train.initial import check_architecture
 from train.losses.adaptive import AdaptiveWeight
 from train.losses.denoising import (
     DiffusionConfig,
+    Noised,
     denoising_loss,
     errors_by_noise,
     errors_by_sample,
@@ -215,7 +217,9 @@ class StageBSystem(LightningModule):
             batch_size, channels, height, width = x0.shape
             noise = pyramid_noise((batch_size, channels, height, width), draws)
         noised = noise_batch(x0, self.config.diffusion, draws, noise)
-        predicted = self.network(noised.x_t, noised.network_time, self.condition(batch, draws))
+        cond = self.condition(batch, draws)
+        output = self.predict(noised, cond)
+        predicted = output.prediction
         if self.adaptive is not None:
             noised = self.adaptive.reweigh(
                 noised,
@@ -225,11 +229,38 @@ class StageBSystem(LightningModule):
                 summed=self._summed,
             )
         loss, mse = denoising_loss(predicted, noised)
+        loss = self.taught(loss, noised, cond, output)
         self.log("loss", loss, prog_bar=True, sync_dist=True)
         self.log("mse", mse, sync_dist=True)
         if (self.global_step + 1) % self.config.run.log_every_steps == 0:
             self.log_dict(errors_by_noise(predicted, noised))
         return loss
+
+    def predict(self, noised: Noised, cond: StageBCondition | StageBV2Condition) -> BlockOutput:
+        """Return what the network says, with the outputs of ``blocks``."""
+        x_t, time = noised.x_t, noised.network_time
+        if isinstance(self.network, StageB):
+            return self.network(x_t, time, cond, features=self.blocks)
+        return BlockOutput(self.network(x_t, time, cond), {})
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Blocks whose outputs ``taught`` is given."""
+        return ()
+
+    def taught(
+        self,
+        loss: Tensor,
+        noised: Noised,
+        cond: StageBCondition | StageBV2Condition,
+        output: BlockOutput,
+    ) -> Tensor:
+        """Return the step's loss: the denoising loss, and what a teacher adds to it."""
+        return loss
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Return what the optimizer steps."""
+        return [p for one in self.exported_networks().values() for p in one.parameters()]
 
     def configure_model(self) -> None:
         """Recompute, compile or cut the blocks, as ``run`` says."""
@@ -251,9 +282,8 @@ class StageBSystem(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer with its per-step schedule."""
-        parameters = [p for one in self.exported_networks().values() for p in one.parameters()]
         optimizer, schedule = make_optimizer(
-            parameters, self.config.optim, self.config.run.max_steps
+            self.trained_parameters(), self.config.optim, self.config.run.max_steps
         )
         return {
             "optimizer": optimizer,

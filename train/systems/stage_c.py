@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from cascade.text.encoder import TextConfig
+from stages.block_features import BlockOutput
 from stages.stage_c import StageC, StageCCondition, StageCConfig
 from stages.stage_c_v2 import StageCV2, StageCV2Condition, StageCV2Config
 from train.callbacks.pictures import PicturesConfig
@@ -22,6 +23,7 @@ from train.initial import check_architecture
 from train.losses.adaptive import AdaptiveWeight
 from train.losses.denoising import (
     DiffusionConfig,
+    Noised,
     denoising_loss,
     errors_by_noise,
     errors_by_sample,
@@ -199,10 +201,8 @@ class StageCSystem(LightningModule):
         noised = noise_batch(batch.require("stage_c_latents"), self.config.diffusion, draws)
         cond = self.condition(batch, draws)
         visible = self.visible(noised.x_t, draws)
-        if isinstance(self.network, StageC):
-            predicted = self.network(noised.x_t, noised.network_time, cond, visible)
-        else:
-            predicted = self.network(noised.x_t, noised.network_time, cond)
+        output = self.predict(noised, cond, visible)
+        predicted = output.prediction
         if visible is not None:  # by patch -> by position
             visible = visible.repeat_interleave(self.patch_size, dim=2)
             visible = visible.repeat_interleave(self.patch_size, dim=3)
@@ -215,11 +215,44 @@ class StageCSystem(LightningModule):
                 summed=self._summed,
             )
         loss, mse = denoising_loss(predicted, noised, visible)
+        loss = self.taught(loss, batch, noised, output, draws)
         self.log("loss", loss, prog_bar=True, sync_dist=True)
         self.log("mse", mse, sync_dist=True)
         if (self.global_step + 1) % self.config.run.log_every_steps == 0:
             self.log_dict(errors_by_noise(predicted, noised))
         return loss
+
+    def predict(
+        self,
+        noised: Noised,
+        cond: StageCCondition | StageCV2Condition,
+        visible: Tensor | None,
+    ) -> BlockOutput:
+        """Return what the network says, with the outputs of ``blocks``."""
+        x_t, time = noised.x_t, noised.network_time
+        if isinstance(self.network, StageC):
+            return self.network(x_t, time, cond, visible, features=self.blocks)
+        return BlockOutput(self.network(x_t, time, cond), {})
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Blocks whose outputs ``taught`` is given."""
+        return ()
+
+    def taught(
+        self,
+        loss: Tensor,
+        batch: CachedBatch,
+        noised: Noised,
+        output: BlockOutput,
+        draws: StepDraws,
+    ) -> Tensor:
+        """Return the step's loss: the denoising loss, and what a teacher adds to it."""
+        return loss
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Return what the optimizer steps."""
+        return list(self.network.parameters())
 
     def configure_model(self) -> None:
         """Recompute, compile or cut the blocks, as ``run`` says."""
@@ -242,7 +275,7 @@ class StageCSystem(LightningModule):
     def configure_optimizers(self) -> Any:
         """Return the optimizer with its per-step schedule."""
         optimizer, schedule = make_optimizer(
-            self.network.parameters(), self.config.optim, self.config.run.max_steps
+            self.trained_parameters(), self.config.optim, self.config.run.max_steps
         )
         return {
             "optimizer": optimizer,

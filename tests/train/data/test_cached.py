@@ -227,7 +227,10 @@ def test_a_network_that_does_not_fit_the_pictures_is_refused(source, tmp_path, t
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "name a network: --text, --image, --stage-a, --compressor or --autoencoder"),
+        (
+            {},
+            "name a network: --text, --image, .*--autoencoder or --teacher-of",
+        ),
         ({"text": "/none", "batch_size": 0}, "--batch-size 0"),
         ({"text": "/none", "device": "cudaa"}, "device 'cudaa'"),
         ({"text": "/none"}, "/none: no such file or folder"),

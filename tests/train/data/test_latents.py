@@ -222,7 +222,7 @@ def test_broken_latents_are_found_and_objects_are_never_loaded(paths, pictures, 
 def test_what_can_t_be_a_cache_is_refused(pictures, paths, tmp_path):
     words = arguments(pictures, tmp_path / "out", FrozenPaths())
     with pytest.raises(
-        UserError, match="name a network: --text, --image, --stage-a, --compressor or"
+        UserError, match="name a network: --text, --image, --stage-a, --compressor, --autoenc"
     ):
         main(words)
     words = arguments(pictures, tmp_path / "out", paths)
