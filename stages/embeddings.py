@@ -8,7 +8,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-
 GUIDANCE_UNIT = 1e-4
 """What a guidance scale is multiplied by before it is embedded as a time is: its fastest wave then
 has one radian for each unit of the scale, so that neighbouring scales look alike."""

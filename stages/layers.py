@@ -172,8 +172,9 @@ class Attention(nn.Module):
         asked = tokens if context is None else torch.cat([tokens, context.to(tokens.dtype)], dim=1)
         key, value = (self._heads(part) for part in self.key_value(asked).chunk(2, dim=-1))
         if self.query_norm is not None and self.key_norm is not None:
-            query = self.query_norm(query.float()).to(value.dtype)
-            key = self.key_norm(key.float()).to(value.dtype)
+            wide = torch.promote_types(value.dtype, torch.float32)
+            query = self.query_norm(query.to(wide)).to(value.dtype)
+            key = self.key_norm(key.to(wide)).to(value.dtype)
         dropout = self.dropout if self.training else 0.0
         attended = attend(query, key, value, dropout)
         return self.out(attended.transpose(1, 2).flatten(2))

@@ -165,7 +165,7 @@ def make_run(
                 else _kind(kind, tiny_model, clip_folder)
             ),
         }
-        if kind in ("stage_b", "stage_c", "previewer", "unet", "unet_kd"):
+        if kind in ("stage_b", "stage_c", "step_distil", "previewer", "unet", "unet_kd"):
             config["data"] |= {"folder": str(cache)}  # type: ignore[operator]
         for section, values in sections.items():
             inner = config.get(section)
@@ -214,6 +214,9 @@ def _kind(kind: str, model: Path, clip: Path) -> dict[str, object]:
     if kind == "autoencoder_kl":
         sizes = {"channels": [8, 16], "blocks_per_level": 1, "norm_groups": 4}
         return {"model": sizes, **_judged(clip)}
+    if kind == "step_distil":
+        taught = {"stage": "stage_c", "teacher": str(model), "text": str(model / "text")}
+        return {**taught, "compressor": str(model / "compressor.safetensors")}
     networks: dict[str, object] = {"model": config_in(model / f"{kind}.safetensors")}
     if kind == "compressor":
         return {**networks, "previewer": config_in(model / "previewer.safetensors")}
