@@ -184,10 +184,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     real = real_features(scorer, split)
     mine = scorer.embed_pictures(pixels_of(split, [split.entries[i].key for i in split.asked]))
     shuffled = mine[derangement(len(mine), torch.Generator().manual_seed(0))]
-    print(
-        "| network | steps | guidance | passes | first of 100 | in the first five | Frechet | s |"
-    )
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    columns = ("network", "steps", "guidance", "passes", "first of 100", "first five", "Frechet")
+    print(f"| {' | '.join(columns)} | s |")
+    print("| --- " * (len(columns) + 1) + "|")
     for name, vectors in (("real pictures", mine), ("shuffled", shuffled)):
         marks = agreement(true_ranks(vectors, asked.vectors, asked.candidates))
         far = f"{frechet_distance(vectors, real):.4f} | "
@@ -202,8 +201,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         numbers = (str(sampling.steps), f"{sampling.guidance:g}", str(way.passes))
         print(row(way.name, *numbers, found, more), flush=True)
     print(
-        f"\n{len(asked.prompts)} prompts of {split.name} against {len(real)} real pictures; seeds of "
-        f"pictures {options.seed} to {options.seed + len(asked.prompts) - 1}; {stage} as "
+        f"\n{len(asked.prompts)} prompts of {split.name} against {len(real)} real pictures; seeds "
+        f"{options.seed} to {options.seed + len(asked.prompts) - 1}; {stage} as "
         f"{options.dtype}; commit {commit()}; {machine(torch.device('cpu'))}; "
         f"{time.perf_counter() - started_s:.0f} s"
     )

@@ -28,8 +28,8 @@ from stages.layers import (
 )
 
 TIME_CONDS = ("sca", "crp", "cfg")
-"""Scalar conditions that the network can be told beside the time: scale and crop, as published, and the
-guidance scale that is distilled into it."""
+"""Scalar conditions that the network can be told beside the time: scale and crop, as published, and
+the guidance scale that is distilled into it."""
 
 
 @dataclass(frozen=True)

@@ -122,10 +122,11 @@ def _with_few(config: AssembleConfig) -> AssembleConfig:
         sampling = sampling_said(path)
         if sampling is None or sampling.max_steps is None:
             raise UserError(
-                f"{name} {path}: it does not say for how many steps it is; train it with: python -m "
-                f"train step_distil, or give spec.{name}"
+                f"{name} {path}: it does not say for how many steps it is; train it with: python "
+                f"-m train step_distil, or give spec.{name}"
             )
-        spec = replace(spec, **{name: sampling})
+        few: dict[str, Any] = {name: sampling}
+        spec = replace(spec, **few)
     return replace(config, spec=spec)
 
 

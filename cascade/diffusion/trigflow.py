@@ -1,9 +1,9 @@
 """Any stage seen as TrigFlow: time is the angle between the picture and the noise.
 
 ``x_t = cos(t) x0 + sin(t) noise`` with t in [0, pi/2], and the network says the velocity
-``v = cos(t) noise - sin(t) x0`` at which ``x_t`` turns. The cosine schedule is this up to the clock;
-of any other, ``x / sqrt(alpha^2 + sigma^2)`` at the angle ``atan(sigma / alpha)`` is. The standard
-deviation of the data is taken as 1, which latents here have by about.
+``v = cos(t) noise - sin(t) x0`` at which ``x_t`` turns. The cosine schedule is this up to the
+clock; of any other, ``x / sqrt(alpha^2 + sigma^2)`` at the angle ``atan(sigma / alpha)`` is. The
+standard deviation of the data is taken as 1, which latents here have by about.
 
 Reference: Lu & Song, 2024, arXiv:2410.11081, section 3 and appendix B.
 """

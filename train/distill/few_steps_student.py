@@ -11,7 +11,7 @@ Reference: Chen et al., 2025, arXiv:2503.09641, section 3.2, which trains such a
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TypeVar, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +21,13 @@ from stages.layers import TimestepBlock
 from stages.stage_b import StageB, StageBConfig
 from stages.stage_c import StageC, StageCConfig
 
-S = TypeVar("S", StageB, StageC)
-C = TypeVar("C", StageBConfig, StageCConfig)
+Sizes = StageBConfig | StageCConfig
 
 _GRID = 2001
 _RIDGE = 1e-4
 
 
-def student_config(teacher: C, *, told_guidance: bool, time_unit: float) -> C:
+def student_config(teacher: Sizes, *, told_guidance: bool, time_unit: float) -> Sizes:
     """Return the sizes of a teacher's student.
 
     Args:
@@ -36,20 +35,15 @@ def student_config(teacher: C, *, told_guidance: bool, time_unit: float) -> C:
         told_guidance: Whether the student is told a guidance scale.
         time_unit: Unit of its time; 1 is the teacher's embedding as published.
     """
-    told = tuple(name for name in teacher.time_conds if name != "cfg")
-    dropout = 0.0 if isinstance(teacher, StageCConfig) else (0.0,) * len(teacher.dropout)
-    return cast(
-        C,
-        replace(
-            teacher,
-            time_conds=(*told, "cfg") if told_guidance else told,
-            time_unit=time_unit,
-            dropout=dropout,
-        ),
-    )
+    others = tuple(name for name in teacher.time_conds if name != "cfg")
+    time_conds = (*others, "cfg") if told_guidance else others
+    if isinstance(teacher, StageCConfig):
+        return replace(teacher, time_conds=time_conds, time_unit=time_unit, dropout=0.0)
+    none = (0.0,) * len(teacher.dropout)
+    return replace(teacher, time_conds=time_conds, time_unit=time_unit, dropout=none)
 
 
-def copy_teacher(teacher: S, student: S) -> float:
+def copy_teacher(teacher: StageB | StageC, student: StageB | StageC) -> float:
     """Give a student its teacher's weights; a scale that the teacher is not told changes nothing.
 
     Args:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, TypeVar, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from stages.stage_b import StageB, StageBBlock, StageBCondition, StageBConfig
 from stages.stage_c import StageC, StageCBlock, StageCCondition, StageCConfig
 from train.losses.denoising import DIFFUSION_KEY, SAMPLED
 
-Condition = TypeVar("Condition", StageBCondition, StageCCondition)
+Condition = StageBCondition | StageCCondition
 StageNetwork = StageB | StageC
 
 
@@ -209,12 +209,12 @@ class StageTeacher:
 
 def in_dtype(cond: Condition, dtype: torch.dtype) -> Condition:
     """Return a condition whose states are in a number format; scalars keep theirs."""
-    cast_fields = {
+    cast_fields: dict[str, Any] = {
         one.name: value.to(dtype)
         for one in dataclasses.fields(cond)
         if isinstance(value := getattr(cond, one.name), Tensor) and value.dim() > 1
     }
-    return dataclasses.replace(cond, **cast_fields)  # type: ignore[arg-type]
+    return dataclasses.replace(cond, **cast_fields)
 
 
 def evenly(network: nn.Module, count: int) -> list[str]:
