@@ -7,19 +7,19 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from cascade.checkpoints.part_files import find_network, find_text
+from cascade.checkpoints.part_files import find_network, find_text, weights_hash
 from cascade.errors import UserError
 from stages.unet.config import UNetConfig
 from train.data.open import TrainingData, open_data
 from train.data.paired import PairedLoader, PriorConfig
-from train.distill.plans import plan_of
+from train.distill.plans import STUDENT_KEY, plan_of
 from train.distill.teacher import FrozenTeacher
 from train.encode import FrozenPaths
 from train.fit import prepare
 from train.initial import start_from, with_architecture
 from train.losses.distillation import site_pairs
 from train.runs import fit_system, start, validation
-from train.systems.unet import DistillConfig, Lesson, LoadTeacher, UNetRun, UNetSystem
+from train.systems.unet import BASE_KEY, DistillConfig, Lesson, LoadTeacher, UNetRun, UNetSystem
 
 
 def train_unet_kd(config: UNetRun, *, resume: bool) -> None:
@@ -53,6 +53,8 @@ def _train(config: UNetRun, *, resume: bool) -> None:
             f"{autoencoder.latent_channels} channels"
         )
     system = UNetSystem(config, null_text, autoencoder.downscale, lesson)
+    if config.init_from is not None and (config.lora is not None or prepared.newest is None):
+        system.started_from = _said_of(config.init_from, hashed=config.lora is not None)
     if config.lora is None:
         start(system.network, config.init_from, "unet", prepared)
     else:  # no checkpoint holds what a LoRA updates
@@ -62,6 +64,19 @@ def _train(config: UNetRun, *, resume: bool) -> None:
     last = validation(config, frozen, prepared, pixels=False)
     first = [] if lesson is None else [LoadTeacher(lesson.teacher)]
     fit_system(system, data, config, prepared, first=first, last=last)
+
+
+def _said_of(name: str, *, hashed: bool) -> dict[str, str]:
+    """Return what a run keeps in mind of the weights that it starts from.
+
+    Args:
+        name: Of the weights.
+        hashed: Read them whole to tell them from others.
+    """
+    found = find_network(name, "unet")
+    said = found.opened.metadata
+    kept = {STUDENT_KEY: said[STUDENT_KEY]} if STUDENT_KEY in said else {}
+    return kept | {BASE_KEY: weights_hash(found.path)} if hashed else kept
 
 
 def _with_prior(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -240,6 +241,12 @@ def test_a_students_file_says_which_features_it_imitates(make_run, tiny_unet, tm
         said = read_metadata(trained.out / "unet.safetensors")
         assert read_plan(said, "unet") == plan
         assert json.loads(said[UNET_DIFFUSION_KEY])["prediction"] == "epsilon"
+    # So does what was trained on without a teacher, also when that run goes on without the file.
+    alone = make_run("unet", "alone", model=None, init_from=str(path))
+    assert alone.start("--run.max_steps", 2) == 0
+    path.unlink()
+    assert alone.start("--run.max_steps", 4, "--resume") == 0
+    assert read_plan(read_metadata(alone.out / "unet.safetensors"), "unet") == plan
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -472,6 +479,21 @@ def test_half_a_lora_run_and_its_resumption_equal_a_whole_run(make_run, tiny_une
     # The checkpoint's updates are of this strength.
     with pytest.raises(UserError, match=r"lora\.alpha is 4\.0 but the run was started with 16\.0"):
         whole.start("--resume", "--lora.alpha", 4.0)
+
+
+def test_a_lora_goes_on_over_the_weights_that_it_was_trained_over_alone(
+    make_run, tiny_unet, tmp_path
+):
+    base = tmp_path / "base.safetensors"
+    shutil.copy(tiny_unet / "unet.safetensors", base)
+    run = make_run("unet", model=None, init_from=str(base), lora={"rank": 2})
+    assert run.start("--run.max_steps", 2) == 0
+    other = load_network(base, expect=UNet)
+    with torch.no_grad():
+        other.conv_in.weight.add_(1.0)
+    save_network(base, other)
+    with pytest.raises(UserError, match="was trained over other weights"):
+        run.start("--run.max_steps", 4, "--resume")
 
 
 def test_a_second_sets_samples_weigh_as_published():

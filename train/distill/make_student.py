@@ -25,6 +25,7 @@ from cascade.checkpoints.load import build
 from cascade.checkpoints.part_files import find_network, weights_hash
 from cascade.config import to_dict
 from cascade.errors import UserError
+from cascade.pipelines.unet_spec import UNET_DIFFUSION_KEY
 from stages.unet.compress import StudentPlan, plan_student
 from stages.unet.inherit import InheritanceReport, inherit
 from stages.unet.unet import UNet
@@ -113,7 +114,9 @@ def network_of(teacher_state: Mapping[str, Tensor], plan: StudentPlan) -> UNet:
 def metadata_of(teacher: Teacher, named: NamedRecipe, plan: StudentPlan) -> dict[str, str]:
     """Return what a student's file says of where it comes from."""
     source = {"name": teacher.name, "weights_hash": teacher.weights_hash}
+    said = teacher.found.opened.metadata
     return {
+        **{key: said[key] for key in (UNET_DIFFUSION_KEY,) if key in said},
         **plan_metadata(plan),
         RECIPE_KEY: json.dumps(to_dict(named.recipe)),
         TEACHER_KEY: json.dumps(source),

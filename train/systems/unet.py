@@ -26,7 +26,7 @@ from train.callbacks.validation import ValidationConfig
 from train.data.cached import CachedBatch
 from train.data.config import DataConfig
 from train.data.paired import PriorConfig
-from train.distill.plans import plan_metadata
+from train.distill.plans import STUDENT_KEY, plan_metadata
 from train.distill.teacher import FrozenTeacher, TeacherDtype
 from train.draws import StepDraws, step_draws
 from train.initial import check_architecture
@@ -46,6 +46,9 @@ from train.losses.unet_denoising import (
 from train.networks import configure_networks
 from train.optim import make_optimizer
 from train.settings import OptimConfig, RunConfig
+
+BASE_KEY = "base_hash"
+"""In a checkpoint of a LoRA: the hash of the weights that it was trained over."""
 
 
 @dataclass(frozen=True)
@@ -192,6 +195,9 @@ class UNetSystem(LightningModule):
         self.network = UNet(config.sizes)
         self.pixels_per_latent = pixels_per_latent
         self.lesson = lesson
+        self.started_from: dict[str, str] = {}
+        """What is said of the weights that the run started from: a checkpoint keeps it, so that a
+        run goes on without their file, and refuses to go on over others."""
         self._lora: list[TrainedLora] = []
         self.register_buffer("null_hidden", null_text[0].float(), persistent=False)
         self.register_buffer("null_pooled", null_text[1].float(), persistent=False)
@@ -238,9 +244,23 @@ class UNetSystem(LightningModule):
         """Leave a frozen network out of the checkpoint; ``init_from`` has it."""
         for key in self._frozen_keys():
             del checkpoint["state_dict"][key]
+        checkpoint["started_from"] = self.started_from
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Give it back, so that loading stays strict."""
+        """Give it back, so that loading stays strict.
+
+        Raises:
+            UserError: It is not the one that the checkpoint's LoRA was trained over.
+        """
+        noted = checkpoint.get("started_from", {})
+        then, now = noted.get(BASE_KEY), self.started_from.get(BASE_KEY)
+        if self._lora and then != now:
+            raise UserError(
+                f"{self.config.run.out}: its LoRA was trained over other weights ({then}) than "
+                f"init_from {self.config.init_from} has now ({now}); give those back, or start "
+                "anew in another run.out"
+            )
+        self.started_from = noted
         own = self.state_dict()
         checkpoint["state_dict"].update({key: own[key] for key in self._frozen_keys()})
 
@@ -254,7 +274,8 @@ class UNetSystem(LightningModule):
         """Return what the network's file says beside its sizes."""
         said = self.config.diffusion.metadata()
         if self.lesson is None or self.lesson.plan is None:
-            return said
+            kept = {key: text for key, text in self.started_from.items() if key == STUDENT_KEY}
+            return said | kept
         return said | plan_metadata(self.lesson.plan)
 
     def clean_latents(self, batch: CachedBatch, draws: StepDraws) -> Tensor:

@@ -13,6 +13,7 @@ from cascade.checkpoints.load import load_any
 from cascade.errors import UserError, run_main
 from cascade.pipelines.unet import UNetPipeline
 from cascade.pipelines.unet_plan import UNetSettings
+from cascade.pipelines.unet_spec import UNET_DIFFUSION_KEY
 from stages.unet.compress import PUBLISHED, plan_student
 from stages.unet.unet import UNet, UNetCondition
 from tests.reference.unet_toys import SDXL
@@ -78,6 +79,15 @@ def test_a_student_is_written_with_its_plan_and_loads_as_any_unet(sdxl_file, tmp
     assert middle.endswith("all of it")
     [up] = [line for line in printed.splitlines() if line.startswith("up_blocks.0")]
     assert "attentions.0.transformer_blocks.5-9" in up and "resnets.1, attentions.1" in up
+
+
+def test_a_student_says_how_its_teacher_was_trained(sdxl_file, tmp_path):
+    teacher = tmp_path / "teacher.safetensors"
+    said = {UNET_DIFFUSION_KEY: json.dumps({"prediction": "v"})}
+    save_network(teacher, load_network(sdxl_file, expect=UNet), metadata=said)
+    _make(teacher, "vega", tmp_path / "out")
+    metadata = read_metadata(tmp_path / "out" / "student.safetensors")
+    assert metadata[UNET_DIFFUSION_KEY] == said[UNET_DIFFUSION_KEY]
 
 
 def test_the_report_names_every_tensor_of_both(sdxl_file, tmp_path):
