@@ -22,7 +22,6 @@ EXPORTS = {
     "stage_b": ["stage_b.safetensors", "compressor.safetensors"],
     "stage_c": ["stage_c.safetensors"],
     "previewer": ["previewer.safetensors"],
-    "step_distil": ["stage_c.safetensors"],
     "unet": ["unet.safetensors"],
     "unet_kd": ["unet.safetensors"],
 }
@@ -31,12 +30,6 @@ TWO_OPTIMIZERS = ("stage_a", "autoencoder_kl")
 SECTIONS = {
     "stage_c": {"model": {"dropout": 0.2}, "optim": {"name": "muon"}},
     "stage_b": {"model": {"dropout": [0.2, 0.2]}},
-    # The learned weight and the heads go on as well, and the warm-up where it was.
-    "step_distil": {
-        "adaptive_weight": True,
-        "adversarial": {"weight": 0.1, "blocks": 2},
-        "tangent": {"warmup_steps": 5},
-    },
 }
 
 
