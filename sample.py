@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from cascade.checkpoints.hub import ModelFiles
     from cascade.pipelines.control_input import ControlInput
     from cascade.pipelines.picture_input import PictureInput
-    from cascade.pipelines.plan import Request
+    from cascade.pipelines.plan import Plan, Request
     from cascade.pipelines.results import Picture, Preview
 
 STAGE_TITLES = {
@@ -150,13 +150,26 @@ def cascade_job(options: argparse.Namespace, prompts: list[str], files: ModelFil
             dtype=options.dtype,
             offload=options.offload,
             vram=options.vram,
+            few=plan.few,
         )
         asked = options.offload or options.vram is not None
         memory = pipeline.arrange(plan).describe() if asked else ""
-        title = f"{pipeline.spec.name} on {pipeline.device}"
+        title = f"{pipeline.spec.name} on {pipeline.device}{steps_said(plan)}"
         return Started(title, memory, (), pipeline.run(plan, on_preview=on_preview))
 
     return Job(plan.requests, plan.notices, start)
+
+
+def steps_said(plan: Plan) -> str:
+    """Say which networks run where a model has two for a stage, and in how many steps."""
+    if not plan.few:
+        return ""
+    said = [
+        f"{STAGE_TITLES[name]} for few steps, {getattr(plan, name).steps}"
+        for name in ("stage_c", "stage_b")
+        if name in plan.few
+    ]
+    return f" ({'; '.join(said)})"
 
 
 def unet_job(options: argparse.Namespace, prompts: list[str], files: ModelFiles) -> Job:

@@ -56,7 +56,7 @@ def put_in(
     if guidance is not None:
         trained["guidance"] = guidance
     spec = pipeline.spec
-    pipeline.spec = replace(spec, stage_c=replace(spec.stage_c, **trained))
+    pipeline.spec = replace(spec, stage_c=replace(spec.stage_c, **trained), stage_c_few=None)
 
 
 def measure(pipeline: CascadePipeline, scorer: ClipScorer, asked: Asked) -> Agreement:

@@ -110,8 +110,16 @@ def make_parser() -> Parser:
     )
 
     how = parser.add_argument_group("how to make it (default: as the model's makers chose)")
-    how.add_argument("--steps-c", type=int, metavar="N", help="steps of Stage C: what is seen")
-    how.add_argument("--steps-b", type=int, metavar="N", help="steps of Stage B: how finely")
+    how.add_argument(
+        "--steps-c",
+        type=int,
+        metavar="N",
+        help="steps of Stage C: what is seen; where a model has a second one for few steps, few "
+        "take that, more the plain one",
+    )
+    how.add_argument(
+        "--steps-b", type=int, metavar="N", help="steps of Stage B: how finely; as --steps-c"
+    )
     how.add_argument(
         "--guidance-c", type=float, metavar="X", help="how strictly Stage C obeys; 1 is off"
     )
@@ -121,7 +129,8 @@ def make_parser() -> Parser:
     how.add_argument(
         "--sampler",
         metavar="NAME",
-        help="ddpm, ddim or dpmpp_2m, for both stages; of a U-Net euler, euler_ancestral, ddim, "
+        help="ddpm, ddim or dpmpp_2m, for both stages, or lcm where steps were distilled; of a "
+        "U-Net euler, euler_ancestral, ddim, "
         "dpmpp_2m or lcm",
     )
 

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+GUIDANCE_UNIT = 1e-4
+"""What a guidance scale is multiplied by before it is embedded as a time is: its fastest wave then
+has one radian for each unit of the scale, so that neighbouring scales look alike."""
+
 
 def time_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
     """Embed scalars in [0, 1] as sines and cosines, in float32 whatever the network's dtype.
+
+    Of float64 scalars the embedding is float64.
 
     At ``t * 10000`` a bfloat16 time is off by up to 40 periods' worth, so the time must never be
     rounded before this point.
@@ -20,17 +27,41 @@ def time_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
         max_period: Both the factor on ``t`` and the longest period.
 
     Returns:
-        Shape ``(B, dim)``, float32: sines first, then cosines.
+        Shape ``(B, dim)``: sines first, then cosines.
 
     Raises:
         ValueError: ``t`` was rounded to a 16-bit format.
     """
     _refuse_rounded(t, "the diffusion time")
     half = dim // 2
-    index = torch.arange(half, device=t.device, dtype=torch.float32)
+    dtype = torch.promote_types(t.dtype, torch.float32)
+    index = torch.arange(half, device=t.device, dtype=dtype)
     frequencies = torch.exp(index * (-math.log(max_period) / (half - 1)))
-    angles = t.float()[:, None] * max_period * frequencies[None, :]  # (B, dim / 2)
+    angles = t.to(dtype)[:, None] * max_period * frequencies[None, :]  # (B, dim / 2)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def scalar_embeddings(
+    told: Mapping[str, Tensor | None], batch: int, dim: int, device: torch.device
+) -> Tensor:
+    """Embed the scalars that a stage is told beside the time.
+
+    Args:
+        told: ``(B,)`` by name, in the network's order; None is 0, or no guidance for "cfg".
+        batch: B.
+        dim: Even size of each embedding.
+        device: Where to, if none is given.
+
+    Returns:
+        ``(B, num_scalars, dim)``.
+    """
+    rows = []
+    for name, value in told.items():
+        if value is None:
+            value = torch.full((batch,), 1.0 if name == "cfg" else 0.0, device=device)
+        value = value.to(torch.promote_types(value.dtype, torch.float32))
+        rows.append(time_embedding(value * GUIDANCE_UNIT if name == "cfg" else value, dim))
+    return torch.stack(rows, dim=1) if rows else torch.zeros(batch, 0, dim, device=device)
 
 
 def timestep_embedding(values: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:

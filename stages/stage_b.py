@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stages.block_features import BlockOutput, BlockSite, BlockTaps, block_sites
-from stages.embeddings import time_embedding
+from stages.embeddings import scalar_embeddings, time_embedding
 from stages.layers import (
     AttnBlock,
     LayerNorm2d,
@@ -29,8 +29,9 @@ from stages.layers import (
     scale_residual_outputs,
 )
 
-TIME_CONDS = ("sca",)
-"""Scalar conditions that the network can be told beside the time."""
+TIME_CONDS = ("sca", "cfg")
+"""Scalar conditions that the network can be told beside the time: scale, as published, and the
+guidance scale that is distilled into it."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,9 @@ class StageBConfig:
     """Dropout in training by level."""
     time_conds: tuple[str, ...] = ("sca",)
     """Extra scalar conditions of every time modulation."""
+    time_unit: float = 1.0
+    """What the time is multiplied by before it is embedded; 1 as published. Far below 1 the network
+    is smooth in time, as step distillation needs it."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that do not fit together."""
@@ -77,6 +81,8 @@ class StageBConfig:
             raise ValueError(
                 f"time_conds={self.time_conds}: {unknown[0]!r} is none of {TIME_CONDS}"
             )
+        if not 0 < self.time_unit <= 1:
+            raise ValueError(f"time_unit={self.time_unit} must lie in (0, 1]")
         if self.time_channels < 4 or self.time_channels % 2:
             raise ValueError(f"time_channels={self.time_channels} must be even and at least 4")
         if self.kernel_size % 2 == 0:
@@ -135,6 +141,9 @@ class StageBCondition:
     """(B, 3, h', w'): a small picture; None is told as zeros of 8 x 8."""
     sca: Tensor | None = None
     """(B,): scale condition; None is 0, as in all published use."""
+    cfg: Tensor | None = None
+    """(B,): guidance scale, for a network that guidance was distilled into; None is 1, no
+    guidance."""
 
 
 @dataclass(frozen=True)
@@ -299,15 +308,9 @@ class StageB(nn.Module):
         return StageBPrepared(tokens, mapped, self._extra_embeddings(cond, len(mapped)))
 
     def _extra_embeddings(self, cond: StageBCondition, batch: int) -> Tensor:
-        config, device = self.config, cond.stage_c_latents.device
-        if not config.time_conds:
-            return torch.zeros(batch, 0, config.time_channels, device=device)
-        rows = []
-        for name in config.time_conds:
-            value = getattr(cond, name, None)
-            value = torch.zeros(batch, device=device) if value is None else value.float()
-            rows.append(time_embedding(value, config.time_channels))
-        return torch.stack(rows, dim=1)  # (B, num_extra, time_channels)
+        config = self.config
+        told = {name: getattr(cond, name) for name in config.time_conds}
+        return scalar_embeddings(told, batch, config.time_channels, cond.stage_c_latents.device)
 
     @overload
     def forward(self, x: Tensor, t: Tensor, cond: StageBCondition | StageBPrepared) -> Tensor: ...
@@ -355,7 +358,8 @@ class StageB(nn.Module):
             )
         if isinstance(cond, StageBCondition):
             cond = self.prepare(cond, (height, width))
-        times = time_embedding(t, self.config.time_channels)[:, None]  # (B, 1, time_channels)
+        told = t * self.config.time_unit
+        times = time_embedding(told, self.config.time_channels)[:, None]  # (B, 1, time_channels)
         times = torch.cat([times, cond.extra_embeddings], dim=1)
         x = F.pixel_unshuffle(x, patch).contiguous(memory_format=torch.channels_last)
         x = self.in_norm(self.embedding(x)) + cond.mapped

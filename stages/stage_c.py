@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stages.block_features import BlockOutput, BlockSite, BlockTaps, block_sites
-from stages.embeddings import time_embedding
+from stages.embeddings import scalar_embeddings, time_embedding
 from stages.layers import (
     AttnBlock,
     LayerNorm2d,
@@ -29,8 +29,9 @@ from stages.layers import (
     scale_residual_outputs,
 )
 
-TIME_CONDS = ("sca", "crp")
-"""Scalar conditions that the network can be told beside the time."""
+TIME_CONDS = ("sca", "crp", "cfg")
+"""Scalar conditions that the network can be told beside the time: scale and crop, as published, and
+the guidance scale that is distilled into it."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,9 @@ class StageCConfig:
     """Extra scalar conditions of every time modulation; published: scale and crop."""
     qk_norm: bool = False
     """Norm the queries and keys of every head; no published checkpoint does."""
+    time_unit: float = 1.0
+    """What the time is multiplied by before it is embedded; 1 as published. Far below 1 the network
+    is smooth in time, as step distillation needs it."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that do not fit together."""
@@ -77,6 +81,8 @@ class StageCConfig:
             raise ValueError(
                 f"time_conds={self.time_conds}: {unknown[0]!r} is none of {TIME_CONDS}"
             )
+        if not 0 < self.time_unit <= 1:
+            raise ValueError(f"time_unit={self.time_unit} must lie in (0, 1]")
         if self.time_channels < 4 or self.time_channels % 2:
             raise ValueError(f"time_channels={self.time_channels} must be even and at least 4")
         if self.kernel_size % 2 == 0:
@@ -139,6 +145,9 @@ class StageCCondition:
     """(B,): scale condition; None is 0, as in all published use."""
     crp: Tensor | None = None
     """(B,): crop condition; None is 0."""
+    cfg: Tensor | None = None
+    """(B,): guidance scale, for a network that guidance was distilled into; None is 1, no
+    guidance."""
     control: tuple[Tensor | None, ...] | None = None
     """What a ControlNet returned: for each residual block in running order (B, C, h, w), any
     size, or None; blocks after the last entry get nothing."""
@@ -312,15 +321,9 @@ class StageC(nn.Module):
         return maps + (None,) * (len(widths) - len(maps))
 
     def _extra_embeddings(self, cond: StageCCondition, batch: int) -> Tensor:
-        config, device = self.config, cond.text_hidden.device
-        if not config.time_conds:
-            return torch.zeros(batch, 0, config.time_channels, device=device)
-        rows = []
-        for name in config.time_conds:
-            value = getattr(cond, name, None)
-            value = torch.zeros(batch, device=device) if value is None else value.float()
-            rows.append(time_embedding(value, config.time_channels))
-        return torch.stack(rows, dim=1)  # (B, num_extra, time_channels)
+        config = self.config
+        told = {name: getattr(cond, name) for name in config.time_conds}
+        return scalar_embeddings(told, batch, config.time_channels, cond.text_hidden.device)
 
     @overload
     def forward(
@@ -371,7 +374,8 @@ class StageC(nn.Module):
         """
         taps = BlockTaps(() if features is None else features, self.config.sites)
         prepared = self.prepare(cond) if isinstance(cond, StageCCondition) else cond
-        times = time_embedding(t, self.config.time_channels)[:, None]  # (B, 1, time_channels)
+        told = t * self.config.time_unit
+        times = time_embedding(told, self.config.time_channels)[:, None]  # (B, 1, time_channels)
         times = torch.cat([times, prepared.extra_embeddings], dim=1)
         x = x.contiguous(memory_format=torch.channels_last)
         x = F.pixel_unshuffle(x, self.config.patch_size)

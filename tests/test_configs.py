@@ -13,6 +13,7 @@ import yaml
 from torch import nn
 
 from cascade.checkpoints.files import on_meta
+from cascade.checkpoints.part_files import find_network
 from cascade.config import from_dict, load_yaml, read_yaml
 from cascade.errors import run_main
 from cascade.evaluate.flops import FlopCounter
@@ -35,6 +36,7 @@ from train import cascade_kd_runs, runs, stage_kd_runs, unet_runs
 from train.assemble import AssembleConfig
 from train.assemble_unet import AssembleUNetConfig
 from train.distill import __main__ as distill
+from train.distill.few_steps_student import student_config
 from train.distill.generate_config import GenerateConfig
 from train.distill.plans import read_recipe
 from train.losses.distillation import site_pairs
@@ -77,6 +79,7 @@ _MODULES = {
     "unet": unet_runs,
     "unet_kd": unet_runs,
     "cascade_kd": cascade_kd_runs,
+    "step_distil": step_runs,
     "stage_b_kd": stage_kd_runs,
     "stage_a_decoder": stage_kd_runs,
 }
@@ -86,6 +89,8 @@ def _kind(path: Path) -> str:
     """``stage_c.yaml``, ``stage_c_large.yaml``, ``finetune_stage_c.yaml`` are of ``stage_c``."""
     if path.parent.name == "recipes":  # all of one network, so their names say the recipe
         return "stage_c"
+    if path.parent.name == "step_distil":  # their names say the stage
+        return "step_distil"
     name = path.stem.removeprefix("finetune_")
     fitting = [k for k in command.KINDS if name == k or name.startswith(f"{k}_")]
     # "unet_kd_koala" is of "unet_kd", "autoencoder" of "autoencoder_kl".
@@ -103,7 +108,7 @@ def _header(path: Path) -> str:
 
 
 def test_the_demonstration_has_a_run_of_every_network() -> None:
-    folders = ("demo", "demo_koala", "cascade_kd")
+    folders = ("demo", "demo_koala", "cascade_kd", "step_distil")
     demo = {_kind(path) for path in RUNS if path.parent.name in folders}
     assert demo == set(command.KINDS)
 
@@ -155,7 +160,19 @@ def _networks(kind: str, config: object) -> list[nn.Module]:
             return [_of(_sizes(config)), *joint]
         if kind == "compressor":
             return [SemanticCompressor(config.model), Previewer(config.previewer)]  # type: ignore[attr-defined]
+        if kind == "step_distil":
+            return [_of(_student_sizes(config))]
         return [_of(_sizes(config))]
+
+
+def _student_sizes(config: object) -> object:
+    """The sizes of a student of step distillation: its teacher's, and what is added to them."""
+    name = config.teacher  # type: ignore[attr-defined]
+    theirs = _INIT_FROM.get(name)
+    if theirs is None:
+        theirs = find_network(ROOT / name, config.stage).published.config  # type: ignore[attr-defined]
+    told = config.guidance.is_told  # type: ignore[attr-defined]
+    return student_config(theirs, told_guidance=told, time_unit=config.time_unit)  # type: ignore[attr-defined]
 
 
 def _sizes(config: object) -> object:
@@ -173,6 +190,7 @@ def _sizes(config: object) -> object:
 _STUDENTS = ("bk_base", "bk_small", "bk_tiny", "sd_small", "sd_tiny", "ssd_1b", "vega")
 _INIT_FROM = {
     "stabilityai/stable-cascade:lite": StageCConfig.lite(),
+    "runs/published/stage_c_lite_v/stage_c.safetensors": StageCConfig.lite(),
     "stabilityai/stable-diffusion-xl-base-1.0": UNetConfig.sdxl(),
     "nota-ai/bk-sdm-small": UNetConfig.bk_small(),
     "segmind/tiny-sd": UNetConfig.sd_tiny(),

@@ -30,6 +30,7 @@ KINDS = (
     "compressor",
     "stage_b",
     "stage_c",
+    "step_distil",
     "previewer",
     "autoencoder_kl",
     "unet",
@@ -84,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, overrides = parse(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     # Lightning and transformers take seconds to import: only when a run really starts.
-    from train import cascade_kd_runs, runs, stage_kd_runs, unet_runs
+    from train import cascade_kd_runs, runs, stage_kd_runs, step_runs, unet_runs
 
     kinds: dict[str, tuple[type[Any], Callable[..., None]]] = {
         "clip": (runs.ClipRun, runs.train_clip),
@@ -93,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "compressor": (runs.CompressorRun, runs.train_compressor),
         "stage_b": (runs.StageBRun, runs.train_stage_b),
         "stage_c": (runs.StageCRun, runs.train_stage_c),
+        "step_distil": (step_runs.StepDistilRun, step_runs.train_step_distil),
         "previewer": (runs.PreviewerRun, runs.train_previewer),
         "unet": (unet_runs.UNetRun, unet_runs.train_unet),
         "unet_kd": (unet_runs.UNetRun, unet_runs.train_unet_kd),

@@ -11,8 +11,9 @@ import logging
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -21,8 +22,15 @@ from cascade.command import Parser
 from cascade.config import load_yaml, parse_overrides
 from cascade.errors import UserError, run_main
 from cascade.pipelines.cascade import CascadePipeline
+from cascade.pipelines.few_steps import DISTILLED_KEY, as_distilled
 from cascade.pipelines.parts import open_source
-from cascade.pipelines.spec import FAST_DECODER_FILE, CascadeSpec, save_spec
+from cascade.pipelines.spec import (
+    FAST_DECODER_FILE,
+    FEW_STEPS,
+    CascadeSpec,
+    StageSampling,
+    save_spec,
+)
 from stages.previewer import Previewer
 from stages.semantic_compressor import SemanticCompressor
 from stages.stage_a import StageA
@@ -65,6 +73,11 @@ class AssembleConfig:
     previewer: str
     stage_a_fast: str | None = None
     """Small decoder of Stage A's latents, for ``--fast-decoder``; null: the model has none."""
+    stage_b_few: str | None = None
+    """A second Stage B, for few steps, from ``python -m train step_distil``; its file says how it
+    is sampled, so that ``spec`` need not."""
+    stage_c_few: str | None = None
+    """The same of Stage C."""
     max_mb: float | None = None
     """Largest sum of the weight files, in 10^6 bytes."""
 
@@ -79,8 +92,13 @@ def assemble(config: AssembleConfig, out: Path) -> float:
         UserError: A part is missing, is another network's, or does not fit the others; the weights
             are larger than ``max_mb``.
     """
-    sources = {f"{name}.safetensors": Path(getattr(config, name)) for name in NETWORKS}
-    for name, network in NETWORKS.items():
+    config = _with_few(config)
+    networks = dict(NETWORKS)
+    for name in FEW_STEPS:
+        if getattr(config, name) is not None:
+            networks[name] = NETWORKS[name.removesuffix("_few")]
+    sources = {f"{name}.safetensors": Path(getattr(config, name)) for name in networks}
+    for name, network in networks.items():
         load_network(getattr(config, name), expect=network)
     if config.stage_a_fast is not None:
         load_network(config.stage_a_fast, expect=StageAFast)
@@ -100,18 +118,57 @@ def assemble(config: AssembleConfig, out: Path) -> float:
     save_spec(config.spec, out)
     pipeline = CascadePipeline.from_folder(out, device="cpu")
     _ = (pipeline.compressor, pipeline.previewer)  # loaded on first use: here, to check them
+    pipeline.use(frozenset())  # the plain networks, where those for few steps run by themselves
     if config.stage_a_fast is not None:
         CascadePipeline(open_source(out, fast_decoder=True), device="cpu")
     return total_mb
 
 
+def _with_few(config: AssembleConfig) -> AssembleConfig:
+    """Take over what the files of networks for few steps say of their sampling."""
+    spec = config.spec
+    for name in FEW_STEPS:
+        path: str | None = getattr(config, name)
+        said: StageSampling | None = getattr(spec, name)
+        if path is None and said is not None:
+            raise UserError(f"spec.{name} is there but {name} is not; name the network's file")
+        if path is None or said is not None:
+            continue
+        sampling = sampling_said(path)
+        if sampling is None or sampling.max_steps is None:
+            raise UserError(
+                f"{name} {path}: it does not say for how many steps it is; train it with: python "
+                f"-m train step_distil, or give spec.{name}"
+            )
+        few: dict[str, Any] = {name: sampling}
+        spec = replace(spec, **few)
+    return replace(config, spec=spec)
+
+
+def sampling_said(path: str) -> StageSampling | None:
+    """Return how a distilled network's file says that it is sampled; None: it does not say."""
+    metadata = read_metadata(path)
+    if DISTILLED_KEY not in metadata:
+        return None
+    trained: dict[str, Any] = json.loads(metadata.get(DIFFUSION_KEY, "{}"))
+    return as_distilled(StageSampling(**trained), metadata)
+
+
 def _check_sampling(config: AssembleConfig) -> None:
     """Refuse to sample a stage in another way than it was trained for."""
-    for stage in ("stage_b", "stage_c"):
-        path: str = getattr(config, stage)
-        trained = read_metadata(path).get(DIFFUSION_KEY)
+    for stage in ("stage_b", "stage_c", *FEW_STEPS):
+        path: str | None = getattr(config, stage)
+        if path is None:
+            continue
+        metadata = read_metadata(path)
+        trained = json.loads(metadata.get(DIFFUSION_KEY, "{}"))
+        distilled = json.loads(metadata.get(DISTILLED_KEY, "{}"))
+        if distilled.get("guidance_range") is not None:
+            trained["guidance_range"] = tuple(distilled["guidance_range"])
+        if distilled.get("sampler") == "lcm":
+            trained["sampler"] = "lcm"
         sampling = getattr(config.spec, stage)
-        for name, value in json.loads(trained or "{}").items():
+        for name, value in trained.items():
             if getattr(sampling, name) != value:
                 raise UserError(
                     f"{path}: trained with {name} {value}, but spec.{stage}.{name} is "

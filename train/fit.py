@@ -57,7 +57,17 @@ _log = logging.getLogger(__name__)
 LoaderFrom = Callable[[int, int, int], "Iterable[object]"]
 """Maps (micro-batches that a rank has seen, rank, number of ranks) to a loader of what follows."""
 
-_FIXED = ("model", "model_v2", "compressor", "previewer", "discriminator", "lora")
+_FIXED = (
+    "model",
+    "model_v2",
+    "compressor",
+    "previewer",
+    "discriminator",
+    "lora",
+    "guidance",
+    "adversarial",
+)
+_FIXED_WHOLE = ("lora", "teacher", "time_unit", "adaptive_weight")
 _FIXED_OPTIM = ("name", "lr", "muon_lr", "betas", "weight_decay")
 DONE_FILE = "done"
 """In the folder of a run that came to its end."""
@@ -160,12 +170,12 @@ def _quiet() -> None:
 def _refuse_other_networks(earlier: dict[str, object], now: dict[str, object]) -> None:
     """Refuse to resume with what the checkpoint has fixed: sizes and the optimizer's values."""
     kept: list[tuple[str, object, object]] = []
-    for section in (*_FIXED, "optim"):
+    for section in (*_FIXED, *_FIXED_WHOLE[1:], "optim"):
         old, new = earlier.get(section), now.get(section)
         if isinstance(old, dict) and isinstance(new, dict):
             keys = _FIXED_OPTIM if section == "optim" else tuple(new)
             kept += [(f"{section}.{key}", old[key], new[key]) for key in keys if key in old]
-        elif section == "lora" and section in earlier:
+        elif section in _FIXED_WHOLE and section in earlier:
             kept.append((section, old, new))
     for name, before, wanted in kept:
         if before != wanted:

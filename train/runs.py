@@ -37,6 +37,7 @@ from train.systems.stage_a import StageARun, StageASystem
 from train.systems.stage_a_decoder import StageADecoderRun
 from train.systems.stage_b import StageBRun, StageBSystem
 from train.systems.stage_c import StageCRun, StageCSystem
+from train.systems.step_distil import StepDistilRun
 from train.systems.unet import UNetRun
 
 AnyRun = (
@@ -48,6 +49,7 @@ AnyRun = (
     | StageCRun
     | PreviewerRun
     | StageADecoderRun
+    | StepDistilRun
     | UNetRun
 )
 
@@ -140,11 +142,11 @@ def open_stage_b(config: StageBRun, frozen: FrozenPaths) -> TrainingData:
     data = open_data(config.data, frozen, pixels=config.compressor is not None)
     assert data.null_text is not None, "open_data gives the null text with the text part"
     if isinstance(sizes, StageBV2Config):
-        _fits("model_v2.text_channels", sizes.text_channels, data.null_text[0].shape[-1])
+        check_width("model_v2.text_channels", sizes.text_channels, data.null_text[0].shape[-1])
         _check_shapes(sizes, config, data)
     else:
         pooled_channels = data.null_text[1].shape[-1]
-        _fits("model.text_pooled_channels", sizes.text_pooled_channels, pooled_channels)
+        check_width("model.text_pooled_channels", sizes.text_pooled_channels, pooled_channels)
     return data
 
 
@@ -206,13 +208,13 @@ def open_stage_c(config: StageCRun, frozen: FrozenPaths) -> TrainingData:
     data = open_data(config.data, frozen, pixels=False)
     assert data.null_text is not None, "open_data gives the null text with the text part"
     section = "model_v2" if isinstance(sizes, StageCV2Config) else "model"
-    _fits(f"{section}.text_channels", sizes.text_channels, data.null_text[0].shape[-1])
+    check_width(f"{section}.text_channels", sizes.text_channels, data.null_text[0].shape[-1])
     if isinstance(sizes, StageCConfig):
         if config.image_share > 0 and sizes.image_channels is not None:
             width = data.widths.get("image_embeds", sizes.image_channels)
-            _fits("model.image_channels", sizes.image_channels, width, "image embeddings")
+            check_width("model.image_channels", sizes.image_channels, width, "image embeddings")
         pooled_channels = data.null_text[1].shape[-1]
-        _fits("model.text_pooled_channels", sizes.text_pooled_channels, pooled_channels)
+        check_width("model.text_pooled_channels", sizes.text_pooled_channels, pooled_channels)
     return data
 
 
@@ -292,6 +294,7 @@ def fit_system(
     if isinstance(config, (StageBRun, StageCRun, UNetRun)):
         if config.posthoc_ema is not None:
             last.append(PosthocEma(config.posthoc_ema, prepared.out))
+    if isinstance(config, (StageBRun, StageCRun, StepDistilRun, UNetRun)):
         if config.pictures is not None:
             last.append(SamplePictures(config.pictures, prepared.out, _drawing(config)))
     fit(
@@ -305,11 +308,13 @@ def fit_system(
     )
 
 
-def _drawing(config: StageBRun | StageCRun | UNetRun) -> Drawing:
+def _drawing(config: StageBRun | StageCRun | StepDistilRun | UNetRun) -> Drawing:
     """Return what draws pictures with the network that learns."""
     assert config.pictures is not None
     if isinstance(config, UNetRun):
         return UNetDrawing(config.pictures.model, config.diffusion)
+    if isinstance(config, StepDistilRun):
+        return CascadeDrawing(config.pictures.model, config.stage, config)
     stage: Literal["stage_b", "stage_c"] = "stage_c" if isinstance(config, StageCRun) else "stage_b"
     return CascadeDrawing(config.pictures.model, stage, config.diffusion)
 
@@ -330,7 +335,7 @@ def _tokenizer(
     return train_tokenizer(captions, config.model.vocab_size, config.model.max_tokens)
 
 
-def _fits(key: str, wanted: int, found: int, what: str = "text states") -> None:
+def check_width(key: str, wanted: int, found: int, what: str = "text states") -> None:
     """Check a width of the network against the cache's."""
     if found != wanted:
         raise UserError(f"{key} is {wanted} but the cached {what} have {found}")

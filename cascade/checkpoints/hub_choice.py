@@ -29,7 +29,16 @@ Part = Literal[
 """What can be wanted of a cascade, or of a pipeline of SD or SDXL, by itself."""
 OWN_SETTINGS = "model.json"
 CONVERTED_SETTINGS = "cascade.json"
-_OWN_NETWORKS = ("stage_a", "stage_b", "stage_c", "compressor", "previewer", "stage_a_fast")
+_OWN_NETWORKS = (
+    "stage_a",
+    "stage_b",
+    "stage_c",
+    "compressor",
+    "previewer",
+    "stage_a_fast",
+    "stage_b_few",
+    "stage_c_few",
+)
 _OWN_NEEDED = ("stage_a", "stage_b", "stage_c")
 _SINGLE_FILES = ("effnet_encoder", "previewer")
 """The authors' files that diffusers has no folder for."""

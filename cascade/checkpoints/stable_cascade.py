@@ -47,7 +47,21 @@ def _meta_stage_c(config: StageCConfig) -> nn.Module:
         return StageC(config)
 
 
+def _refuse_distilled(config: StageBConfig | StageCConfig) -> None:
+    """Refuse what the published code would load and run otherwise.
+
+    Raises:
+        UserError: The network is told a guidance scale, or times in another unit.
+    """
+    if "cfg" in config.time_conds or config.time_unit != 1.0:
+        raise UserError(
+            "this network is told a guidance scale, or its time in a unit of its own (time_unit), "
+            "which the published layouts do not know; write our own layout"
+        )
+
+
 def _stage_c(config: StageCConfig, layout: Layout) -> Table:
+    _refuse_distilled(config)
     if config.qk_norm:
         raise UserError(
             "this Stage C was trained with qk_norm, which the published layouts have no keys for; "
@@ -108,6 +122,7 @@ def _meta_stage_b(config: StageBConfig) -> nn.Module:
 
 
 def _stage_b(config: StageBConfig, layout: Layout) -> Table:
+    _refuse_distilled(config)
     yield from _condition_mapper("compressed_mapper", "effnet_mapper")
     if config.pixel_condition:
         yield from _condition_mapper("pixel_mapper", "pixels_mapper")

@@ -223,5 +223,6 @@ SAMPLERS: dict[str, Sampler] = {
     "ddpm": sample_ddpm,
     "ddim": sample_ddim,
     "dpmpp_2m": sample_dpmpp_2m,
+    "lcm": sample_lcm,
 }
 """What ``--sampler`` takes."""

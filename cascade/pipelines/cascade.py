@@ -17,6 +17,7 @@ from torch import Tensor
 from cascade.diffusion.samplers import StepInfo
 from cascade.errors import UserError
 from cascade.images import ImageLike, as_image, pixels_to_images
+from cascade.pipelines.few_steps import own_choice
 from cascade.pipelines.finite import check_not_black
 from cascade.pipelines.given import Given, read_given
 from cascade.pipelines.loaded import GPU_BATCH_SIZE, LoadedCascade
@@ -78,7 +79,8 @@ class CascadePipeline(LoadedCascade):
             steps_b: Steps of Stage B.
             guidance_c: Guidance scale of Stage C; 1 is off.
             guidance_b: Guidance scale of Stage B; 1 is off.
-            sampler: "ddpm", "ddim" or "dpmpp_2m", for both stages.
+            sampler: "ddpm", "ddim" or "dpmpp_2m", for both stages; of networks for few steps
+                "lcm" alone.
             width: Width in pixels, rounded to what the model makes.
             height: Height in pixels, rounded to what the model makes.
             batch_size: Pictures that run together; None is 1 on a CPU and 4 on a GPU.
@@ -274,6 +276,7 @@ class CascadePipeline(LoadedCascade):
                 f"pixels of shape {tuple(pixels.shape)}: (B, 3, H, W) with sides that are "
                 f"multiples of {self.spec.size_multiple} are needed"
             )
+        self.use(own_choice(self.spec))
         seeds = [0] * count if seeds is None else list(seeds)
         prompts = [""] * count if prompts is None else list(prompts)
         if len(seeds) != count or len(prompts) != count:
@@ -301,7 +304,8 @@ class CascadePipeline(LoadedCascade):
             work = PictureWork(encoded=size, idle=idle)
         requests = tuple(Request(prompt, 0) for prompt in prompts)
         spec = self.spec
-        plan = Plan(requests, "", size[1], size[0], spec.stage_c, spec.stage_b)
+        stage_b = spec.sampling("stage_b", few="stage_b" in self.few)
+        plan = Plan(requests, "", size[1], size[0], spec.stage_c, stage_b, few=self.few)
         return self._arrange(plan, None, len(prompts), work).batch_size
 
     @torch.inference_mode()
@@ -319,7 +323,7 @@ class CascadePipeline(LoadedCascade):
         with self.memory.on("stage_b"):
             latents = sample_stage_b(
                 self.stage_b,
-                self.spec.stage_b,
+                self.spec.sampling("stage_b", few="stage_b" in self.few),
                 self.told(stage_c_latents),
                 prompted_b,
                 PictureNoise(seeds, "stage_b"),

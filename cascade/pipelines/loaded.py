@@ -18,6 +18,7 @@ from cascade.checkpoints.hub import resolve
 from cascade.control import control_kind
 from cascade.errors import UserError
 from cascade.pipelines.control_network import control_config, small_size
+from cascade.pipelines.few_steps import check_told, own_choice
 from cascade.pipelines.finite import check_finite
 from cascade.pipelines.fit import check_fit
 from cascade.pipelines.memory import NO_PICTURE, PictureWork
@@ -27,6 +28,7 @@ from cascade.pipelines.parts import Dialect, Extra, Source, open_source
 from cascade.pipelines.placement import DtypeChoice, pick_device, pick_dtypes
 from cascade.pipelines.plan import Plan
 from cascade.pipelines.prompts import PromptStates
+from cascade.pipelines.spec import Stage
 from cascade.pipelines.tiles import decode_pixels, encode_latents
 from cascade.text.picture_encoder import PictureEncoder, centre_square
 from stages.previewer import Previewer
@@ -50,6 +52,7 @@ class LoadedCascade:
         dtype: DtypeChoice = "auto",
         offload: str | None = None,
         vram: float | None = None,
+        few: frozenset[Stage] | None = None,
     ) -> None:
         """Load a model folder; nothing is downloaded.
 
@@ -60,6 +63,8 @@ class LoadedCascade:
                 for each: see ``pick_dtypes``.
             offload: See ``place``.
             vram: See ``place``.
+            few: Stages whose network for few steps is loaded first, where a model has two; None:
+                those that run when nothing is asked for. Each run loads what it needs.
 
         Raises:
             UserError: If something is missing or does not fit.
@@ -73,13 +78,14 @@ class LoadedCascade:
         # What leaves the device again must never have been on it all at once.
         moves = vram is not None or offload not in (None, "none")
         home = torch.device("cpu") if moves else self.device
-        self._parts = self._source.load(home, self.dtypes)
+        self.few = own_choice(self.spec) if few is None else few
+        self._parts = self._source.load(home, self.dtypes, self.few)
         self.text_encoder = self._parts.text
         self.text_encoder_b = self._parts.text_b or self._parts.text
         self.stage_c = self._parts.stage_c
         self.stage_b = self._parts.stage_b
         self.stage_a = self._parts.stage_a
-        check_fit(self.text_encoder, self.stage_c, self.stage_b, self.stage_a, str(self.folder))
+        self._check_fit()
         cell = self.stage_a.downscale * self.stage_b.config.latent_multiple
         if self.spec.size_multiple % cell:
             raise UserError(
@@ -137,6 +143,38 @@ class LoadedCascade:
         source = open_source(files, dialect=dialect)
         return cls(source, device=device, dtype=dtype, offload=offload, vram=vram)
 
+    def use(self, few: frozenset[Stage]) -> None:
+        """Have the networks for few steps of these stages, and the plain ones of the others.
+
+        Only one network of a stage is loaded at a time.
+
+        Raises:
+            UserError: A file is missing or does not fit.
+        """
+        stages: tuple[Stage, ...] = ("stage_c", "stage_b")
+        for stage in stages:
+            if (stage in few) == (stage in self.few):
+                continue
+            assert self._parts.others is not None, "only a model with both asks for another"
+            network = self._parts.others(stage, stage in few, self.memory.home(stage))
+            self.memory.replace(stage, network)
+            setattr(self._parts, stage, network)
+            setattr(self, stage, network)
+            self.few = self.few ^ {stage}
+            self._check_fit()
+
+    def _check_fit(self) -> None:
+        """Check that the loaded networks belong together and are what ``model.json`` says."""
+        check_fit(self.text_encoder, self.stage_c, self.stage_b, self.stage_a, str(self.folder))
+        both: tuple[tuple[str, Stage, Any], ...] = (
+            ("Stage C", "stage_c", self.stage_c),
+            ("Stage B", "stage_b", self.stage_b),
+        )
+        for title, stage, network in both:
+            sampling = self.spec.sampling(stage, few=stage in self.few)
+            told = getattr(network.config, "time_conds", ())
+            check_told(f"{self.folder}: {title}", told, sampling)
+
     def place(self, *, offload: str | None = None, vram: float | None = None) -> None:
         """Place the networks anew, from any placement to any other; pictures stay the same.
 
@@ -158,6 +196,7 @@ class LoadedCascade:
         Raises:
             UserError: If nothing fits into ``vram``, saying what would.
         """
+        self.use(plan.few)
         picture = self._picture_work(plan) if self.memory.has_budget else NO_PICTURE
         return self._arrange(plan, batch_size, GPU_BATCH_SIZE, picture)
 

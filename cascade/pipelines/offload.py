@@ -270,6 +270,12 @@ class Memory:
         """Take a part that was loaded later."""
         self._placement.add(name, network)
 
+    def replace(self, name: str, network: nn.Module) -> None:
+        """Let a network take a part's place; the old one is forgotten."""
+        self._placement.remove(name)
+        self._arranged = None  # it was computed for the old one
+        self._placement.add(name, network)
+
     @contextmanager
     def guest(self, name: str, network: nn.Module) -> Iterator[None]:
         """Have a part for one call alone."""

@@ -19,6 +19,7 @@ from cascade.pipelines.spec import (
     FAST_DECODER_FILE,
     SPEC_FILE,
     CascadeSpec,
+    Stage,
     load_spec,
     model_hash,
 )
@@ -52,6 +53,9 @@ class CascadeParts:
     extras: dict[str, Callable[[torch.device], Any]] = field(default_factory=dict)
     """Loaders, to a device, of what only some calls need: "compressor", "previewer",
     "image_encoder"."""
+    others: Callable[[Stage, bool, torch.device], Any] | None = None
+    """Loads a stage's network for few steps (True) or its plain one (False), to a device, where a
+    model has both."""
 
     def extra(self, name: Extra, where: str, device: torch.device) -> Any:
         """Load a part that only some calls need to a device.
@@ -71,8 +75,10 @@ class Source(Protocol):
     folder: Path
     spec: CascadeSpec
 
-    def load(self, device: torch.device, dtypes: Dtypes) -> CascadeParts:
-        """Load the networks."""
+    def load(
+        self, device: torch.device, dtypes: Dtypes, few: frozenset[Stage] = frozenset()
+    ) -> CascadeParts:
+        """Load the networks; of the stages ``few`` those for few steps."""
         ...
 
     def weights_hash(self) -> str:
@@ -106,24 +112,39 @@ class OwnFolder:
                 "python -m train stage_a_decoder, or leave --fast-decoder out"
             )
 
-    def load(self, device: torch.device, dtypes: Dtypes) -> CascadeParts:
+    def load(
+        self, device: torch.device, dtypes: Dtypes, few: frozenset[Stage] = frozenset()
+    ) -> CascadeParts:
         """Load the stages; the compressor and the previewer wait until they are needed.
+
+        Args:
+            device: Where to.
+            dtypes: Number formats.
+            few: Stages whose network for few steps is loaded in place of the plain one.
 
         Raises:
             UserError: For float16 in a converted Stage C that is known to overflow.
         """
         refuse_overflow(self.spec, dtypes, self.folder)
+        v2 = self.spec.generation == "v2"
 
         def load(name: str, network: type[N], to: torch.device = device) -> N:
             path = self.folder / f"{name}.safetensors"
-            return load_network(path, expect=network, device=to, dtype=dtypes.of(name))
+            dtype = dtypes.of(name.removesuffix("_few"))
+            return load_network(path, expect=network, device=to, dtype=dtype)
+
+        def stage(name: Stage, is_few: bool, to: torch.device = device) -> Any:
+            kinds: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
+                "stage_b": (StageB, StageBV2),
+                "stage_c": (StageC, StageCV2),
+            }
+            return load(f"{name}_few" if is_few else name, kinds[name][v2], to)
 
         text = TextEncoder.from_folder(self.folder / "text", self.spec.text, device=device)
         text_b = None
         if self.spec.text_b is not None:
             folder = self.folder / "text_b"
             text_b = TextEncoder.from_folder(folder, self.spec.text_b, device=device)
-        v2 = self.spec.generation == "v2"
         extras: dict[str, Callable[[torch.device], Any]] = {
             name: partial(load, name, network)
             for name, network in (("compressor", SemanticCompressor), ("previewer", Previewer))
@@ -133,12 +154,13 @@ class OwnFolder:
         if tower is not None:
             extras["image_encoder"] = partial(PictureEncoder.from_folder, tower)
         return CascadeParts(
-            stage_c=load("stage_c", StageCV2) if v2 else load("stage_c", StageC),
-            stage_b=load("stage_b", StageBV2) if v2 else load("stage_b", StageB),
+            stage_c=stage("stage_c", "stage_c" in few),
+            stage_b=stage("stage_b", "stage_b" in few),
             stage_a=self._stage_a(load("stage_a", StageA), device, dtypes),
             text=text,
             text_b=text_b,
             extras=extras,
+            others=stage,
         )
 
     def _stage_a(self, stage_a: StageA, device: torch.device, dtypes: Dtypes) -> StageA:

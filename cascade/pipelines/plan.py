@@ -9,12 +9,13 @@ from numbers import Real
 from cascade.config import nearest
 from cascade.errors import UserError
 from cascade.pipelines.control_input import ControlInput, ControlTask, fit_control
+from cascade.pipelines.few_steps import check_range, check_sampler, check_steps, choose
 from cascade.pipelines.picture_input import NEEDS_PROMPT, PictureInput, PictureTask, fit_picture
 from cascade.pipelines.sizes import fit_size
-from cascade.pipelines.spec import MAX_GUIDANCE, MAX_STEPS, CascadeSpec, StageSampling
+from cascade.pipelines.spec import MAX_GUIDANCE, MAX_STEPS, CascadeSpec, Stage, StageSampling
 from cascade.rng import MAX_SEED, check_seed, fresh_seed
 
-SAMPLER_NAMES = ("ddpm", "ddim", "dpmpp_2m")
+SAMPLER_NAMES = ("ddpm", "ddim", "dpmpp_2m", "lcm")
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Settings:
     guidance_b: float | None = None
     """Guidance scale of Stage B; 1 is off."""
     sampler: str | None = None
-    """"ddpm", "ddim" or "dpmpp_2m", for both stages."""
+    """"ddpm", "ddim" or "dpmpp_2m", for both stages; of networks for few steps "lcm" alone."""
     width: int | None = None
     """Width in pixels, rounded to what the cascade makes."""
     height: int | None = None
@@ -81,6 +82,8 @@ class Plan(PicturePlan):
     """The picture that the pictures are made of; None: of prompts alone."""
     control: ControlTask | None = None
     """The picture that a ControlNet leads Stage C by."""
+    few: frozenset[Stage] = frozenset()
+    """Stages that the model's network for few steps takes over."""
 
     @property
     def stage_c_run(self) -> StageSampling:
@@ -131,14 +134,16 @@ def make_plan(
         width, height, notices = fit_size(spec, wanted.width, wanted.height)
     else:
         task, width, height, notices = fit_picture(spec, picture, wanted.width, wanted.height)
-    stage_c = _override(spec.stage_c, "c", wanted.steps_c, wanted.guidance_c, wanted.sampler)
-    stage_b = _override(spec.stage_b, "b", wanted.steps_b, wanted.guidance_b, wanted.sampler)
+    own_c, few_c = choose(spec, "stage_c", wanted.steps_c, wanted.sampler)
+    own_b, few_b = choose(spec, "stage_b", wanted.steps_b, wanted.sampler)
+    stage_c = _override(own_c, "c", wanted.steps_c, wanted.guidance_c, wanted.sampler)
+    stage_b = _override(own_b, "b", wanted.steps_b, wanted.guidance_b, wanted.sampler)
     if task is not None and task.mode == "reconstruct":
         for name in ("steps_c", "guidance_c"):
             if getattr(wanted, name) is not None:
                 raise UserError(f"{name}: Stage C does not run in a reconstruction; leave it out")
-    if wanted.negative_prompt.strip() and stage_c.guidance == 1 and stage_b.guidance == 1:
-        notices.append("the negative prompt has no effect: guidance is off in both stages")
+    if wanted.negative_prompt.strip():
+        notices += _about_negative_prompt(stage_c, stage_b)
     return Plan(
         requests=make_requests(prompts, wanted.seed, wanted.seeds, wanted.num_images),
         negative_prompt=wanted.negative_prompt,
@@ -149,7 +154,17 @@ def make_plan(
         notices=tuple(notices),
         picture=task,
         control=None if control is None else fit_control(control, task, width, height),
+        few=few_c | few_b,
     )
+
+
+def _about_negative_prompt(stage_c: StageSampling, stage_b: StageSampling) -> list[str]:
+    """Say if nothing leads away from a negative prompt."""
+    if stage_c.is_guided_by_passes or stage_b.is_guided_by_passes:
+        return []
+    if stage_c.guidance == 1 and stage_b.guidance == 1:
+        return ["the negative prompt has no effect: guidance is off in both stages"]
+    return ["the negative prompt has no effect: guidance was distilled into the networks"]
 
 
 def make_requests(
@@ -189,15 +204,19 @@ def _override(
 ) -> StageSampling:
     if steps is not None:
         check_count(f"steps_{stage}", steps, MAX_STEPS)
+        check_steps(f"steps_{stage}", steps, sampling)
         sampling = replace(sampling, steps=steps, times=())
     if guidance is not None:
         own = sampling.guidance
-        sampling = replace(sampling, guidance=check_guidance(f"guidance_{stage}", guidance, own))
+        scale = check_guidance(f"guidance_{stage}", guidance, own)
+        check_range(f"guidance_{stage}", scale, sampling)
+        sampling = replace(sampling, guidance=scale)
     if sampler is not None:
         if sampler not in SAMPLER_NAMES:
             guess = nearest(sampler, SAMPLER_NAMES)
             hint = f"did you mean {guess!r}? " if guess else ""
             raise UserError(f"sampler {sampler!r}: {hint}valid: {', '.join(SAMPLER_NAMES)}")
+        check_sampler(f"Stage {stage.upper()}", sampler, sampling)
         # The check above is what makes the narrower type true.
         sampling = replace(sampling, sampler=sampler)  # type: ignore[arg-type]
     return sampling

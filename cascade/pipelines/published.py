@@ -33,6 +33,7 @@ from cascade.pipelines.spec import (
     CONVERTED_SPEC_FILE,
     SPEC_FILE,
     CascadeSpec,
+    Stage,
     StageSampling,
     load_spec,
 )
@@ -105,7 +106,9 @@ class PublishedFiles:
         self.generation = stage_c.published.generation
         self._declared = None
         if (self.folder / CONVERTED_SPEC_FILE).is_file():
-            self._declared = load_spec(self.folder, CONVERTED_SPEC_FILE)
+            declared = load_spec(self.folder, CONVERTED_SPEC_FILE)
+            # The published layouts have no place for a second network of a stage.
+            self._declared = replace(declared, stage_b_few=None, stage_c_few=None)
         else:
             self._refuse_lost_settings()
         self._encoders = list(text_folders_in(files))
@@ -136,8 +139,10 @@ class PublishedFiles:
                     "folder"
                 )
 
-    def load(self, device: torch.device, dtypes: Dtypes) -> CascadeParts:
-        """Load the networks.
+    def load(
+        self, device: torch.device, dtypes: Dtypes, few: frozenset[Stage] = frozenset()
+    ) -> CascadeParts:
+        """Load the networks; published ones have none for ``few`` steps beside them.
 
         Raises:
             UserError: For float16 in Stage C, where Stable Cascade's overflows.

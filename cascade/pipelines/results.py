@@ -197,6 +197,8 @@ def describe(plan: Plan, index: int, *, model: str, weights: str, dtype: str) ->
     settings: dict[str, object] = {"stage_b": asdict(plan.stage_b)}
     if plan.picture is None or plan.picture.mode != "reconstruct":
         settings["stage_c"] = asdict(plan.stage_c)
+    if plan.few:
+        settings["few"] = sorted(plan.few)
     if plan.picture is not None:
         settings["picture"] = picture_settings(plan.picture)
     if plan.control is not None:

@@ -99,7 +99,9 @@ def sample_stage_c(
         )
         if shown is not None:
             cond, uncond = _show(shown, cond, uncond)
-    guided = sampling.guidance != 1
+        if "cfg" in network.config.time_conds:
+            cond = replace(cond, cfg=scales(sampling, prompted, weight))
+    guided = sampling.is_guided_by_passes
     prepared = network.prepare(concat([cond, uncond]) if guided else cond)
     x = noise.randn((network.config.latent_channels, *latent_size))
     walk = walk_of(sampling)
@@ -124,6 +126,11 @@ def _show(
         )
         cond, uncond = replace(cond, control=told), replace(uncond, control=untold)
     return cond, uncond
+
+
+def scales(sampling: StageSampling, prompted: Prompted, weight: Tensor) -> Tensor:
+    """Return the guidance scale ``(B,)`` that a network is told, float32."""
+    return torch.full((len(prompted.text.pooled),), sampling.guidance, device=weight.device)
 
 
 def sample_stage_b(
@@ -168,7 +175,9 @@ def sample_stage_b(
     else:
         cond = StageBCondition(latents, prompted.text.pooled.to(weight))
         uncond = StageBCondition(torch.zeros_like(latents), prompted.negative.pooled.to(weight))
-    guided = sampling.guidance != 1
+        if "cfg" in network.config.time_conds:
+            cond = replace(cond, cfg=scales(sampling, prompted, weight))
+    guided = sampling.is_guided_by_passes
     prepared = network.prepare(concat([cond, uncond]) if guided else cond, latent_shape[1:])
     x = noise.randn(latent_shape)
     walk = walk_of(sampling)
@@ -207,7 +216,7 @@ def walk_of(sampling: StageSampling) -> Walk:
         time_input=sampling.time_input,
         sampler=sampler,
         times=torch.tensor(sampling.times) if sampling.times else equal_times(sampling.steps),
-        guidance=sampling.guidance,
+        guidance=sampling.guidance if sampling.is_guided_by_passes else 1.0,
         rescale=sampling.rescale,
     )
 

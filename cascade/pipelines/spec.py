@@ -28,6 +28,9 @@ FAST_DECODER_FILE = "stage_a_fast.safetensors"
 """A small decoder of Stage A's latents, which a model folder may have beside its own."""
 NETWORKS = ("stage_a", "stage_b", "stage_c", "compressor", "previewer")
 """Names of a model folder's network files."""
+FEW_STEPS = ("stage_b_few", "stage_c_few")
+"""Names of the files of networks for few steps, which a folder may hold beside the plain ones."""
+Stage = Literal["stage_b", "stage_c"]
 ENCODERS = ("text", "text_b", "image_encoder")
 """Names of a model folder's folders; the last two only where a model has them."""
 MAX_STEPS = 1000
@@ -38,8 +41,8 @@ MAX_GUIDANCE = 1000
 class StageSampling:
     """How one diffusion stage is sampled unless the user says otherwise."""
 
-    sampler: Literal["ddpm", "ddim", "dpmpp_2m"] = "ddpm"
-    """Sampler; "ddpm" as published."""
+    sampler: Literal["ddpm", "ddim", "dpmpp_2m", "lcm"] = "ddpm"
+    """Sampler; "ddpm" as published, "lcm" of a network that steps were distilled into."""
     steps: int = 20
     """Network evaluations."""
     guidance: float = 4.0
@@ -62,6 +65,11 @@ class StageSampling:
     last_step: Literal["x0", "mean"] = "x0"
     """What "ddpm" returns: its last estimate of x0 (the authors' v3 code), or the mean of its last
     step (v2, and diffusers)."""
+    guidance_range: tuple[float, float] | None = None
+    """Guidance scales that were distilled into the network: it needs one pass a step, and is told
+    the scale unless both are the same. None: guidance is a second pass."""
+    max_steps: int | None = None
+    """Most steps that it was distilled for; None: any number will do."""
 
     def __post_init__(self) -> None:
         """Refuse values that sample nothing."""
@@ -76,11 +84,33 @@ class StageSampling:
             raise ValueError(f"steps is {self.steps}; it lies in [1, {MAX_STEPS}]")
         if not 1 <= self.guidance <= MAX_GUIDANCE:
             raise ValueError(f"guidance is {self.guidance}; 1 is off, {MAX_GUIDANCE} the strongest")
+        self._check_distilled()
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"rescale is {self.rescale}; it lies in [0, 1]")
         if not 0 < self.shift < math.inf:
             raise ValueError(f"shift is {self.shift}; it must be positive and finite")
         check_schedule(self.schedule, self.prediction, self.zero_terminal_snr)
+
+    def _check_distilled(self) -> None:
+        if self.guidance_range is not None:
+            low, high = self.guidance_range
+            if not 1 <= low <= self.guidance <= high <= MAX_GUIDANCE:
+                raise ValueError(
+                    f"guidance_range is {self.guidance_range} and guidance {self.guidance}; "
+                    f"1 <= low <= guidance <= high <= {MAX_GUIDANCE} must hold"
+                )
+            if self.rescale > 0:
+                raise ValueError(
+                    f"rescale is {self.rescale}, but with a guidance_range there is one pass, and "
+                    "nothing to compare; set it to 0"
+                )
+        if self.max_steps is not None and not 1 <= self.steps <= self.max_steps:
+            raise ValueError(f"steps is {self.steps}, max_steps {self.max_steps}")
+
+    @property
+    def is_guided_by_passes(self) -> bool:
+        """Whether each step runs the network twice: with the prompt, and without."""
+        return self.guidance != 1 and self.guidance_range is None
 
     def noise_schedule(self) -> NoiseSchedule:
         """Return the path that the samples walk back."""
@@ -118,6 +148,13 @@ class CascadeSpec:
         default_factory=lambda: StageSampling(steps=10, guidance=1.1, shift=1.0)
     )
     """Sampling of Stage B."""
+    stage_c_few: StageSampling | None = None
+    """Sampling of a second Stage C, for few steps, in ``stage_c_few.safetensors``; its
+    ``max_steps`` says up to which number of steps it takes the plain one's place."""
+    stage_b_few: StageSampling | None = None
+    """The same of Stage B."""
+    prefers_few: bool = True
+    """Whether networks for few steps, where there are some, run unless more steps are asked for."""
     text: TextConfig = field(default_factory=TextConfig)
     """Which text states Stage C was trained on; Stage B too, unless it has its own encoder."""
     text_b: TextConfig | None = None
@@ -140,6 +177,16 @@ class CascadeSpec:
             )
         if not 0 < self.min_size <= self.image_size <= self.max_size:
             raise ValueError(f"min_size <= image_size <= max_size does not hold: {sizes}")
+        for name in FEW_STEPS:
+            few: StageSampling | None = getattr(self, name)
+            if few is not None and few.max_steps is None:
+                raise ValueError(f"{name}.max_steps is missing: beyond it the plain network runs")
+
+    def sampling(self, stage: Stage, *, few: bool) -> StageSampling:
+        """Return how a stage's plain network, or the one for few steps, is sampled."""
+        found: StageSampling | None = getattr(self, f"{stage}_few" if few else stage)
+        assert found is not None, f"{self.name} has no {stage}_few"
+        return found
 
     def stage_c_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """Height and width of the Stage C latents of a picture of this height and width."""
@@ -176,7 +223,7 @@ def save_spec(spec: CascadeSpec, folder: Path, name: str = SPEC_FILE) -> None:
 def model_hash(folder: Path) -> str:
     """Return 12 hex digits over the names and contents of a model's weights and settings."""
     digest = hashlib.sha256()
-    own = {SPEC_FILE, *(f"{name}.safetensors" for name in NETWORKS)}
+    own = {SPEC_FILE, *(f"{name}.safetensors" for name in (*NETWORKS, *FEW_STEPS))}
     paths = [path for path in folder.iterdir() if path.name in own]
     paths += [path for name in ENCODERS for path in folder.glob(f"{name}/*")]
     for path in sorted(paths):

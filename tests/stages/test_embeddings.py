@@ -38,9 +38,11 @@ def test_rounding_the_time_would_lose_it():
     assert (similarity < 0.9).all()
 
 
-def test_double_precision_times_are_taken():
-    t = torch.tensor([0.5], dtype=torch.float64)
-    assert torch.equal(time_embedding(t, 16), time_embedding(t.float(), 16))
+def test_double_precision_times_are_embedded_in_double_precision() -> None:
+    t = torch.tensor([0.25, 0.5], dtype=torch.float64)
+    found = time_embedding(t, 8)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found.float(), time_embedding(t.float(), 8), atol=2e-3, rtol=0)
 
 
 def test_close_times_differ():

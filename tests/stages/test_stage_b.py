@@ -36,7 +36,7 @@ def condition(batch: int) -> StageBCondition:
         ({"up_repeats": (1,)}, r"up_repeats=\(1,\)"),
         ({"dropout": (0.1,)}, r"dropout=\(0.1,\)"),
         ({"num_heads": (0, 5)}, r"num_heads=\(0, 5\) does not divide"),
-        ({"time_conds": ("crop",)}, r"'crop' is none of \('sca',\)"),
+        ({"time_conds": ("crop",)}, r"'crop' is none of \('sca', 'cfg'\)"),
         ({"time_channels": 2}, "time_channels=2 must be even and at least 4"),
         ({"kernel_size": 4}, "kernel_size=4 must be odd"),
     ],

@@ -226,6 +226,9 @@ def _kind(kind: str, model: Path, clip: Path) -> dict[str, object]:
     if kind == "autoencoder_kl":
         sizes = {"channels": [8, 16], "blocks_per_level": 1, "norm_groups": 4}
         return {"model": sizes, **_judged(clip)}
+    if kind == "step_distil":
+        taught = {"stage": "stage_c", "teacher": str(model), "text": str(model / "text")}
+        return {**taught, "compressor": str(model / "compressor.safetensors")}
     if kind == "stage_a_decoder":
         sizes = {"channels": [8, 8], "blocks": [1, 1]}
         judged: dict[str, object] = {"crop": 16, "clip": str(clip)}

@@ -11,9 +11,9 @@ from torch import nn
 
 from cascade.errors import UserError
 from cascade.pipelines.cascade import CascadePipeline
+from cascade.pipelines.spec import StageSampling
 from cascade.pipelines.unet import UNetPipeline
 from cascade.pipelines.unet_plan import UNetSettings
-from train.losses.denoising import DiffusionConfig
 from train.losses.unet_denoising import UNetDiffusionConfig
 
 
@@ -41,11 +41,19 @@ class Drawing(Protocol):
         ...
 
 
+class Sampled(Protocol):
+    """A run's word on how its stage is sampled."""
+
+    def sampled(self, sampling: StageSampling) -> StageSampling:
+        """Return how, given how the model's own stage is."""
+        ...
+
+
 class CascadeDrawing:
     """Draws with Stage B or Stage C."""
 
     def __init__(
-        self, model: str, stage: Literal["stage_b", "stage_c"], diffusion: DiffusionConfig
+        self, model: str, stage: Literal["stage_b", "stage_c"], diffusion: Sampled
     ) -> None:
         """Take the model that lends the rest, which stage learns, and how."""
         self.model = model
@@ -61,9 +69,9 @@ class CascadeDrawing:
         sampling = self.diffusion.sampled(getattr(spec, self.network_name))
         # The model's own stage may have been trained otherwise than the one that learns.
         if self.network_name == "stage_b":
-            pipeline.spec = replace(spec, stage_b=sampling)
+            pipeline.spec = replace(spec, stage_b=sampling, stage_b_few=None)
         else:
-            pipeline.spec = replace(spec, stage_c=sampling)
+            pipeline.spec = replace(spec, stage_c=sampling, stage_c_few=None)
         _check(
             self.model,
             self.network_name,

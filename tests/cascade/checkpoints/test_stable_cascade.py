@@ -126,6 +126,7 @@ def theirs_on(unet: nn.Module, x: Tensor, t: Tensor, cond: Any) -> Tensor:
         # ``cond or zeros`` in diffusers reads 0 as not given, which means 0 too.
         part = {f.name: getattr(cond, f.name) for f in dataclasses.fields(cond)}
         part = {name: None if value is None else value[i : i + 1] for name, value in part.items()}
+        assert part.pop("cfg") is None  # nothing published is told a guidance scale
         part["clip_text_pooled"] = part.pop("text_pooled")[:, None]
         if isinstance(cond, StageCCondition):
             assert part.pop("control") is None  # diffusers has none

@@ -1,0 +1,124 @@
+"""Networks that steps or guidance were distilled into: what they say, and when they run.
+
+A model may hold a network for few steps beside the plain one of a stage. The number of steps that
+is asked for says which of them runs.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+from cascade.errors import UserError
+from cascade.pipelines.spec import CascadeSpec, Stage, StageSampling
+
+DISTILLED_KEY = "cascade_distilled"
+"""Metadata of an exported file: how a distilled network is sampled, beside what it predicts."""
+DISTILLED = ("sampler", "steps", "times", "guidance", "rescale", "guidance_range", "max_steps")
+"""Fields of :class:`StageSampling` that it says."""
+
+
+def distilled_metadata(sampling: StageSampling) -> dict[str, str]:
+    """Return what a distilled network's file says of its sampling."""
+    values = {name: getattr(sampling, name) for name in DISTILLED}
+    return {DISTILLED_KEY: json.dumps(values)}
+
+
+def as_distilled(sampling: StageSampling, metadata: dict[str, str]) -> StageSampling:
+    """Return a sampling with all that a distilled network's file says of it; else as it is."""
+    said = json.loads(metadata.get(DISTILLED_KEY, "{}"))
+    for name in ("times", "guidance_range"):
+        if said.get(name) is not None:
+            said[name] = tuple(said[name])
+    return replace(sampling, **said)
+
+
+def choose(
+    spec: CascadeSpec, stage: Stage, steps: int | None, sampler: str | None
+) -> tuple[StageSampling, frozenset[Stage]]:
+    """Choose between a stage's plain network and the one for few steps.
+
+    Args:
+        spec: The model.
+        stage: Which stage.
+        steps: Steps that are asked for; None: the model's own.
+        sampler: The sampler that is asked for; None: the model's own.
+
+    Returns:
+        The network's own sampling; the stage itself if the one for few steps runs, else nothing.
+    """
+    few: StageSampling | None = getattr(spec, f"{stage}_few")
+    if few is None or few.max_steps is None:
+        return spec.sampling(stage, few=False), frozenset()
+    takes_few = spec.prefers_few and sampler in (None, few.sampler)
+    if steps is not None:
+        takes_few = steps <= few.max_steps
+    return spec.sampling(stage, few=takes_few), frozenset({stage} if takes_few else ())
+
+
+def own_choice(spec: CascadeSpec) -> frozenset[Stage]:
+    """Return the stages whose network for few steps runs when nothing is asked for."""
+    return choose(spec, "stage_c", None, None)[1] | choose(spec, "stage_b", None, None)[1]
+
+
+def check_told(stage: str, time_conds: tuple[str, ...], sampling: StageSampling) -> None:
+    """Refuse a network that is told a guidance scale, or is not, against what its settings say.
+
+    Raises:
+        UserError: Naming the setting.
+    """
+    told, known = "cfg" in time_conds, sampling.guidance_range
+    if told and known is None:
+        raise UserError(
+            f"{stage}: guidance was distilled into this network, but its guidance_range is not in "
+            "model.json; copy it from the metadata of its file"
+        )
+    if not told and known is not None and known[0] < known[1]:
+        raise UserError(
+            f"{stage}: model.json says guidance_range {known}, but the network is told no scale; "
+            "leave it out, or take the network that was distilled"
+        )
+
+
+def check_steps(name: str, steps: int, own: StageSampling) -> None:
+    """Refuse more steps than a network was distilled for.
+
+    Raises:
+        UserError: Saying how many it takes.
+    """
+    if own.max_steps is not None and steps > own.max_steps:
+        raise UserError(
+            f"{name} {steps}: this network was distilled for {own.steps} steps and takes up to "
+            f"{own.max_steps}, and the model has no plain one"
+        )
+
+
+def check_range(name: str, scale: float, own: StageSampling) -> None:
+    """Refuse a guidance scale that was not distilled into a network.
+
+    Raises:
+        UserError: Saying which were.
+    """
+    if own.guidance_range is None:
+        return
+    low, high = own.guidance_range
+    if not low <= scale <= high:
+        known = f"{low:g} alone was" if low == high else f"{low:g} to {high:g} were"
+        raise UserError(f"{name} {scale:g}: {known} distilled into this network")
+
+
+def check_sampler(stage: str, sampler: str, own: StageSampling) -> None:
+    """Refuse a sampler that a network was not made for.
+
+    Raises:
+        UserError: A network for few steps is sampled by "lcm", and no other is.
+    """
+    if own.sampler == "lcm" and sampler != "lcm":
+        raise UserError(
+            f"sampler {sampler!r}: this {stage} was distilled for few steps of 'lcm'; leave "
+            "it out, or ask for the steps of a plain one"
+        )
+    if sampler == "lcm" and own.sampler != "lcm":
+        raise UserError(
+            f"sampler 'lcm': steps were not distilled into this {stage}; take another one"
+        )

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.steps import find_student, frechet_distance, ways_of
+from cascade.checkpoints.files import load_network, save_network
+from cascade.errors import UserError
+from cascade.pipelines.cascade import CascadePipeline
+from cascade.pipelines.few_steps import distilled_metadata
+from cascade.pipelines.spec import StageSampling
+from stages.stage_c import StageC
+
+
+def test_the_distance_is_that_of_gaussians() -> None:
+    generator = torch.Generator().manual_seed(0)
+    one = torch.randn(4000, 3, generator=generator)
+    assert frechet_distance(one, one) == pytest.approx(0.0, abs=1e-9)
+    assert frechet_distance(one, one + 2.0) == pytest.approx(12.0, rel=1e-6)
+    assert frechet_distance(one, 3.0 * one) == pytest.approx(12.0, rel=0.1)  # 3 (3 - 1)^2
+
+
+def test_passes_are_counted_as_they_run() -> None:
+    network: nn.Module = nn.Identity()
+    plain = StageSampling("dpmpp_2m", 20, 4.0)
+    times = (1.0, 0.9, 0.5, 0.2, 0.0)
+    few = StageSampling("lcm", 4, 4.0, times=times, guidance_range=(1.0, 6.0), max_steps=8)
+    ways = list(ways_of((network, plain), (network, few), [2, 20], [1, 4], None))  # type: ignore[arg-type]
+    found = [(one.name, one.sampling.steps, one.sampling.guidance, one.passes) for one in ways]
+    assert found == [
+        ("plain", 2, 1.0, 2),
+        ("plain", 20, 1.0, 20),
+        ("plain", 2, 4.0, 4),
+        ("plain", 20, 4.0, 40),
+        ("student", 1, 4.0, 1),
+        ("student", 4, 4.0, 4),
+    ]
+    assert [one.sampling.times for one in ways[-2:]] == [(), times]
+
+
+def test_a_student_is_found_by_what_its_file_says(tiny_model: Path, tmp_path: Path) -> None:
+    pipeline = CascadePipeline.from_folder(tiny_model, device="cpu", dtype="float32")
+    assert find_student(None, pipeline, "stage_c") is None
+    with pytest.raises(UserError, match="does not say its steps"):
+        find_student(tiny_model, pipeline, "stage_c")
+    few = StageSampling("lcm", 4, 1.0, guidance_range=(1.0, 1.0), max_steps=8, prediction="v")
+    said = {"cascade_diffusion": json.dumps({"prediction": "v"})} | distilled_metadata(few)
+    network = load_network(tiny_model / "stage_c.safetensors", expect=StageC)
+    save_network(tmp_path / "stage_c.safetensors", network, metadata=said)
+    found = find_student(tmp_path, pipeline, "stage_c")
+    assert found is not None and found[1] == replace(few)
