@@ -40,7 +40,7 @@ def judge(config: StudyConfig, folder: Path, shared: Path, commands: Commands) -
     """
     figures, cost = folder / FIGURES_FILE, folder / COST_FILE
     model = folder / "model"
-    options = _options(config.judge, shared)
+    options = judge_options(config.judge, shared)
     if not figures.is_file():
         words = ["--protocol", config.judge.protocol, "--model", str(model), "--out", str(folder)]
         words += ["--device", config.device, *options]
@@ -52,7 +52,7 @@ def judge(config: StudyConfig, folder: Path, shared: Path, commands: Commands) -
     rows = read_rows(figures)
     [pictures] = [path for path in (folder / "pictures").iterdir() if path.is_dir()]
     return {
-        "metrics": {row["metric"]: _figure(row) for row in rows},
+        "metrics": {row["metric"]: figure_of(row) for row in rows},
         "protocol_hash": rows[0]["protocol_hash"],
         "protocol": rows[0]["protocol"],
         "pictures": str(pictures),
@@ -60,7 +60,8 @@ def judge(config: StudyConfig, folder: Path, shared: Path, commands: Commands) -
     }
 
 
-def _figure(row: Mapping[str, Any]) -> dict[str, Any]:
+def figure_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a study keeps of a figure."""
     better = "lower" if row["metric"] in LOWER else "higher"
     return {"value": row["value"], "label": row["label"], "better": better, "real": row["real"]}
 
@@ -77,7 +78,8 @@ def _cost(measured: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _options(config: JudgeConfig, shared: Path) -> list[str]:
+def judge_options(config: JudgeConfig, shared: Path) -> list[str]:
+    """Return the places of what a protocol measures with, as ``cascade.evaluate`` takes them."""
     named = {
         "--real": config.real,
         "--prompts": config.prompts,
