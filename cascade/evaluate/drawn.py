@@ -25,6 +25,7 @@ from cascade.evaluate.protocol import (
 )
 from cascade.images import save_png
 from cascade.pipelines.cascade import CascadePipeline
+from cascade.pipelines.latent import LatentPipeline, is_latent
 from cascade.pipelines.plan import Settings, make_plan
 from cascade.pipelines.results import Picture
 from cascade.pipelines.unet import UNetPipeline
@@ -33,7 +34,7 @@ from cascade.pipelines.unet_plan import UNetSettings, make_unet_plan
 
 _log = logging.getLogger(__name__)
 
-Pipeline = CascadePipeline | UNetPipeline
+Pipeline = CascadePipeline | UNetPipeline | LatentPipeline
 _TELL_EVERY_S = 20.0
 _WEIGHTS_KEY = "weights"
 
@@ -61,11 +62,15 @@ def load_pipeline(
 
 
 def load_any(model: str, *, unet: Path | None, device: str, dtype: str) -> Pipeline:
-    """Load a cascade or a U-Net, told by its content.
+    """Load a cascade, a U-Net, or a Stage C on an autoencoder's latents, told by its content.
 
     Raises:
         UserError: If it cannot be loaded.
     """
+    if is_latent(Path(model)):
+        if unet is not None:
+            raise UserError("--unet: the model has none")
+        return LatentPipeline(model, device=device, dtype=dtype)
     if is_unet(resolve(model)):
         return UNetPipeline.from_pretrained(model, unet=unet, device=device, dtype=dtype)
     if unet is not None:
