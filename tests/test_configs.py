@@ -32,7 +32,7 @@ from stages.unet.config import UNetConfig
 from stages.unet.unet import UNet, UNetCondition
 from tests.unet_models import save_tiny
 from train import __main__ as command
-from train import cascade_kd_runs, runs, stage_kd_runs, unet_runs
+from train import cascade_kd_runs, runs, stage_kd_runs, step_runs, unet_runs
 from train.assemble import AssembleConfig
 from train.assemble_latent import AssembleLatentConfig
 from train.assemble_unet import AssembleUNetConfig
