@@ -7,8 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from cascade.text.encoder import TextConfig
+from stages.autoencoder_kl import AutoencoderKL
+from train.data.precompute import precompute
+from train.encode import FrozenEncoders, FrozenPaths
 from train.study.budget import RESULTS_FILE
 from train.study.compression import run_compression
 from train.study.rates import load_compression
@@ -155,3 +160,26 @@ def test_a_study_of_two_rates_and_a_baseline_says_what_each_costs_and_is_worth(s
     before = (out / RESULTS_FILE).read_bytes()
     assert run_compression(load_compression(study), out) == 0  # all is there
     assert (out / RESULTS_FILE).read_bytes() == before
+
+
+def test_an_autoencoder_in_a_compressors_place_is_named_in_the_caches_hash(tiny_unet, tiny_model):
+    compressor = FrozenPaths(compressor=str(tiny_model / "compressor.safetensors"))
+    autoencoder = FrozenPaths(compressor=str(tiny_unet / "autoencoder_kl.safetensors"))
+    assert "/" not in compressor.hashes()["stage_c"]
+    assert autoencoder.hashes()["stage_c"].endswith("/mean/0.7/0.0")
+    pixels = torch.rand(2, 3, 32, 32)
+    encoders = FrozenEncoders(autoencoder)
+    assert isinstance(encoders.compressor, AutoencoderKL)
+    made = encoders.encode_pixels(pixels)["stage_c_latents"]
+    assert torch.equal(made, encoders.compressor.latent_gaussian(pixels)[0])
+
+
+def test_a_part_is_taken_over_only_from_a_cache_of_the_same_weights(
+    shards, cache, tiny_model, tmp_path
+):
+    text = FrozenPaths(text=str(tiny_model / "text"))
+    precompute(shards, tmp_path / "same", text, reuse=cache)
+    assert (tmp_path / "same/text.safetensors").samefile(cache / "text.safetensors")
+    other = FrozenPaths(text=text.text, text_states=TextConfig(hidden="post_norm"))
+    precompute(shards, tmp_path / "other", other, reuse=cache)
+    assert not (tmp_path / "other/text.safetensors").samefile(cache / "text.safetensors")
