@@ -73,19 +73,25 @@ def show_cost(options: argparse.Namespace) -> int:
 def _inference(options: argparse.Namespace) -> str:
     from cascade.checkpoints.files import atomic_write_text
     from cascade.evaluate.cost import measure_inference
-    from cascade.evaluate.drawn import load_any, plan_of
+    from cascade.evaluate.drawn import maker_of
+    from cascade.evaluate.generate import Item, Refused
     from cascade.evaluate.protocol import load_protocol
     from cascade.evaluate.provenance import commit, machine
 
     protocol = None if options.protocol is None else load_protocol(options.protocol)
-    pipeline = load_any(
-        options.model, unet=options.unet, device=options.device, dtype=options.dtype
+    maker = maker_of(
+        options.model, protocol, unet=options.unet, device=options.device, dtype=options.dtype
     )
+    pipeline = maker.load()
     count = options.batch_size
-    run = plan_of(pipeline, [PROMPT] * count, list(range(count)), protocol)
+    items = [Item(str(seed), PROMPT, seed) for seed in range(count)]
 
     def draw() -> Mapping[str, float]:
-        pictures = list(run(count))
+        pictures = []
+        for _, made in maker.make(items, batch_size=count):
+            if isinstance(made, Refused):
+                raise UserError(f"{options.model}: a picture is none, for {made.reason}")
+            pictures.append(made)
         stages = pictures[0].seconds
         return {name: sum(picture.seconds[name] for picture in pictures) for name in stages}
 

@@ -15,7 +15,9 @@ rounding.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -41,7 +43,10 @@ from cascade.pipelines.unet_parts import is_unet, open_unet_source
 from cascade.pipelines.unet_plan import UNetPlan, UNetSettings, make_unet_plan
 from cascade.pipelines.unet_spec import UNetSpec
 
+_log = logging.getLogger(__name__)
+
 T = TypeVar("T")
+_TELL_EVERY_S = 20.0
 _CHUNK = 8
 """Batches that are planned together; a prompt's text states are kept no longer."""
 _LAUNCHERS = (
@@ -56,7 +61,7 @@ class Item:
     """A picture to make."""
 
     key: str
-    """Its name among all; letters, digits, ``-`` and ``_``."""
+    """Its name among all, of which a file's is made; with ``/`` in it, one in a folder."""
     prompt: str
     seed: int
 
@@ -352,12 +357,30 @@ def make_files(
     Returns:
         What was refused.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    missing = [item for item in part.of(items) if not (folder / f"{item.key}.png").is_file()]
+    missing = missing_of(part.of(items), folder)
+    if not missing:
+        return []  # nothing is loaded
     refused = []
-    for item, made in maker.make(missing, batch_size=batch_size):
+    told_s = time.monotonic()
+    for done, (item, made) in enumerate(maker.make(missing, batch_size=batch_size), 1):
         if isinstance(made, Refused):
             refused.append((item, made))
+            _log.warning("%s is refused: %s", item.key, made.reason)
         else:
-            save_png(made.image, folder / f"{item.key}.png", made.metadata)
+            path = file_of(item, folder)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_png(made.image, path, made.metadata)
+        if time.monotonic() - told_s > _TELL_EVERY_S or done == len(missing):
+            told_s = time.monotonic()
+            _log.info("%d of %d pictures made", done - len(refused), len(missing))
     return refused
+
+
+def file_of(item: Item, folder: Path) -> Path:
+    """Return an item's file among those of :func:`make_files`."""
+    return folder / f"{item.key}.png"
+
+
+def missing_of(items: Sequence[Item], folder: Path) -> list[Item]:
+    """Return the items that have no file yet."""
+    return [item for item in items if not file_of(item, folder).is_file()]
