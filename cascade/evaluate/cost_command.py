@@ -14,6 +14,7 @@ from cascade.errors import UserError
 
 if TYPE_CHECKING:
     from cascade.evaluate.cost import InferenceCost
+    from cascade.evaluate.generate import PictureMaker
 
 PROMPT = "a 3D render of a red apple"
 
@@ -70,11 +71,50 @@ def show_cost(options: argparse.Namespace) -> int:
     return 0
 
 
-def _inference(options: argparse.Namespace) -> str:
+def cost_of(
+    maker: PictureMaker,
+    *,
+    batch_size: int = 1,
+    warm_up: int = 2,
+    repeats: int = 10,
+    file: Path | None = None,
+) -> InferenceCost:
+    """Measure what a model's pictures cost.
+
+    Args:
+        maker: The model, and how it is asked.
+        batch_size: Pictures made together.
+        warm_up: Batches before the clock runs.
+        repeats: Batches on the clock.
+        file: JSON file to write as well.
+    """
     from cascade.checkpoints.files import atomic_write_text
     from cascade.evaluate.cost import measure_inference
-    from cascade.evaluate.drawn import maker_of
     from cascade.evaluate.generate import Item, Refused
+    from cascade.evaluate.provenance import commit, machine
+
+    pipeline = maker.load()
+    items = [Item(str(seed), PROMPT, seed) for seed in range(batch_size)]
+
+    def draw() -> Mapping[str, float]:
+        pictures = []
+        for _, made in maker.make(items, batch_size=batch_size):
+            if isinstance(made, Refused):
+                raise UserError(f"{maker.options.model}: a picture is none, for {made.reason}")
+            pictures.append(made)
+        stages = pictures[0].seconds
+        return {name: sum(picture.seconds[name] for picture in pictures) for name in stages}
+
+    cost = measure_inference(pipeline, draw, batch_size, warm_up=warm_up, repeats=repeats)
+    if file is not None:
+        where = {"commit": commit(), "machine": machine(pipeline.device)}
+        text = json.dumps({**dataclasses.asdict(cost), **where}, indent=1)
+        atomic_write_text(file, text + "\n")
+    return cost
+
+
+def _inference(options: argparse.Namespace) -> str:
+    from cascade.evaluate.drawn import maker_of
     from cascade.evaluate.protocol import load_protocol
     from cascade.evaluate.provenance import commit, machine
 
@@ -84,24 +124,13 @@ def _inference(options: argparse.Namespace) -> str:
     )
     pipeline = maker.load()
     count = options.batch_size
-    items = [Item(str(seed), PROMPT, seed) for seed in range(count)]
-
-    def draw() -> Mapping[str, float]:
-        pictures = []
-        for _, made in maker.make(items, batch_size=count):
-            if isinstance(made, Refused):
-                raise UserError(f"{options.model}: a picture is none, for {made.reason}")
-            pictures.append(made)
-        stages = pictures[0].seconds
-        return {name: sum(picture.seconds[name] for picture in pictures) for name in stages}
-
-    cost = measure_inference(
-        pipeline, draw, count, warm_up=options.warm_up, repeats=options.repeats
+    cost = cost_of(
+        maker,
+        batch_size=count,
+        warm_up=options.warm_up,
+        repeats=options.repeats,
+        file=options.json,
     )
-    if options.json is not None:
-        where = {"commit": commit(), "machine": machine(pipeline.device)}
-        text = json.dumps({**dataclasses.asdict(cost), **where}, indent=1)
-        atomic_write_text(options.json, text + "\n")
     head = (
         f"{pipeline.spec.name} {pipeline.weights_hash}, {pipeline.dtypes}, batch {count}, "
         f"{options.repeats} repeats after {options.warm_up}; commit {commit()}, "
