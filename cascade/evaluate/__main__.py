@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cascade.command import Parser, parse_all
 from cascade.errors import UserError, run_main
-from cascade.evaluate.cost_command import make_cost_parser, show_cost
+from cascade.evaluate.cost_command import cost_of, make_cost_parser, show_cost
 
 DEMO_CLIP = "weights/demo/text"
 
@@ -48,6 +48,9 @@ def make_parser() -> Parser:
     )
     parser.add_argument("--lpips", type=Path, metavar="FILE", help="AlexNet or VGG of torchvision")
     parser.add_argument("--unet", type=Path, metavar="FILE", help="in place of the model's own")
+    parser.add_argument(
+        "--cost", type=Path, metavar="FILE", help="also measure what a picture costs, as JSON there"
+    )
     parser.add_argument("--name", help="what tables call the pictures (default: model or folder)")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/evaluate"), help="folder (default %(default)s)"
@@ -93,7 +96,7 @@ def measure(options: argparse.Namespace) -> int:
     """Measure, print a table, and append the figures to ``results.jsonl``."""
     if options.batch_size is not None and options.batch_size < 1:
         raise UserError("--batch-size must be at least 1")
-    for name in ("unet", "batch_size"):
+    for name in ("unet", "batch_size", "cost"):
         if options.model is None and getattr(options, name) is not None:
             raise UserError(f"--{name.replace('_', '-')} is for --model, not for --pictures")
     # Not before the command line is read: torch takes seconds.
@@ -126,6 +129,8 @@ def measure(options: argparse.Namespace) -> int:
         pipeline = load_pipeline(
             options.model, protocol, unet=options.unet, device=options.device, dtype=options.dtype
         )
+        if options.cost is not None:
+            cost_of(pipeline, protocol, file=options.cost)
         drawn = draw_pictures(
             pipeline, prompts, protocol, options.out / "pictures", options.batch_size
         )

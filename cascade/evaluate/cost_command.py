@@ -14,6 +14,8 @@ from cascade.errors import UserError
 
 if TYPE_CHECKING:
     from cascade.evaluate.cost import InferenceCost
+    from cascade.evaluate.drawn import Pipeline
+    from cascade.evaluate.protocol import Protocol
 
 PROMPT = "a 3D render of a red apple"
 
@@ -70,10 +72,47 @@ def show_cost(options: argparse.Namespace) -> int:
     return 0
 
 
-def _inference(options: argparse.Namespace) -> str:
+def cost_of(
+    pipeline: Pipeline,
+    protocol: Protocol | None,
+    *,
+    batch_size: int = 1,
+    warm_up: int = 2,
+    repeats: int = 10,
+    file: Path | None = None,
+) -> InferenceCost:
+    """Measure what a loaded model's pictures cost.
+
+    Args:
+        pipeline: The model.
+        protocol: Size and sampling; None: the model's own.
+        batch_size: Pictures made together.
+        warm_up: Batches before the clock runs.
+        repeats: Batches on the clock.
+        file: JSON file to write as well.
+    """
     from cascade.checkpoints.files import atomic_write_text
     from cascade.evaluate.cost import measure_inference
-    from cascade.evaluate.drawn import load_any, plan_of
+    from cascade.evaluate.drawn import plan_of
+    from cascade.evaluate.provenance import commit, machine
+
+    run = plan_of(pipeline, [PROMPT] * batch_size, list(range(batch_size)), protocol)
+
+    def draw() -> Mapping[str, float]:
+        pictures = list(run(batch_size))
+        stages = pictures[0].seconds
+        return {name: sum(picture.seconds[name] for picture in pictures) for name in stages}
+
+    cost = measure_inference(pipeline, draw, batch_size, warm_up=warm_up, repeats=repeats)
+    if file is not None:
+        where = {"commit": commit(), "machine": machine(pipeline.device)}
+        text = json.dumps({**dataclasses.asdict(cost), **where}, indent=1)
+        atomic_write_text(file, text + "\n")
+    return cost
+
+
+def _inference(options: argparse.Namespace) -> str:
+    from cascade.evaluate.drawn import load_any
     from cascade.evaluate.protocol import load_protocol
     from cascade.evaluate.provenance import commit, machine
 
@@ -82,20 +121,14 @@ def _inference(options: argparse.Namespace) -> str:
         options.model, unet=options.unet, device=options.device, dtype=options.dtype
     )
     count = options.batch_size
-    run = plan_of(pipeline, [PROMPT] * count, list(range(count)), protocol)
-
-    def draw() -> Mapping[str, float]:
-        pictures = list(run(count))
-        stages = pictures[0].seconds
-        return {name: sum(picture.seconds[name] for picture in pictures) for name in stages}
-
-    cost = measure_inference(
-        pipeline, draw, count, warm_up=options.warm_up, repeats=options.repeats
+    cost = cost_of(
+        pipeline,
+        protocol,
+        batch_size=count,
+        warm_up=options.warm_up,
+        repeats=options.repeats,
+        file=options.json,
     )
-    if options.json is not None:
-        where = {"commit": commit(), "machine": machine(pipeline.device)}
-        text = json.dumps({**dataclasses.asdict(cost), **where}, indent=1)
-        atomic_write_text(options.json, text + "\n")
     head = (
         f"{pipeline.spec.name} {pipeline.weights_hash}, {pipeline.dtypes}, batch {count}, "
         f"{options.repeats} repeats after {options.warm_up}; commit {commit()}, "

@@ -2,7 +2,7 @@
 
 ``budget`` compares ways to a model under one budget, on the same devices, data and protocol.
 ``--dry-run`` tries a few steps of each training and prints the plan with estimated seconds.
-A study that was stopped goes on with the same command; ``report`` writes its report again.
+A study that was stopped goes on with the same command; it also writes the report again.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ def grid_of(folders: Mapping[str, Path], count: int, path: Path) -> bool:
     """Write a sheet of the first prompts.
 
     Args:
-        folders: Arm -> folder with its pictures, which say their prompts.
+        folders: Arm -> folder of what its model drew; the pictures say their prompts, and lie in a
+            folder named by the weights.
         count: Prompts, at most.
         path: PNG file to write.
 
@@ -22,7 +23,11 @@ def grid_of(folders: Mapping[str, Path], count: int, path: Path) -> bool:
     """
     names: list[str] = []
     images, captions = [], []
-    for arm, folder in folders.items():
+    for arm, drawn in folders.items():
+        # More than one only where a run was taken up again with other weights.
+        folder = max(
+            (one for one in drawn.iterdir() if one.is_dir()), key=lambda one: one.stat().st_mtime
+        )
         names = names or sorted(
             path.relative_to(folder).as_posix() for path in folder.rglob("*.png")
         )

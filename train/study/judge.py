@@ -1,6 +1,6 @@
 """What a model is worth and what it costs: the protocol's figures, and the cost of a picture.
 
-Both are commands of ``cascade.evaluate``, each in a process of its own: what a model needs of
+Both are measured by ``python -m cascade.evaluate``, in a process of its own: what a model needs of
 memory and time is not mixed with what this one holds.
 """
 
@@ -28,7 +28,7 @@ def judge(config: StudyConfig, folder: Path, shared: Path, commands: Commands) -
         config: The study.
         folder: Of this moment.
         shared: What ``{shared}`` means.
-        commands: Runs the two.
+        commands: Runs it.
 
     Returns:
         ``metrics`` (name -> value, label, better, and the value of real pictures where there is
@@ -43,19 +43,14 @@ def judge(config: StudyConfig, folder: Path, shared: Path, commands: Commands) -
     options = _options(config.judge, shared)
     if not figures.is_file():
         words = ["--protocol", config.judge.protocol, "--model", str(model), "--out", str(folder)]
-        words += ["--device", config.device, *options]
-        commands.module("cascade.evaluate", words, folder / "evaluate.log", "figures")
-    if not cost.is_file():
-        words = ["--model", str(model), "--protocol", config.judge.protocol]
-        words += ["--device", config.device, "--json", str(cost)]
-        commands.module("cascade.evaluate cost", words, folder / "cost.log", "cost of a picture")
+        words += ["--device", config.device, "--cost", str(cost), *options]
+        commands.module("cascade.evaluate", words, folder / "evaluate.log", "figures and cost")
     rows = read_rows(figures)
-    [pictures] = [path for path in (folder / "pictures").iterdir() if path.is_dir()]
     return {
         "metrics": {row["metric"]: _figure(row) for row in rows},
         "protocol_hash": rows[0]["protocol_hash"],
         "protocol": rows[0]["protocol"],
-        "pictures": str(pictures),
+        "pictures": str(folder / "pictures"),
         "cost": _cost(json.loads(cost.read_text(encoding="utf-8"))),
     }
 

@@ -1,0 +1,162 @@
+"""A whole study of tiny arms: killed and resumed it reports the same, failed arms and all."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cascade.config import from_dict
+from cascade.errors import UserError
+from train.study.budget import RESULTS_FILE, run_study
+from train.study.report import HTML_FILE, MARKDOWN_FILE
+from train.study.settings import StudyConfig
+
+ROOT = Path(__file__).parents[3]
+TIMES = ("device_seconds", "energy_j", "latency_s", "peak_memory_mib")
+"""What two runs of the same do not share."""
+
+
+@pytest.fixture
+def study(make_run, tiny_model: Path, clip_folder: Path, tmp_path: Path) -> dict[str, Any]:
+    """Two arms: one learns, one can't start."""
+    stage_c = make_run("stage_c", "stage_c", diffusion={"prediction": "v", "weight": "constant"})
+    unet = make_run("unet", "unet")
+    spec = json.loads((tiny_model / "model.json").read_text())
+    spec["stage_c"] |= {"prediction": "v", "steps": 2}
+    spec["stage_b"] |= {"steps": 1}
+    parts = ("stage_a", "stage_b", "compressor", "previewer", "stage_c")
+    model = {"spec": spec, "text": str(clip_folder)}
+    model |= {part: str(tiny_model / f"{part}.safetensors") for part in parts}
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump(model))
+    protocol = {
+        "name": "tiny",
+        "prompts": {"inline": ["a red apple", "a blue fish", "a green hat"]},
+        "metrics": ["clip_score"],
+        "generated_size": spec["image_size"],
+        "size": 32,
+        "clip": {"kind": "clip", "name": "tiny CLIP"},
+        "features": {"kind": "clip", "name": "tiny CLIP"},
+        "resamples": 0,
+    }
+    (tmp_path / "protocol.yaml").write_text(yaml.safe_dump(protocol))
+    assembled = {"command": "train.assemble", "config": str(tmp_path / "model.yaml")}
+    learns = {
+        "name": "it learns",
+        "steps": [{"name": "c", "train": "stage_c", "config": str(stage_c.config), "share": 1.0}],
+        "model": assembled | {"set": {"stage_c": "{weights}/stage_c.safetensors"}},
+        "given": [str(tiny_model / "stage_b.safetensors")],
+    }
+    wrong = {"text": str(tmp_path / "none")}
+    fails = {
+        "name": "it fails",
+        "steps": [
+            {"name": "u", "train": "unet", "config": str(unet.config), "share": 1.0, "set": wrong}
+        ],
+        "model": assembled,
+    }
+    return {
+        "name": "tiny",
+        "description": "Which of two?",
+        "budget": {"unit": "samples", "amounts": [32]},
+        "seeds": [3],
+        "evaluate_at": [0.1, 1.0],
+        "judge": {"protocol": str(tmp_path / "protocol.yaml"), "clip": str(clip_folder)},
+        "grid_prompts": 2,
+        "price_per_device_hour": 2.0,
+        "device": "cpu",
+        "arms": [learns, fails],
+    }
+
+
+def _timeless(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _timeless(one) for key, one in value.items() if key not in TIMES}
+    return [_timeless(one) for one in value] if isinstance(value, list) else value
+
+
+def _rows(out: Path) -> list[dict[str, Any]]:
+    lines = (out / RESULTS_FILE).read_text().splitlines()
+    return [_timeless(json.loads(line)) for line in lines]
+
+
+@pytest.mark.slow
+def test_a_killed_study_goes_on_and_reports_what_an_unbroken_one_does(study, tmp_path):
+    file, killed, whole = tmp_path / "s.yaml", tmp_path / "killed", tmp_path / "whole"
+    file.write_text(yaml.safe_dump(study))
+    command = [sys.executable, "-m", "train.study", "budget", "--config", str(file)]
+    command += ["--out", str(killed)]
+    running = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    run = killed / "runs" / "32" / "it_learns" / "seed_3" / "c"
+    deadline_s = time.monotonic() + 300
+    while not list(run.glob("checkpoints/step=*.ckpt")):
+        assert running.poll() is None and time.monotonic() < deadline_s
+        time.sleep(0.05)
+    os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+    assert not (killed / RESULTS_FILE).exists()
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert again.returncode == 1, again.stderr  # one arm failed
+    assert "1 of the runs failed" in again.stderr and "Traceback" not in again.stderr
+    config = from_dict(StudyConfig, study, "s.yaml")
+    assert run_study(config, whole) == 1
+
+    rows = _rows(whole)
+    assert _rows(killed) == rows
+    # 32 samples are 8 steps of 4: a tenth is none.
+    of_first = [row for row in rows if row["arm"] == "it learns"]
+    assert [(row["status"], row["step"]) for row in of_first] == [
+        ("no model yet", None),
+        ("judged", 8),
+    ]
+    assert [row["spent"]["samples"] for row in of_first] == [0, 32]
+    assert of_first[1]["spent"]["flops"] > 0
+    failed = [row for row in rows if row["arm"] == "it fails"]
+    assert {row["status"] for row in failed} == {"failed"} and len(failed) == 2
+    assert str(tmp_path / "none") in failed[0]["why"]
+
+    report = (whole / MARKDOWN_FILE).read_text()
+    assert "| it fails | 0 of 1 | failed |" in report and "## Runs that failed" in report
+    assert "(tiny CLIP) ↑" in report and of_first[0]["commit"] in report
+    page = (whole / HTML_FILE).read_text()
+    assert "<svg" in page and "data:image/png;base64" in page
+    for plot in ("plots/clip_score.svg", "pictures.png"):
+        assert (whole / plot).is_file() and plot in report
+    # Nothing is made twice, and nobody else's study is gone on with.
+    before = sorted((whole / "runs").rglob("*"))
+    assert run_study(config, whole) == 1 and sorted((whole / "runs").rglob("*")) == before
+    with pytest.raises(UserError, match="holds a study with another seeds"):
+        run_study(from_dict(StudyConfig, study | {"seeds": [4]}, "s.yaml"), whole)
+
+
+@pytest.mark.slow
+def test_a_dry_run_tries_a_few_steps_and_prints_the_plan(study, tmp_path, capsys):
+    study["arms"] = study["arms"][:1]
+    study["budget"] = {"unit": "device_seconds", "amounts": [1000, 2000]}
+    study["calibration_steps"] = 4
+    config = from_dict(StudyConfig, study, "s.yaml")
+    assert run_study(config, tmp_path / "out", dry_run=True) == 0
+    printed = capsys.readouterr().out
+    rows = [line.split(" | ") for line in printed.splitlines() if "| it learns |" in line]
+    assert len(rows) == 2
+    steps = [int(row[4].replace(",", "")) for row in rows]
+    assert steps[1] == pytest.approx(2 * steps[0], abs=1) and steps[0] > 100
+    assert "about 3,000 device seconds" in printed
+    assert not (tmp_path / "out" / "runs").exists()
+
+
+def test_a_study_goes_only_into_a_folder_of_its_own(study, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("x")
+    with pytest.raises(UserError, match="holds something else"):
+        run_study(from_dict(StudyConfig, study, "s.yaml"), out)
+    assert [path.name for path in out.iterdir()] == ["mine.txt"]
