@@ -114,7 +114,7 @@ def _check_teacher(config: StageBKDRun, sizes: StageBConfig, teacher: FrozenStag
             )
     if DISTILLED_KEY in teacher.found.opened.metadata:
         raise UserError(
-            f"teacher.network {teacher.name}: was distilled for few steps or told a guidance scale; "
+            f"teacher.network {teacher.name}: was distilled for few steps or a guidance scale; "
             "name the plain network that it was distilled from"
         )
     text = teacher.found.opened.metadata.get(DIFFUSION_KEY)
