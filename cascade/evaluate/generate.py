@@ -97,11 +97,16 @@ class Part:
             UserError: What they told is no share.
         """
         for number, count, local in _LAUNCHERS:
-            if int(os.environ.get(count, "1")) > 1:
-                values = [os.environ.get(name, "0") for name in (number, count, local)]
-                if not all(value.isdecimal() for value in values):
-                    raise UserError(f"{number}, {count}, {local}: {values}; the launcher sets them")
-                return cls(*map(int, values))
+            if os.environ.get(count, "1") == "1":
+                continue
+            # Without a number every process would take the first share, and nobody the others.
+            values = [os.environ.get(number), os.environ.get(count), os.environ.get(local, "0")]
+            if not all(value is not None and value.isdecimal() for value in values):
+                raise UserError(
+                    f"{number}, {count} and {local} are {', '.join(map(str, values))}: the "
+                    f"launcher sets them; start with it, or unset {count}"
+                )
+            return cls(*(int(value) for value in values if value is not None))
         return cls()
 
     def of(self, whole: Sequence[T]) -> Sequence[T]:

@@ -12,7 +12,7 @@ from torch import Tensor
 import sample
 from cascade.checkpoints.files import load_network, read_metadata, save_network
 from cascade.diffusion.trigflow import turned
-from cascade.errors import run_main
+from cascade.errors import UserError, run_main
 from cascade.pipelines.cascade import CascadePipeline
 from cascade.pipelines.few_steps import DISTILLED_KEY
 from stages.layers import TimestepBlock
@@ -249,6 +249,25 @@ def model(make_run, tiny_model: Path, clip_folder: Path, tmp_path: Path) -> Path
     path.write_text(yaml.safe_dump({**values, "spec": spec}))
     assert assemble_main(["--config", str(path), "--out", str(tmp_path / "model")]) == 0
     return tmp_path / "model"
+
+
+def test_a_student_alone_is_assembled_with_the_steps_that_it_takes(
+    model: Path, tmp_path: Path
+) -> None:
+    spec = json.loads((model / "model.json").read_text())
+    student = spec.pop("stage_c_few")
+    names = ("stage_a", "stage_b", "compressor", "previewer")
+    values: dict[str, object] = {name: f"{model}/{name}.safetensors" for name in names}
+    values |= {"text": f"{model}/text", "stage_c": f"{model}/stage_c_few.safetensors"}
+    path = tmp_path / "alone.yaml"
+    command = ["--config", str(path), "--out", str(tmp_path / "alone")]
+    path.write_text(
+        yaml.safe_dump({**values, "spec": spec | {"stage_c": student | {"max_steps": None}}})
+    )
+    with pytest.raises(UserError, match="trained with max_steps 8"):
+        assemble_main(command)
+    path.write_text(yaml.safe_dump({**values, "spec": spec | {"stage_c": student}}))
+    assert assemble_main(command) == 0
 
 
 def test_steps_say_which_network_draws(model: Path) -> None:

@@ -16,8 +16,9 @@ import torch
 from cascade.evaluate.energy import EnergyMeter, gpus_of
 from cascade.evaluate.flops import FlopCounter
 from cascade.evaluate.generate import Item, PictureMaker
+from cascade.evaluate.training_cost import PICTURES_PHASE
 
-TEACHER_PHASE = "teacher"
+TEACHER_PHASE = PICTURES_PHASE
 """``phase`` of the rows, by which a budget tells them from those of a training run."""
 _PARTS = ("setup", "teacher", "write")
 

@@ -20,7 +20,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 """Okabe and Ito's, which people who see colours otherwise can tell apart."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _STYLES = ("-", "--", ":", "-.")
-_SIZE_INCHES = (7.2, 4.2)
+_SIZE_INCHES = (8.6, 4.2)
 
 
 @dataclass(frozen=True)
@@ -137,9 +137,9 @@ def _figure(axes: Axes) -> tuple[Any, Any]:
 def _save(figure: Any, plane: Any, path: Path) -> None:
     from matplotlib import rc_context
 
-    _, labels = plane.get_legend_handles_labels()
-    if labels:
-        plane.legend(frameon=False, fontsize="small", loc="best")
+    handles, labels = plane.get_legend_handles_labels()
+    if labels:  # beside the curves: inside it would hide some
+        figure.legend(handles, labels, frameon=False, fontsize="small", loc="outside right upper")
     buffer = io.BytesIO()
     # Names inside the file are drawn from the salt; letters stay letters.
     with rc_context({"svg.hashsalt": path.name, "svg.fonttype": "none"}):
