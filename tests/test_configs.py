@@ -34,18 +34,20 @@ from tests.unet_models import save_tiny
 from train import __main__ as command
 from train import cascade_kd_runs, runs, stage_kd_runs, step_runs, unet_runs
 from train.assemble import AssembleConfig
+from train.assemble_latent import AssembleLatentConfig
 from train.assemble_unet import AssembleUNetConfig
 from train.distill import __main__ as distill
 from train.distill.few_steps_student import student_config
 from train.distill.generate_config import GenerateConfig
 from train.distill.plans import read_recipe
 from train.losses.distillation import site_pairs
+from train.study.rates import load_compression
 from train.study.settings import StudyConfig
 from train.study.steps import Places
 from train.systems.unet import UNetRun
 
 ROOT = Path(__file__).parents[1]
-NOT_A_RUN = {"model.yaml", "switches.yaml"}
+NOT_A_RUN = {"model.yaml", "model_f8.yaml", "switches.yaml"}
 """Configurations of other commands: of train.assemble, of benchmarks/recipes.py, of train.distill.
 """
 ALL = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -367,7 +369,8 @@ def test_protocols_parse_and_say_what_they_are(path: Path) -> None:
 def test_a_studys_trainings_and_models_and_protocol_parse(
     path: Path, started: list[tuple[str, object, bool]], tmp_path: Path
 ) -> None:
-    study = load_yaml(StudyConfig, path)
+    swept = "arm" in read_yaml(path)
+    study = load_compression(path).study if swept else load_yaml(StudyConfig, path)
     assert study.name == path.stem
     for word in ("Purpose:", "Hardware:", "Size:", "Result:"):
         assert word in _header(path), word
@@ -380,7 +383,11 @@ def test_a_studys_trainings_and_models_and_protocol_parse(
                 words = [word for k, v in step.set.items() for word in (f"--{k}", places.fill(v))]
                 assert command.main([step.train, "--config", str(step.config), *words]) == 0
                 assert started.pop()[0] == step.train
-        cls = {"train.assemble": AssembleConfig, "train.assemble_unet": AssembleUNetConfig}
+        cls = {
+            "train.assemble": AssembleConfig,
+            "train.assemble_unet": AssembleUNetConfig,
+            "train.assemble_latent": AssembleLatentConfig,
+        }
         options = {k: places.fill(v, tmp_path / "weights") for k, v in arm.model.set.items()}
         load_yaml(
             cls[arm.model.command], arm.model.config, [f"{k}={v}" for k, v in options.items()]

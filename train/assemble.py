@@ -70,7 +70,8 @@ class AssembleConfig:
     stage_b: str
     stage_c: str
     compressor: str
-    previewer: str
+    previewer: str | None = None
+    """Makes previews of Stage C's latents; null: the model has none."""
     stage_a_fast: str | None = None
     """Small decoder of Stage A's latents, for ``--fast-decoder``; null: the model has none."""
     stage_b_few: str | None = None
@@ -94,6 +95,8 @@ def assemble(config: AssembleConfig, out: Path) -> float:
     """
     config = _with_few(config)
     networks = dict(NETWORKS)
+    if config.previewer is None:
+        del networks["previewer"]
     for name in FEW_STEPS:
         if getattr(config, name) is not None:
             networks[name] = NETWORKS[name.removesuffix("_few")]
@@ -117,7 +120,9 @@ def assemble(config: AssembleConfig, out: Path) -> float:
             shutil.copyfile(path, temporary)
     save_spec(config.spec, out)
     pipeline = CascadePipeline.from_folder(out, device="cpu")
-    _ = (pipeline.compressor, pipeline.previewer)  # loaded on first use: here, to check them
+    _ = pipeline.compressor  # loaded on first use: here, to check it
+    if config.previewer is not None:
+        _ = pipeline.previewer
     pipeline.use(frozenset())  # the plain networks, where those for few steps run by themselves
     if config.stage_a_fast is not None:
         CascadePipeline(open_source(out, fast_decoder=True), device="cpu")

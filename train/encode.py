@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.nn import functional as F
 
-from cascade.checkpoints.files import CLASS_KEY
+from cascade.checkpoints.files import CLASS_KEY, read_metadata
 from cascade.checkpoints.found import FoundNetwork
 from cascade.checkpoints.load import build
 from cascade.checkpoints.part_files import (
@@ -27,7 +27,7 @@ from cascade.checkpoints.part_files import (
 from cascade.errors import UserError
 from cascade.text.encoder import TextConfig, TextEncoder
 from cascade.text.picture_encoder import PictureEncoder, centre_square
-from stages.autoencoder_kl import AutoencoderKL
+from stages.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from stages.semantic_compressor import SemanticCompressor
 from stages.stage_a import StageA
 from train.data.cached import CachedBatch
@@ -68,7 +68,8 @@ class FrozenPaths:
     stage_a_scale: float | None = None
     """What its latents are divided by, where its file does not say it."""
     compressor: str | None = None
-    """Semantic compressor."""
+    """Semantic compressor; or the file of a KL autoencoder, written here, whose latents (the mean)
+    a Stage C learns in its place."""
     compressor_input: tuple[float, float] | None = None
     """Range of the fraction of a picture's size that it sees, drawn once a step; None: its own."""
     image: str | None = None
@@ -93,7 +94,11 @@ class FrozenPaths:
         if self.stage_a is not None:
             found["stage_a"] = stage_a_hash(self.stage_a, self.stage_a_scale)
         if self.compressor is not None:
-            found["stage_c"] = weights_hash(find_network(self.compressor, "compressor").path)
+            compressor = find_compressor(self.compressor)
+            found["stage_c"] = weights_hash(compressor.path)
+            sizes = compressor.published.config
+            if isinstance(sizes, AutoencoderKLConfig):
+                found["stage_c"] += f"/mean/{sizes.scale}/{sizes.shift}"
         if self.image is not None:
             found["image"] = weights_hash(find_image_encoder(self.image))
         if self.autoencoder is not None:
@@ -151,6 +156,19 @@ def find_stage_a(name: str, scale: float | None) -> FoundNetwork:
     return replace(found, published=replace(found.published, config=config))
 
 
+def find_compressor(name: str) -> FoundNetwork:
+    """Find a semantic compressor, or the autoencoder that stands in its place.
+
+    Raises:
+        UserError: Nothing is there, or it is neither.
+    """
+    path = Path(name)
+    if path.suffix == ".safetensors" and path.is_file():
+        if read_metadata(path).get(CLASS_KEY) == AutoencoderKL.__name__:
+            return find_network(name, "autoencoder_kl")
+    return find_network(name, "compressor")
+
+
 def stage_a_hash(name: str, scale: float | None) -> str:
     """Return what names Stage A's latents: the hash of its weights, and a scale that it is told."""
     found = find_stage_a(name, scale)
@@ -190,7 +208,7 @@ class FrozenEncoders:
         self.device = torch.device(device)
         self.text: TextEncoder | None = None
         self.stage_a: StageA | None = None
-        self.compressor: SemanticCompressor | None = None
+        self.compressor: SemanticCompressor | AutoencoderKL | None = None
         self.image: PictureEncoder | None = None
         self.text_2: TextEncoder | None = None
         self.autoencoder: AutoencoderKL | None = None
@@ -206,8 +224,8 @@ class FrozenEncoders:
             found = find_stage_a(paths.stage_a, paths.stage_a_scale)
             self.stage_a = cast(StageA, load_frozen(found, device))
         if paths.compressor is not None:
-            found = find_network(paths.compressor, "compressor")
-            self.compressor = cast(SemanticCompressor, load_frozen(found, device))
+            found = find_compressor(paths.compressor)
+            self.compressor = load_frozen(found, device)
         if paths.image is not None:
             folder = find_image_encoder(paths.image)
             self.image = PictureEncoder.from_folder(folder, torch.device(device))
@@ -245,11 +263,12 @@ class FrozenEncoders:
                 found["stage_a_latents"] = self.stage_a.encode(pixels)
             if self.compressor is not None and "stage_c" not in skip:
                 compressor = self.compressor
-                found["stage_c_latents"] = (
-                    compressor.encode(pixels)
-                    if compressor_fraction is None
-                    else compressor(shrunk(pixels, compressor_fraction, compressor.stride))
-                )
+                if compressor_fraction is None:
+                    found["stage_c_latents"] = compressor.encode(pixels)
+                else:
+                    assert isinstance(compressor, SemanticCompressor), "Stage B takes no other"
+                    seen = shrunk(pixels, compressor_fraction, compressor.stride)
+                    found["stage_c_latents"] = compressor(seen)
             if self.image is not None:
                 found["image_embeds"] = self.image(centre_square(pixels))
             if self.autoencoder is not None and "autoencoder" not in skip:

@@ -22,6 +22,7 @@ from cascade.evaluate.energy import EnergyMeter, gpus_of
 from cascade.evaluate.flops import FlopCounter
 from cascade.evaluate.process_memory import is_measurable, measure, reset_peak
 from cascade.pipelines.cascade import CascadePipeline
+from cascade.pipelines.latent import LatentPipeline
 from cascade.pipelines.unet import UNetPipeline
 
 Run = Callable[[], object]
@@ -59,9 +60,9 @@ class InferenceCost:
     """Of the timed repeats, for one of them; None: nothing tells it."""
 
 
-def parts_of(pipeline: CascadePipeline | UNetPipeline) -> dict[str, nn.Module]:
+def parts_of(pipeline: CascadePipeline | UNetPipeline | LatentPipeline) -> dict[str, nn.Module]:
     """Return the networks that make a picture of a prompt, each once."""
-    if isinstance(pipeline, UNetPipeline):
+    if isinstance(pipeline, (UNetPipeline, LatentPipeline)):
         return pipeline.networks
     found: dict[str, nn.Module] = {"text": pipeline.text_encoder.model}
     if pipeline.text_encoder_b is not pipeline.text_encoder:
@@ -167,7 +168,7 @@ def spread_of(values: Sequence[float]) -> Spread:
 
 
 def measure_inference(
-    pipeline: CascadePipeline | UNetPipeline,
+    pipeline: CascadePipeline | UNetPipeline | LatentPipeline,
     draw: Callable[[], Mapping[str, float]],
     pictures: int,
     *,

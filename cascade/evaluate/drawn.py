@@ -22,7 +22,7 @@ from cascade.evaluate.generate import (
     make_files,
     missing_of,
 )
-from cascade.evaluate.prompts import Prompt, hash_of, seed_of
+from cascade.evaluate.prompts import Prompt, hash_of, prompts_hash, seed_of
 from cascade.evaluate.protocol import DIGITS, Protocol, canonical
 from cascade.pipelines.unet_parts import is_unet
 
@@ -163,6 +163,8 @@ def draw_pictures(
         "seed": protocol.seed,
         "size": protocol.generated_size,
         "dtypes": maker.dtype,
+        # Keys alone do not tell two lists of prompts apart.
+        "prompts": prompts_hash(prompts),
     }
     made_by = hash_of(canonical(settings))[:DIGITS]
     folder = out / f"{maker.weights_hash}-{made_by}"

@@ -31,6 +31,7 @@ from cascade.errors import UserError
 from cascade.images import save_png
 from cascade.pipelines.cascade import CascadePipeline
 from cascade.pipelines.finite import BlankPictureError, NonFiniteError
+from cascade.pipelines.latent import LatentPipeline, is_latent
 from cascade.pipelines.parts import Dialect, open_source
 from cascade.pipelines.placement import DtypeChoice, pick_device, pick_dtypes, pick_unet_dtypes
 from cascade.pipelines.plan import Plan, Request, Settings, check_text, make_plan
@@ -152,6 +153,9 @@ class MakerOptions:
     dtype: DtypeChoice = "auto"
 
 
+AnyPipeline = UNetPipeline | CascadePipeline | LatentPipeline
+
+
 @dataclass(frozen=True)
 class Refused:
     """A picture that is none."""
@@ -171,12 +175,13 @@ class PictureMaker:
         """
         files = resolve(options.model, variant=options.variant)
         self.options = options
-        self.is_unet = is_unet(files)
+        latent = next((folder for folder in files.folders if is_latent(folder)), None)
+        self.is_unet = latent is None and is_unet(files)
         _refuse_others(options, self.is_unet)
         # Any prompt will do: what is shared by all pictures is settled here.
         self.spec: UNetSpec | CascadeSpec
         self._plan: UNetPlan | Plan
-        self._open: Callable[[], UNetPipeline | CascadePipeline]
+        self._open: Callable[[], AnyPipeline]
         self.loras: list[dict[str, object]] = []
         """File, hash and weight of each LoRA."""
         self.dtype: str
@@ -194,6 +199,15 @@ class PictureMaker:
             self._open = lambda: UNetPipeline(
                 unet_source, device=options.device, dtype=options.dtype
             )
+        elif latent is not None:
+            if not isinstance(options.dtype, str):
+                raise UserError(f"dtype: {options.model} takes one number format for all of it")
+            opened = LatentPipeline(latent, device=options.device, dtype=options.dtype)
+            self.spec = opened.spec
+            self._plan = make_plan(opened.spec, "any", _cascade_settings(options))
+            self.weights_hash = opened.weights_hash
+            self.dtype = str(opened.dtypes)
+            self._open = lambda: opened
         else:
             source = open_source(files, dialect=options.dialect)
             self.spec = source.spec
@@ -202,7 +216,7 @@ class PictureMaker:
             self.dtype = str(pick_dtypes(options.dtype, device))
             self._open = lambda: CascadePipeline(source, device=options.device, dtype=options.dtype)
         self._check_size()
-        self._pipeline: UNetPipeline | CascadePipeline | None = None
+        self._pipeline: AnyPipeline | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -232,7 +246,7 @@ class PictureMaker:
             "loras": self.loras,
         }
 
-    def load(self) -> UNetPipeline | CascadePipeline:
+    def load(self) -> AnyPipeline:
         """Load the networks, once.
 
         Raises:

@@ -135,6 +135,12 @@ def _add_precompute(commands: Any) -> None:
         metavar="CONFIG",
         help="a cascade_kd run's file: cache the features of its teacher that its align names",
     )
+    cache.add_argument(
+        "--reuse",
+        type=Path,
+        metavar="FOLDER",
+        help="with --out: another cache; its parts of the same pictures and weights are linked",
+    )
     cache.add_argument("--batch-size", type=int, default=64)
     cache.add_argument("--device", default="cpu")
     cache.add_argument(
@@ -276,6 +282,8 @@ def _precompute(options: argparse.Namespace, rest: list[str]) -> int:
         autoencoder=options.autoencoder,
         features=None if options.teacher_of is None else _features_of(options.teacher_of),
     )
+    if options.reuse is not None and options.shards_out is not None:
+        raise UserError("--reuse: goes with --out, whose parts are files of their own")
     if options.shards_out is not None:
         from train.data.latents import PrecomputeOptions, precompute_shards
 
@@ -310,6 +318,7 @@ def _precompute(options: argparse.Namespace, rest: list[str]) -> int:
         frozen,
         batch_size=options.batch_size,
         device=options.device,
+        reuse=options.reuse,
     )
     return 0
 

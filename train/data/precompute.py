@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cascade.checkpoints.files import atomic_path
+from cascade.checkpoints.files import atomic_path, read_metadata
 from cascade.errors import UserError
 from cascade.pipelines.placement import pick_device
 from train.data.cached import Pictures, load_pictures
@@ -26,9 +28,24 @@ _log = logging.getLogger(__name__)
 
 
 def precompute(
-    shards: str, folder: Path, frozen: FrozenPaths, *, batch_size: int = 64, device: str = "cpu"
+    shards: str,
+    folder: Path,
+    frozen: FrozenPaths,
+    *,
+    batch_size: int = 64,
+    device: str = "cpu",
+    reuse: Path | None = None,
 ) -> None:
     """Write the cache parts whose networks are named.
+
+    Args:
+        shards: Of the pictures.
+        folder: Of the cache.
+        frozen: The networks.
+        batch_size: Pictures that run together.
+        device: Where they run.
+        reuse: Another cache's folder; its parts that were made from the same pictures with the
+            same weights are linked, not made again.
 
     Raises:
         UserError: No network is named, one is missing, does not take these pictures or gives a
@@ -43,6 +60,8 @@ def precompute(
     pictures = load_pictures(shards)
     folder.mkdir(parents=True, exist_ok=True)
     for part, weights in hashes.items():
+        if reuse is not None and _reused(f"{part}.safetensors", reuse, folder, pictures, weights):
+            continue
         encoders = FrozenEncoders(frozen.only(part), target)  # one at a time in memory
         metadata = {"pictures": pictures.fingerprint(), "weights": weights}
         if part == "text":
@@ -53,6 +72,26 @@ def precompute(
             metadata["pixels"] = pictures.pixels_hash
             tensors = _encode_pictures(encoders, pictures, batch_size)
         _write(folder / f"{part}.safetensors", metadata, tensors)
+
+
+def _reused(name: str, reuse: Path, folder: Path, pictures: Pictures, weights: str) -> bool:
+    """Link a part of another cache, if it is what would be made here."""
+    there = reuse / name
+    if not there.is_file():
+        return False
+    said = read_metadata(there)
+    if (said.get("pictures"), said.get("weights")) != (pictures.fingerprint(), weights):
+        return False
+    if said.get("pixels", pictures.pixels_hash) != pictures.pixels_hash:
+        return False
+    with atomic_path(folder / name) as temporary:
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(there, temporary)
+        except OSError:  # another disk
+            shutil.copyfile(there, temporary)
+    _log.info("%s: as in %s", folder / name, reuse)
+    return True
 
 
 def _encode_text(

@@ -1,6 +1,7 @@
 """Studies: ``python -m train.study budget --config configs/study/smoke.yaml``.
 
-``budget`` compares ways to a model under one budget, on the same devices, data and protocol.
+``budget`` compares ways to a model under one budget, on the same devices, data and protocol;
+``compression`` compares sizes of Stage C's latents, each with a compressor and Stage B of its own.
 ``--dry-run`` tries a few steps of each training and prints the plan with estimated seconds.
 A study that was stopped goes on with the same command; it also writes the report again.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cascade.command import Parser
@@ -27,10 +28,14 @@ def make_parser() -> Parser:
         epilog="Any key of the configuration is an option too: --seeds '[0]'",
     )
     kinds = parser.add_subparsers(dest="kind", required=True)
-    budget = kinds.add_parser("budget", help="arms under one budget")
-    budget.add_argument("--config", required=True, help="YAML file of the study")
-    budget.add_argument("--out", type=Path, help="folder (default: runs/study/NAME)")
-    budget.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    for name, what in (
+        ("budget", "arms under one budget"),
+        ("compression", "one arm at several compression rates"),
+    ):
+        kind = kinds.add_parser(name, help=what)
+        kind.add_argument("--config", required=True, help="YAML file of the study")
+        kind.add_argument("--out", type=Path, help="folder (default: runs/study/NAME)")
+        kind.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     return parser
 
 
@@ -40,13 +45,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     # Lightning takes seconds to import.
     from train.study.budget import run_study
+    from train.study.compression import run_compression
+    from train.study.rates import load_compression
     from train.study.settings import StudyConfig
     from train.study.steps import StudyStoppedError
 
-    config = load_yaml(StudyConfig, options.config, parse_overrides(rest))
-    out = options.out or Path("runs/study") / config.name
+    overrides = parse_overrides(rest)
+    run: Callable[[Path], int]
+    if options.kind == "compression":
+        compression = load_compression(options.config, overrides)
+        name, run = (
+            compression.study.name,
+            lambda out: run_compression(compression, out, dry_run=options.dry_run),
+        )
+    else:
+        config = load_yaml(StudyConfig, options.config, overrides)
+        name, run = config.name, lambda out: run_study(config, out, dry_run=options.dry_run)
+    out = options.out or Path("runs/study") / name
     try:
-        failed = run_study(config, out, dry_run=options.dry_run)
+        failed = run(out)
     except StudyStoppedError:
         _log.info("stopped: all is saved, the same command goes on")
         return 0

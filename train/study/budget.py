@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,8 +66,37 @@ class Run:
         return self.places.here / ROWS_FILE
 
 
-def run_study(config: StudyConfig, out: Path, *, dry_run: bool = False) -> int:
+@dataclass(frozen=True)
+class Kind:
+    """What a kind of study adds to one of budgets."""
+
+    asked: Mapping[str, object]
+    """All that was asked, as plain values, which the folder keeps."""
+    judge_more: Callable[[Run, Path, Commands], dict[str, Any]]
+    """Further columns of a row, of the run and the model's folder."""
+    report: Callable[[Sequence[Mapping[str, Any]], Path, Mapping[str, Mapping[str, str]]], None]
+    """Writes the report: rows, the study's folder, what given weights had cost."""
+
+
+def budget_kind(config: StudyConfig) -> Kind:
+    """Return the kind of a study that compares arms, and no more."""
+    return Kind(
+        to_dict(config),
+        lambda run, model, commands: {},
+        lambda rows, out, given: write_report(config, rows, out, given=given),
+    )
+
+
+def run_study(
+    config: StudyConfig, out: Path, *, dry_run: bool = False, kind: Kind | None = None
+) -> int:
     """Run a study, or go on with it; print its plan, write its report.
+
+    Args:
+        config: The study.
+        out: Its folder.
+        dry_run: Print the plan and stop.
+        kind: What it is beside a study of budgets; None: no more than that.
 
     Returns:
         How many runs have failed.
@@ -76,7 +105,8 @@ def run_study(config: StudyConfig, out: Path, *, dry_run: bool = False) -> int:
         UserError: The folder holds another study, or the budget buys nothing.
         StudyStoppedError: SIGTERM; what was done stays.
     """
-    _claim(config, out)
+    kind = kind or budget_kind(config)
+    _claim(kind.asked, out)
     commands = Commands(config.launcher)
     with commands.listening():
         rates = _rates(config, out, commands, tried=dry_run)
@@ -95,17 +125,16 @@ def run_study(config: StudyConfig, out: Path, *, dry_run: bool = False) -> int:
         runs = list(_runs(config, out, plans, rates))
         for run in runs:
             if not run.rows_file.is_file():
-                _one(config, run, out, commands)
-                _collect(config, out, runs)
-    rows = _collect(config, out, runs)
+                _one(config, run, out, commands, kind)
+                _collect(config, out, runs, kind)
+    rows = _collect(config, out, runs, kind)
     failed = {(row["arm"], row["budget"], row["seed"]) for row in rows if row["status"] == "failed"}
     return len(failed)
 
 
-def _claim(config: StudyConfig, out: Path) -> None:
+def _claim(values: Mapping[str, object], out: Path) -> None:
     """Note what is asked; refuse a folder in which something else was asked."""
     file = out / STUDY_FILE
-    values = to_dict(config)
     if file.is_file():
         earlier = yaml.safe_load(file.read_text(encoding="utf-8"))
         for key, value in values.items():
@@ -117,7 +146,7 @@ def _claim(config: StudyConfig, out: Path) -> None:
     elif out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out}: holds something else; choose a new folder with --out")
     out.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(file, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    atomic_write_text(file, yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True))
 
 
 def _rates(
@@ -166,7 +195,7 @@ def _runs(
                 yield Run(arm, amount, seed, plans[amount][arm.name], rates[arm.name], places)
 
 
-def _one(config: StudyConfig, run: Run, out: Path, commands: Commands) -> None:
+def _one(config: StudyConfig, run: Run, out: Path, commands: Commands, kind: Kind) -> None:
     """Train an arm, judge its moments, keep the rows; a failure is a row as well."""
     spent, teacher = Spent(), Spent()
     rows: list[dict[str, Any]] = []
@@ -196,7 +225,7 @@ def _one(config: StudyConfig, run: Run, out: Path, commands: Commands) -> None:
             cost = spent + spent_until(ledger, moment.step or 0)
             row = {**_row(config, run, moment), "spent": to_dict(cost), "teacher": to_dict(teacher)}
             if moment.step is not None:
-                row |= _judged(config, run, moment, out, commands)
+                row |= _judged(config, run, moment, out, commands, kind)
             rows.append(row)
     except StepFailedError as error:
         _log.error("%s, seed %d: failed: %s", run.arm.name, run.seed, error)
@@ -225,7 +254,7 @@ def _row(config: StudyConfig, run: Run, moment: Moment) -> dict[str, Any]:
 
 
 def _judged(
-    config: StudyConfig, run: Run, moment: Moment, out: Path, commands: Commands
+    config: StudyConfig, run: Run, moment: Moment, out: Path, commands: Commands, kind: Kind
 ) -> dict[str, Any]:
     """Return what the protocol says of what a run had learned at a moment."""
     assert moment.step is not None
@@ -233,10 +262,11 @@ def _judged(
     judged = run.places.here / "judged" / f"{moment.fraction:g}"
     commands.assemble(run.arm.model, run.places, weights, judged / "model")
     found = judge(config, judged, run.places.shared, commands)
-    return {**found, "pictures": str(Path(found["pictures"]).relative_to(out))}
+    found["pictures"] = str(Path(found["pictures"]).relative_to(out))
+    return found | kind.judge_more(run, judged / "model", commands)
 
 
-def _collect(config: StudyConfig, out: Path, runs: list[Run]) -> list[dict[str, Any]]:
+def _collect(config: StudyConfig, out: Path, runs: list[Run], kind: Kind) -> list[dict[str, Any]]:
     """Write what there is: the rows, and the report of them."""
     rows: list[dict[str, Any]] = []
     for run in runs:
@@ -245,7 +275,7 @@ def _collect(config: StudyConfig, out: Path, runs: list[Run]) -> list[dict[str, 
     judged = [row for row in rows if row["status"] == "judged"]
     check_alike(judged, [f"{row['arm']}, seed {row['seed']}" for row in judged])
     atomic_write_text(out / RESULTS_FILE, "".join(json.dumps(row) + "\n" for row in rows))
-    write_report(config, rows, out, given=_given(config))
+    kind.report(rows, out, _given(config))
     return rows
 
 

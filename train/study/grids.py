@@ -26,7 +26,9 @@ def grid_of(folders: Mapping[str, Path], count: int, path: Path) -> bool:
     for arm, drawn in folders.items():
         # More than one only where a run was taken up again with other weights.
         folder = max(
-            (one for one in drawn.iterdir() if one.is_dir()), key=lambda one: one.stat().st_mtime
+            (one for one in drawn.iterdir() if one.is_dir()),
+            key=lambda one: one.stat().st_mtime,
+            default=drawn,  # reconstructions lie there by key
         )
         names = names or sorted(
             path.relative_to(folder).as_posix() for path in folder.rglob("*.png")

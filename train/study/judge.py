@@ -40,14 +40,14 @@ def judge(config: StudyConfig, folder: Path, shared: Path, commands: Commands) -
     """
     figures, cost = folder / FIGURES_FILE, folder / COST_FILE
     model = folder / "model"
-    options = _options(config.judge, shared)
+    options = judge_options(config.judge, shared)
     if not figures.is_file():
         words = ["--protocol", config.judge.protocol, "--model", str(model), "--out", str(folder)]
         words += ["--device", config.device, "--cost", str(cost), *options]
         commands.module("cascade.evaluate", words, folder / "evaluate.log", "figures and cost")
     rows = read_rows(figures)
     return {
-        "metrics": {row["metric"]: _figure(row) for row in rows},
+        "metrics": {row["metric"]: figure_of(row) for row in rows},
         "protocol_hash": rows[0]["protocol_hash"],
         "protocol": rows[0]["protocol"],
         "pictures": str(folder / "pictures"),
@@ -55,7 +55,8 @@ def judge(config: StudyConfig, folder: Path, shared: Path, commands: Commands) -
     }
 
 
-def _figure(row: Mapping[str, Any]) -> dict[str, Any]:
+def figure_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a study keeps of a figure."""
     better = "lower" if row["metric"] in LOWER else "higher"
     return {"value": row["value"], "label": row["label"], "better": better, "real": row["real"]}
 
@@ -72,7 +73,8 @@ def _cost(measured: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _options(config: JudgeConfig, shared: Path) -> list[str]:
+def judge_options(config: JudgeConfig, shared: Path) -> list[str]:
+    """Return the places of what a protocol measures with, as ``cascade.evaluate`` takes them."""
     named = {
         "--real": config.real,
         "--prompts": config.prompts,

@@ -60,6 +60,10 @@ class Axes:
     x: str
     y: str
     log_x: bool = False
+    marked_x: float | None = None
+    """A place on the horizontal axis that a line marks."""
+    marked: str = ""
+    """What the legend calls it."""
 
 
 def plot_lines(path: Path, lines: Sequence[Line], axes: Axes) -> None:
@@ -127,6 +131,10 @@ def _figure(axes: Axes) -> tuple[Any, Any]:
     plane.set_ylabel(axes.y)
     if axes.log_x:
         plane.set_xscale("log")
+    if axes.marked_x is not None:
+        plane.axvline(
+            axes.marked_x, color="#6b7280", linestyle=":", linewidth=1.2, label=axes.marked
+        )
     plane.grid(visible=True, color="#e5e7eb", linewidth=0.8)
     plane.set_axisbelow(True)
     for side in ("top", "right"):

@@ -51,9 +51,9 @@ def write_report(
     blocks += _curves(config, rows, out)
     blocks += _pareto(config, rows, out)
     blocks += _pictures(config, rows, out)
-    blocks += _arms(config, given)
-    blocks += _failures(rows)
-    blocks += _sources(rows)
+    blocks += arm_blocks(config, given)
+    blocks += failure_blocks(rows)
+    blocks += source_blocks(rows)
     atomic_write_text(out / MARKDOWN_FILE, to_markdown(blocks))
     atomic_write_text(out / HTML_FILE, to_html(blocks, out, f"Study: {config.name}"))
 
@@ -104,14 +104,14 @@ def _whole(config: StudyConfig, rows: Sequence[Row]) -> list[Block]:
             judged = [row for row in every if row["status"] == "judged"]
             cells = [arm.name, f"{len(judged)} of {len(config.seeds)}"]
             for name in names:
-                values = _values(judged, name)
+                values = values_of(judged, name)
                 cells.append(mean_and_spread(values) if values else "failed" if every else "")
             spent = [row["spent"] for row in judged]
             teachers = [row["teacher"]["device_seconds"] for row in judged]
             cells += [
-                _mean(spent, "samples", ",.0f"),
-                _mean(spent, "flops", ".3g"),
-                _mean(spent, "device_seconds", ",.0f"),
+                mean_cost(spent, "samples", ",.0f"),
+                mean_cost(spent, "flops", ".3g"),
+                mean_cost(spent, "device_seconds", ",.0f"),
                 f"{statistics.mean(teachers):,.0f}" if teachers else "",
             ]
             if config.price_per_device_hour is not None:
@@ -119,12 +119,12 @@ def _whole(config: StudyConfig, rows: Sequence[Row]) -> list[Block]:
                 price = config.price_per_device_hour
                 cells.append(f"{statistics.mean(seconds) / 3600 * price:,.2f}" if seconds else "")
             table.append(tuple(cells))
-        real = [_figure(rows, name)["real"] for name in names]
+        real = [some_figure(rows, name)["real"] for name in names]
         if any(value is not None for value in real):
             cells = ["" if value is None else f"{value:.4g}" for value in real]
             padding = [""] * (len(table[0]) - 2 - len(names))
             table.append(("real pictures", "", *cells, *padding))
-        head = ["arm", "seeds", *(_title(rows, name) for name in names)]
+        head = ["arm", "seeds", *(figure_title(rows, name) for name in names)]
         head += ["samples", "FLOPs", "device seconds", "teacher's seconds"]
         if config.price_per_device_hour is not None:
             head.append("price")
@@ -155,7 +155,7 @@ def _curves(config: StudyConfig, rows: Sequence[Row], out: Path) -> list[Block]:
                 points = []
                 for fraction in config.evaluate_at:
                     judged = _judged(rows, arm.name, amount, fraction)
-                    values = _values(judged, name)
+                    values = values_of(judged, name)
                     if values:
                         spent = [row["spent"][unit] for row in judged]
                         points.append(Point(statistics.mean(spent), tuple(values)))
@@ -166,9 +166,9 @@ def _curves(config: StudyConfig, rows: Sequence[Row], out: Path) -> list[Block]:
                     lines.append(Line(label, tuple(points), colour, style))
         if lines:
             file = f"{PLOTS}/{arm_folder(name)}.svg"
-            axes = Axes(UNIT_TITLES[unit] + " spent", _title(rows, name))
+            axes = Axes(UNIT_TITLES[unit] + " spent", figure_title(rows, name))
             plot_lines(out / file, lines, axes)
-            blocks.append(Picture(file, f"{_title(rows, name)} against {UNIT_TITLES[unit]}"))
+            blocks.append(Picture(file, f"{figure_title(rows, name)} against {UNIT_TITLES[unit]}"))
     return blocks
 
 
@@ -186,24 +186,26 @@ def _pareto(config: StudyConfig, rows: Sequence[Row], out: Path) -> list[Block]:
         if not judged:
             continue
         costs = [row["cost"] for row in judged]
-        cells = [arm, f"{costs[0]['parameters']:,}", _mean(costs, "gflops", ",.3g")]
-        cells += [_mean(costs, key, ",.3g") for key, _ in _COSTS]
+        cells = [arm, f"{costs[0]['parameters']:,}", mean_cost(costs, "gflops", ",.3g")]
+        cells += [mean_cost(costs, key, ",.3g") for key, _ in _COSTS]
         table.append(tuple(cells))
     blocks.append(Table(head, tuple(table)))
     best = names[0]
-    higher = _figure(rows, best)["better"] == "higher"
+    higher = some_figure(rows, best)["better"] == "higher"
     for key, title in _COSTS:
         lines = []
         for colour, (arm, judged) in enumerate(by_arm.items()):
             costs = [row["cost"][key] for row in judged if row["cost"].get(key) is not None]
             if costs:
-                point = Point(statistics.median(costs), tuple(_values(judged, best)))
+                point = Point(statistics.median(costs), tuple(values_of(judged, best)))
                 lines.append(Line(arm, (point,), colour))
         if lines:
             file = f"{PLOTS}/{key}.svg"
-            plot_front(out / file, lines, Axes(title, _title(rows, best)), higher_is_better=higher)
+            plot_front(
+                out / file, lines, Axes(title, figure_title(rows, best)), higher_is_better=higher
+            )
             blocks.append(
-                Picture(file, f"{_title(rows, best)} against {title}; grey: the Pareto front")
+                Picture(file, f"{figure_title(rows, best)} against {title}; grey: the Pareto front")
             )
     return blocks
 
@@ -223,7 +225,8 @@ def _pictures(config: StudyConfig, rows: Sequence[Row], out: Path) -> list[Block
     return [Heading("Pictures"), Picture(file, caption)]
 
 
-def _arms(config: StudyConfig, given: Mapping[str, Mapping[str, str]]) -> list[Block]:
+def arm_blocks(config: StudyConfig, given: Mapping[str, Mapping[str, str]]) -> list[Block]:
+    """Return what the arms are, and what they were given."""
     blocks: list[Block] = [Heading("The arms")]
     rows = []
     for arm in config.arms:
@@ -252,7 +255,8 @@ def _arms(config: StudyConfig, given: Mapping[str, Mapping[str, str]]) -> list[B
     return blocks
 
 
-def _failures(rows: Sequence[Row]) -> list[Block]:
+def failure_blocks(rows: Sequence[Row]) -> list[Block]:
+    """Return which runs have failed and why; nothing where none has."""
     failed = {
         (row["arm"], row["budget"], row["seed"]): row["why"]
         for row in rows
@@ -266,7 +270,7 @@ def _failures(rows: Sequence[Row]) -> list[Block]:
     return [Heading("Runs that failed"), Table(("arm", "budget", "seed", "why"), table, 4)]
 
 
-def _sources(rows: Sequence[Row]) -> list[Block]:
+def source_blocks(rows: Sequence[Row]) -> list[Block]:
     """Return where the numbers are from: one line for each protocol, commit and machine."""
     found: dict[tuple[str, str, str], int] = {}
     for row in rows:
@@ -296,11 +300,12 @@ def _judged(rows: Sequence[Row], arm: str, amount: float, fraction: float) -> li
     return [row for row in _of(rows, arm, amount, fraction) if row["status"] == "judged"]
 
 
-def _values(rows: Sequence[Row], name: str) -> list[float]:
+def values_of(rows: Sequence[Row], name: str) -> list[float]:
+    """Return what each row measured of a figure."""
     return [row["metrics"][name]["value"] for row in rows if name in row["metrics"]]
 
 
-def _figure(rows: Sequence[Row], name: str) -> Mapping[str, Any]:
+def some_figure(rows: Sequence[Row], name: str) -> Mapping[str, Any]:
     """Return what some row says of a figure that at least one has."""
     found: Mapping[str, Any] = next(
         row["metrics"][name] for row in rows if name in row.get("metrics", {})
@@ -308,12 +313,14 @@ def _figure(rows: Sequence[Row], name: str) -> Mapping[str, Any]:
     return found
 
 
-def _title(rows: Sequence[Row], name: str) -> str:
-    figure = _figure(rows, name)
+def figure_title(rows: Sequence[Row], name: str) -> str:
+    """Return a figure's name with an arrow to where it is better."""
+    figure = some_figure(rows, name)
     return f"{figure['label']} {'↑' if figure['better'] == 'higher' else '↓'}"
 
 
-def _mean(costs: Sequence[Mapping[str, Any]], key: str, form: str) -> str:
+def mean_cost(costs: Sequence[Mapping[str, Any]], key: str, form: str) -> str:
+    """Write the mean of a cost, where it was counted."""
     values = [cost[key] for cost in costs if cost.get(key) is not None]
     if not costs:
         return ""

@@ -93,7 +93,7 @@ class StepConfig:
 class ModelConfig:
     """How what an arm has trained becomes a model folder."""
 
-    command: Literal["train.assemble", "train.assemble_unet"]
+    command: Literal["train.assemble", "train.assemble_unet", "train.assemble_latent"]
     config: str
     set: dict[str, Option] = field(default_factory=dict)
 

@@ -60,7 +60,9 @@ class StageCRun:
     text: str
     """Text encoder's folder, or a model with one; a cache must come from it."""
     compressor: str
-    """Semantic compressor's file, or a model with one; a cache must come from it."""
+    """Semantic compressor's file, or a model with one; a cache must come from it. The file of a KL
+    autoencoder, written here, has Stage C learn its latents instead: see ``train.assemble_latent``.
+    """
     model: StageCConfig | None = None
     """Sizes of Stage C."""
     model_v2: StageCV2Config | None = None

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from train.study.knee import find_knee
+from train.study.plots import Point
+
+BYTES = [512, 1024, 2048, 4096, 8192]
+
+
+def curve(*means: float, spread: float = 0.0) -> list[Point]:
+    return [
+        Point(x, (mean - spread, mean, mean + spread)) for x, mean in zip(BYTES, means, strict=True)
+    ]
+
+
+def test_the_knee_is_where_a_saturating_curve_bends():
+    assert find_knee(curve(10, 20, 28, 29, 30), higher_is_better=True).x == 2048
+    # The distance from the chord: (28 - 10) / 20 - 2 / 4.
+    found = find_knee(curve(10, 20, 28, 29, 30), higher_is_better=True)
+    assert found.distance == pytest.approx(0.4)
+
+
+def test_less_may_be_better_and_the_order_does_not_matter():
+    points = curve(30, 20, 12, 11, 10)
+    assert find_knee(points[::-1], higher_is_better=False).x == 2048
+    assert find_knee(points, higher_is_better=True).x is None
+
+
+def test_bytes_are_on_a_logarithmic_axis():
+    straight = [math.log2(x) for x in BYTES]
+    found = find_knee(curve(*straight), higher_is_better=True)
+    assert found.x is None and found.why == "the curve is nearly straight"
+
+
+@pytest.mark.parametrize(
+    ("means", "spread", "why"),
+    [
+        ((1, 1, 1, 1, 1), 0.0, "all rates are alike"),
+        ((1, 1.1, 1.2, 1.4, 5), 0.0, "the curve is nearly straight"),  # it bends the other way
+        ((5, 4, 3, 2, 1), 0.0, "does not rise"),
+        ((1, 4, 9, 4, 2), 0.0, "best in between, at 2,048 bytes"),
+        ((10, 20, 28, 29, 30), 20.0, "no larger than the spread over seeds"),
+        ((10, 20, math.inf, 29, 30), 0.0, "not finite"),
+    ],
+)
+def test_where_there_is_no_clear_knee_it_says_why(means, spread, why):
+    found = find_knee(curve(*means, spread=spread), higher_is_better=True)
+    assert found.x is None
+    assert why in found.why
+
+
+def test_three_rates_have_no_shape():
+    found = find_knee(curve(10, 20, 28, 29, 30)[:3], higher_is_better=True)
+    assert found.x is None and "too few" in found.why

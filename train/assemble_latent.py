@@ -1,0 +1,85 @@
+"""A Stage C on an autoencoder's latents as a model: ``python -m train.assemble_latent --config F``.
+
+Checks that the parts fit and that Stage C is sampled as it was trained; writes the folder whole or
+not at all, and loads it once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cascade.checkpoints.files import atomic_folder, load_network, read_metadata
+from cascade.command import Parser
+from cascade.config import load_yaml, parse_overrides
+from cascade.errors import UserError, run_main
+from cascade.pipelines.latent import NETWORKS, LatentPipeline, LatentSpec, save_latent_spec
+from train.assemble import TEXT_FILES
+from train.losses.denoising import DIFFUSION_KEY
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class AssembleLatentConfig:
+    """Where the trained parts lie, and how the whole is sampled."""
+
+    spec: LatentSpec
+    """Becomes ``latent.json``."""
+    stage_c: str
+    autoencoder_kl: str
+    text: str
+    """Folder of the text encoder."""
+
+
+def assemble_latent(config: AssembleLatentConfig, out: Path) -> None:
+    """Write the model folder, whole or not at all.
+
+    Raises:
+        UserError: A part is missing, is another network's, or does not fit the others; the folder
+            is not empty.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out}: not empty; name a new folder")
+    sources = {f"{name}.safetensors": Path(getattr(config, name)) for name in NETWORKS}
+    sources |= {f"text/{name}": Path(config.text) / name for name in TEXT_FILES}
+    for path in sources.values():
+        if not path.is_file():
+            raise UserError(f"{path}: not there; train it first")
+    for name, network in NETWORKS.items():
+        load_network(getattr(config, name), expect=network)
+    trained = json.loads(read_metadata(Path(config.stage_c)).get(DIFFUSION_KEY, "{}"))
+    for key, value in trained.items():
+        if getattr(config.spec.stage_c, key) != value:
+            raise UserError(
+                f"{config.stage_c}: trained with {key} {value}, but spec.stage_c.{key} is "
+                f"{getattr(config.spec.stage_c, key)}; set it to {value}"
+            )
+    with atomic_folder(out) as temporary:
+        (temporary / "text").mkdir()
+        for name, path in sources.items():
+            shutil.copyfile(path, temporary / name)
+        save_latent_spec(config.spec, temporary)
+        LatentPipeline(temporary, device="cpu")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, assemble, say what was written."""
+    parser = Parser(prog="python -m train.assemble_latent", description=__doc__)
+    parser.add_argument("--config", required=True, help="YAML file of the model")
+    parser.add_argument("--out", type=Path, required=True, help="model folder to write")
+    options, rest = parser.parse_known_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    config = load_yaml(AssembleLatentConfig, options.config, parse_overrides(rest))
+    assemble_latent(config, options.out)
+    _log.info("wrote %s", options.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
