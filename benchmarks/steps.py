@@ -30,6 +30,7 @@ from cascade.checkpoints.files import load_network  # noqa: E402
 from cascade.command import Parser, parse_all  # noqa: E402
 from cascade.errors import UserError, run_main  # noqa: E402
 from cascade.evaluate.clip_scorer import ClipScorer  # noqa: E402
+from cascade.evaluate.distances import frechet_distance, gaussian_of, matrix_root  # noqa: E402
 from cascade.evaluate.retrieval import (  # noqa: E402
     Agreement,
     agreement,
@@ -87,24 +88,6 @@ def ways_of(
         if guidance is not None:
             asked = replace(asked, guidance=guidance)
         yield Way("student", network, asked)
-
-
-def frechet_distance(one: Tensor, other: Tensor) -> float:
-    """Return the Frechet distance of Gaussians fitted to two sets of features ``(N, D)``.
-
-    To be replaced by ``cascade.evaluate.distances`` once that is merged.
-
-    Reference: Heusel et al., 2017, arXiv:1706.08500, eq. 6.
-    """
-    one, other = one.double(), other.double()
-    covariances = [torch.cov(features.T) for features in (one, other)]
-    values, vectors = torch.linalg.eigh(covariances[0])
-    root = vectors @ torch.diag(values.clamp(0).sqrt()) @ vectors.T
-    # The eigenvalues of A B are those of sqrt(A) B sqrt(A), which is symmetric.
-    mixed = torch.linalg.eigvalsh(root @ covariances[1] @ root).clamp(0).sqrt().sum()
-    apart = (one.mean(dim=0) - other.mean(dim=0)).square().sum()
-    traces = covariances[0].trace() + covariances[1].trace()
-    return float(apart + traces - 2.0 * mixed)
 
 
 def embeddings(
@@ -181,7 +164,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     few = find_student(options.few, pipeline, stage)
     scorer = ClipScorer.from_folder(options.model / "text")
     asked = ask(split, scorer, NUM_CANDIDATES, torch.Generator().manual_seed(0))
-    real = real_features(scorer, split)
+    real = gaussian_of(real_features(scorer, split))
+    root = matrix_root(real.covariance)
     mine = scorer.embed_pictures(pixels_of(split, [split.entries[i].key for i in split.asked]))
     shuffled = mine[derangement(len(mine), torch.Generator().manual_seed(0))]
     columns = ("network", "steps", "guidance", "passes", "first of 100", "first five", "Frechet")
@@ -189,19 +173,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("| --- " * (len(columns) + 1) + "|")
     for name, vectors in (("real pictures", mine), ("shuffled", shuffled)):
         marks = agreement(true_ranks(vectors, asked.vectors, asked.candidates))
-        far = f"{frechet_distance(vectors, real):.4f} | "
+        far = f"{frechet_distance(real, gaussian_of(vectors), root):.4f} | "
         print(row(name, "", "", "", marks, far))
     plain = (getattr(pipeline, stage), getattr(pipeline.spec, stage))
     started_s = time.perf_counter()
     for way in ways_of(plain, few, options.steps, options.few_steps, options.guidance):
         vectors, seconds = embeddings(pipeline, stage, way, scorer, asked, options.seed)
         found = agreement(true_ranks(vectors, asked.vectors, asked.candidates))
-        more = f"{frechet_distance(vectors, real):.4f} | {seconds:.3f}"
+        more = f"{frechet_distance(real, gaussian_of(vectors), root):.4f} | {seconds:.3f}"
         sampling = way.sampling
         numbers = (str(sampling.steps), f"{sampling.guidance:g}", str(way.passes))
         print(row(way.name, *numbers, found, more), flush=True)
     print(
-        f"\n{len(asked.prompts)} prompts of {split.name} against {len(real)} real pictures; seeds "
+        f"\n{len(asked.prompts)} prompts of {split.name} against {real.count} real pictures; seeds "
         f"{options.seed} to {options.seed + len(asked.prompts) - 1}; {stage} as "
         f"{options.dtype}; commit {commit()}; {machine(torch.device('cpu'))}; "
         f"{time.perf_counter() - started_s:.0f} s"

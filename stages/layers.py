@@ -31,8 +31,25 @@ class LayerNorm2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalized tensor; statistics are float32 inside the kernel."""
-        tokens = F.layer_norm(x.permute(0, 2, 3, 1), (self.channels,), eps=NORM_EPS)
+        tokens = x.permute(0, 2, 3, 1)  # (B, H, W, C)
+        if not torch.compiler.is_compiling() and unpack_dual(x).tangent is not None:
+            tokens = _layer_norm(tokens)
+        else:
+            tokens = F.layer_norm(tokens, (self.channels,), eps=NORM_EPS)
         return tokens.permute(0, 3, 1, 2)
+
+
+def _layer_norm(x: Tensor) -> Tensor:
+    """Return ``x`` normalized over its last axis, of operations with one derivative each.
+
+    The forward-mode derivative of torch's own layer norm is computed in another order while a
+    ``TorchDispatchMode`` is active, as ``FlopCounter`` is: a step that is counted, as the first one
+    of a resumed run is, would differ from one that is not.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    centred = wide - wide.mean(dim=-1, keepdim=True)
+    variance = centred.square().mean(dim=-1, keepdim=True)
+    return (centred * (variance + NORM_EPS).rsqrt()).to(x.dtype)
 
 
 class GlobalResponseNorm(nn.Module):

@@ -171,7 +171,7 @@ def _check_sampling(config: AssembleConfig) -> None:
         if distilled.get("guidance_range") is not None:
             trained["guidance_range"] = tuple(distilled["guidance_range"])
         if distilled.get("sampler") == "lcm":
-            trained["sampler"] = "lcm"
+            trained |= {"sampler": "lcm", "max_steps": distilled["max_steps"]}
         sampling = getattr(config.spec, stage)
         for name, value in trained.items():
             if getattr(sampling, name) != value:

@@ -9,6 +9,7 @@ import torch
 
 from cascade.checkpoints.load import build
 from cascade.errors import UserError
+from cascade.pipelines.few_steps import DISTILLED_KEY
 from stages.stage_b import StageBConfig
 from train.data.open import open_data
 from train.distill.thinned import thinned
@@ -111,6 +112,11 @@ def _check_teacher(config: StageBKDRun, sizes: StageBConfig, teacher: FrozenStag
                 f"teacher.network {teacher.name}: its {name} is {theirs}, the student's {ours}: "
                 "they are not told the same"
             )
+    if DISTILLED_KEY in teacher.found.opened.metadata:
+        raise UserError(
+            f"teacher.network {teacher.name}: was distilled for few steps or a guidance scale; "
+            "name the plain network that it was distilled from"
+        )
     text = teacher.found.opened.metadata.get(DIFFUSION_KEY)
     # Published files say nothing, and are epsilon on the cosine.
     said = {name: getattr(DiffusionConfig(), name) for name in SAMPLED}

@@ -100,7 +100,8 @@ def measure(options: argparse.Namespace) -> int:
         if options.model is None and getattr(options, name) is not None:
             raise UserError(f"--{name.replace('_', '-')} is for --model, not for --pictures")
     # Not before the command line is read: torch takes seconds.
-    from cascade.evaluate.drawn import draw_pictures, load_pipeline
+    from cascade.evaluate.drawn import draw_pictures, maker_of
+    from cascade.evaluate.generate import Part
     from cascade.evaluate.measure import Judge
     from cascade.evaluate.picture_sets import open_set
     from cascade.evaluate.protocol import PROMPTED, load_protocol
@@ -110,7 +111,11 @@ def measure(options: argparse.Namespace) -> int:
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     protocol = load_protocol(options.protocol)
-    device = pick_device(options.device)
+    part = Part.of_environment()
+    if part.number > 0 and options.model is None:
+        return 0  # --pictures are measured once
+    named_device = part.device(options.device)
+    device = pick_device(named_device)
     asks = bool(set(protocol.metrics) & PROMPTED) or protocol.prompts.inline or options.model
     # Reconstructions, for one, have keys and no prompts.
     prompts = protocol.read_prompts(options.prompts) if asks or options.prompts else []
@@ -126,14 +131,18 @@ def measure(options: argparse.Namespace) -> int:
     judge = Judge(protocol, yardsticks, prompts, real)
     folder, model = options.pictures, str(options.pictures)
     if options.model is not None:
-        pipeline = load_pipeline(
-            options.model, protocol, unet=options.unet, device=options.device, dtype=options.dtype
+        maker = maker_of(
+            options.model, protocol, unet=options.unet, device=named_device, dtype=options.dtype
         )
-        if options.cost is not None:
-            cost_of(pipeline, protocol, file=options.cost)
+        if options.cost is not None and part.number == 0:
+            cost_of(maker, file=options.cost)
         drawn = draw_pictures(
-            pipeline, prompts, protocol, options.out / "pictures", options.batch_size
+            maker, prompts, protocol, options.out / "pictures", part, options.batch_size
         )
+        if part.number > 0:
+            print(f"process {part.number} of {part.count} made its share; process 0 measures")
+            return 0
+        drawn.wait()
         folder, model = drawn.folder, drawn.model
     pictures = open_set(
         folder, protocol.size, protocol.resize, protocol.picture_format, protocol.generated_size

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cascade.evaluate.energy import EnergyMeter
+from cascade.evaluate.energy import EnergyMeter, gpus_of
 from cascade.evaluate.flops import FlopCounter
 from cascade.evaluate.process_memory import is_measurable, measure, reset_peak
 from cascade.pipelines.cascade import CascadePipeline
@@ -195,8 +195,7 @@ def measure_inference(
         draw()
     peak = peak_memory(draw, device)
     seconds: dict[str, list[float]] = {}
-    gpus = 1 if device.type == "cuda" else 0
-    meter = EnergyMeter(gpus)
+    meter = EnergyMeter(gpus_of(device))
     for _ in range(repeats):
         wait(device)
         started_s = time.perf_counter()

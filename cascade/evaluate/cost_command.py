@@ -14,8 +14,7 @@ from cascade.errors import UserError
 
 if TYPE_CHECKING:
     from cascade.evaluate.cost import InferenceCost
-    from cascade.evaluate.drawn import Pipeline
-    from cascade.evaluate.protocol import Protocol
+    from cascade.evaluate.generate import PictureMaker
 
 PROMPT = "a 3D render of a red apple"
 
@@ -73,19 +72,17 @@ def show_cost(options: argparse.Namespace) -> int:
 
 
 def cost_of(
-    pipeline: Pipeline,
-    protocol: Protocol | None,
+    maker: PictureMaker,
     *,
     batch_size: int = 1,
     warm_up: int = 2,
     repeats: int = 10,
     file: Path | None = None,
 ) -> InferenceCost:
-    """Measure what a loaded model's pictures cost.
+    """Measure what a model's pictures cost.
 
     Args:
-        pipeline: The model.
-        protocol: Size and sampling; None: the model's own.
+        maker: The model, and how it is asked.
         batch_size: Pictures made together.
         warm_up: Batches before the clock runs.
         repeats: Batches on the clock.
@@ -93,13 +90,18 @@ def cost_of(
     """
     from cascade.checkpoints.files import atomic_write_text
     from cascade.evaluate.cost import measure_inference
-    from cascade.evaluate.drawn import plan_of
+    from cascade.evaluate.generate import Item, Refused
     from cascade.evaluate.provenance import commit, machine
 
-    run = plan_of(pipeline, [PROMPT] * batch_size, list(range(batch_size)), protocol)
+    pipeline = maker.load()
+    items = [Item(str(seed), PROMPT, seed) for seed in range(batch_size)]
 
     def draw() -> Mapping[str, float]:
-        pictures = list(run(batch_size))
+        pictures = []
+        for _, made in maker.make(items, batch_size=batch_size):
+            if isinstance(made, Refused):
+                raise UserError(f"{maker.options.model}: a picture is none, for {made.reason}")
+            pictures.append(made)
         stages = pictures[0].seconds
         return {name: sum(picture.seconds[name] for picture in pictures) for name in stages}
 
@@ -112,18 +114,18 @@ def cost_of(
 
 
 def _inference(options: argparse.Namespace) -> str:
-    from cascade.evaluate.drawn import load_any
+    from cascade.evaluate.drawn import maker_of
     from cascade.evaluate.protocol import load_protocol
     from cascade.evaluate.provenance import commit, machine
 
     protocol = None if options.protocol is None else load_protocol(options.protocol)
-    pipeline = load_any(
-        options.model, unet=options.unet, device=options.device, dtype=options.dtype
+    maker = maker_of(
+        options.model, protocol, unet=options.unet, device=options.device, dtype=options.dtype
     )
+    pipeline = maker.load()
     count = options.batch_size
     cost = cost_of(
-        pipeline,
-        protocol,
+        maker,
         batch_size=count,
         warm_up=options.warm_up,
         repeats=options.repeats,

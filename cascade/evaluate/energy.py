@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+import torch
+
+
+def gpus_of(device: torch.device) -> list[int]:
+    """Return the number of a device's GPU as torch counts them; nothing of other devices."""
+    if device.type != "cuda":
+        return []
+    return [torch.cuda.current_device() if device.index is None else device.index]
 
 
 class EnergyMeter:
     """Joules of GPUs of this machine since the last reading."""
 
-    def __init__(self, num_gpus: int = 0, first: int = 0) -> None:
-        """Take how many GPUs this machine's part of the run uses; 0 measures nothing.
+    def __init__(self, gpus: Sequence[int] = ()) -> None:
+        """Take the GPUs that this machine's part of the run uses; none measures nothing.
 
         Args:
-            num_gpus: How many.
-            first: Number of the first of them.
+            gpus: Their numbers as torch counts them, which are not NVML's where
+                ``CUDA_VISIBLE_DEVICES`` chooses some: the two meet by the GPU's UUID.
         """
         self._nvml: Any = None
         self._handles: list[Any] = []
         self._last_j = 0.0
-        if num_gpus == 0:
+        if not gpus:
             return
         try:
             import pynvml
 
             pynvml.nvmlInit()
-            gpus = range(first, first + num_gpus)
-            self._handles = [pynvml.nvmlDeviceGetHandleByIndex(gpu) for gpu in gpus]
+            names = [f"GPU-{torch.cuda.get_device_properties(gpu).uuid}" for gpu in gpus]
+            self._handles = [pynvml.nvmlDeviceGetHandleByUUID(name) for name in names]
             self._nvml = pynvml
             self._last_j = self._read_j()
         except Exception:  # no library, no driver, or a GPU that does not tell: no figure

@@ -24,6 +24,8 @@ class FlopCounter(TorchDispatchMode):
 
     The formulas are torch's own; its ``FlopCounterMode`` leaves out attention on a CPU, and takes
     apart what it has no formula for, so that the step's values differ in their last bits.
+    Forward-mode derivatives are an exception: under any dispatch mode torch computes that of its
+    layer norm, for one, in another order (``stages.layers`` writes its own for that reason).
     """
 
     def __init__(self, *, take_apart: bool = False, where: Callable[[], str] | None = None) -> None:

@@ -15,7 +15,9 @@ rounding.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -29,6 +31,7 @@ from cascade.errors import UserError
 from cascade.images import save_png
 from cascade.pipelines.cascade import CascadePipeline
 from cascade.pipelines.finite import BlankPictureError, NonFiniteError
+from cascade.pipelines.latent import LatentPipeline, is_latent
 from cascade.pipelines.parts import Dialect, open_source
 from cascade.pipelines.placement import DtypeChoice, pick_device, pick_dtypes, pick_unet_dtypes
 from cascade.pipelines.plan import Plan, Request, Settings, check_text, make_plan
@@ -41,7 +44,10 @@ from cascade.pipelines.unet_parts import is_unet, open_unet_source
 from cascade.pipelines.unet_plan import UNetPlan, UNetSettings, make_unet_plan
 from cascade.pipelines.unet_spec import UNetSpec
 
+_log = logging.getLogger(__name__)
+
 T = TypeVar("T")
+_TELL_EVERY_S = 20.0
 _CHUNK = 8
 """Batches that are planned together; a prompt's text states are kept no longer."""
 _LAUNCHERS = (
@@ -56,7 +62,7 @@ class Item:
     """A picture to make."""
 
     key: str
-    """Its name among all; letters, digits, ``-`` and ``_``."""
+    """Its name among all, of which a file's is made; with ``/`` in it, one in a folder."""
     prompt: str
     seed: int
 
@@ -92,11 +98,16 @@ class Part:
             UserError: What they told is no share.
         """
         for number, count, local in _LAUNCHERS:
-            if int(os.environ.get(count, "1")) > 1:
-                values = [os.environ.get(name, "0") for name in (number, count, local)]
-                if not all(value.isdecimal() for value in values):
-                    raise UserError(f"{number}, {count}, {local}: {values}; the launcher sets them")
-                return cls(*map(int, values))
+            if os.environ.get(count, "1") == "1":
+                continue
+            # Without a number every process would take the first share, and nobody the others.
+            values = [os.environ.get(number), os.environ.get(count), os.environ.get(local, "0")]
+            if not all(value is not None and value.isdecimal() for value in values):
+                raise UserError(
+                    f"{number}, {count} and {local} are {', '.join(map(str, values))}: the "
+                    f"launcher sets them; start with it, or unset {count}"
+                )
+            return cls(*(int(value) for value in values if value is not None))
         return cls()
 
     def of(self, whole: Sequence[T]) -> Sequence[T]:
@@ -142,6 +153,9 @@ class MakerOptions:
     dtype: DtypeChoice = "auto"
 
 
+AnyPipeline = UNetPipeline | CascadePipeline | LatentPipeline
+
+
 @dataclass(frozen=True)
 class Refused:
     """A picture that is none."""
@@ -161,12 +175,13 @@ class PictureMaker:
         """
         files = resolve(options.model, variant=options.variant)
         self.options = options
-        self.is_unet = is_unet(files)
+        latent = next((folder for folder in files.folders if is_latent(folder)), None)
+        self.is_unet = latent is None and is_unet(files)
         _refuse_others(options, self.is_unet)
         # Any prompt will do: what is shared by all pictures is settled here.
         self.spec: UNetSpec | CascadeSpec
         self._plan: UNetPlan | Plan
-        self._open: Callable[[], UNetPipeline | CascadePipeline]
+        self._open: Callable[[], AnyPipeline]
         self.loras: list[dict[str, object]] = []
         """File, hash and weight of each LoRA."""
         self.dtype: str
@@ -184,6 +199,15 @@ class PictureMaker:
             self._open = lambda: UNetPipeline(
                 unet_source, device=options.device, dtype=options.dtype
             )
+        elif latent is not None:
+            if not isinstance(options.dtype, str):
+                raise UserError(f"dtype: {options.model} takes one number format for all of it")
+            opened = LatentPipeline(latent, device=options.device, dtype=options.dtype)
+            self.spec = opened.spec
+            self._plan = make_plan(opened.spec, "any", _cascade_settings(options))
+            self.weights_hash = opened.weights_hash
+            self.dtype = str(opened.dtypes)
+            self._open = lambda: opened
         else:
             source = open_source(files, dialect=options.dialect)
             self.spec = source.spec
@@ -192,7 +216,7 @@ class PictureMaker:
             self.dtype = str(pick_dtypes(options.dtype, device))
             self._open = lambda: CascadePipeline(source, device=options.device, dtype=options.dtype)
         self._check_size()
-        self._pipeline: UNetPipeline | CascadePipeline | None = None
+        self._pipeline: AnyPipeline | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -222,7 +246,7 @@ class PictureMaker:
             "loras": self.loras,
         }
 
-    def load(self) -> UNetPipeline | CascadePipeline:
+    def load(self) -> AnyPipeline:
         """Load the networks, once.
 
         Raises:
@@ -352,12 +376,30 @@ def make_files(
     Returns:
         What was refused.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    missing = [item for item in part.of(items) if not (folder / f"{item.key}.png").is_file()]
+    missing = missing_of(part.of(items), folder)
+    if not missing:
+        return []  # nothing is loaded
     refused = []
-    for item, made in maker.make(missing, batch_size=batch_size):
+    told_s = time.monotonic()
+    for done, (item, made) in enumerate(maker.make(missing, batch_size=batch_size), 1):
         if isinstance(made, Refused):
             refused.append((item, made))
+            _log.warning("%s is refused: %s", item.key, made.reason)
         else:
-            save_png(made.image, folder / f"{item.key}.png", made.metadata)
+            path = file_of(item, folder)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_png(made.image, path, made.metadata)
+        if time.monotonic() - told_s > _TELL_EVERY_S or done == len(missing):
+            told_s = time.monotonic()
+            _log.info("%d of %d pictures made", done - len(refused), len(missing))
     return refused
+
+
+def file_of(item: Item, folder: Path) -> Path:
+    """Return an item's file among those of :func:`make_files`."""
+    return folder / f"{item.key}.png"
+
+
+def missing_of(items: Sequence[Item], folder: Path) -> list[Item]:
+    """Return the items that have no file yet."""
+    return [item for item in items if not file_of(item, folder).is_file()]

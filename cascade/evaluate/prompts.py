@@ -153,7 +153,9 @@ def _from_row(row: Any, number: int, where: str) -> Prompt:
     text = next((row[name] for name in _TEXTS if row.get(name)), None)
     if not isinstance(text, str):
         raise UserError(f"{where}: no prompt under {', '.join(_TEXTS)}")
-    key = next((str(row[name]) for name in _KEYS if row.get(name)), f"{number:05d}")
+    # An id of 0 is one: the others of its list would not be numbered by place either.
+    keys = (str(row[name]) for name in _KEYS if row.get(name) not in (None, ""))
+    key = next(keys, f"{number:05d}")
     if re.search(r"\.(png|jpe?g|webp)$", key, flags=re.I):
         key = key.rsplit(".", 1)[0]
     return Prompt(key, text.strip(), _attributes(row))
@@ -203,7 +205,10 @@ def _from_shard(path: Path) -> list[Prompt]:
                 content = b"" if file is None else file.read()
                 key = member_key(member.name)
                 if suffix == "json":
-                    metadata[key] = json.loads(content)
+                    row = json.loads(content)
+                    if not isinstance(row, dict):
+                        raise UserError(f"{path}: {member.name}: not a JSON object")
+                    metadata[key] = row
                 else:
                     texts[key] = content.decode().split("\n", 1)[0].strip()
     except (tarfile.TarError, ValueError, UnicodeDecodeError) as error:

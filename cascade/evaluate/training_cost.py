@@ -13,6 +13,8 @@ from cascade.errors import UserError
 from cascade.evaluate.results import markdown_table, number_text
 
 LEDGER_FILE = "ledger.jsonl"
+PICTURES_PHASE = "teacher"
+"""``phase`` of the rows of ``python -m train.distill generate``."""
 _NEEDED = ("samples", "seconds", "device_seconds", "flops", "energy_j", "peak_memory_mib")
 
 
@@ -22,7 +24,8 @@ class RunCost:
 
     name: str
     samples: int
-    """Samples that it learned from: its progress; what a killed start made again is in the rest."""
+    """Samples that it learned from: its progress; what a killed start made again is in the rest.
+    Of a teacher's set, the pictures that were made of it."""
     device_seconds: float
     """Seconds of all its devices."""
     phase_seconds: dict[str, float]
@@ -60,13 +63,19 @@ def read_ledger(run: Path) -> RunCost:
             phases[phase] = phases.get(phase, 0.0) + seconds
     return RunCost(
         name=path.parent.name,
-        samples=max(row["samples"] for row in rows),
+        samples=_samples(rows),
         device_seconds=math.fsum(row["device_seconds"] for row in rows),
         phase_seconds=phases,
         flops=_sum_of(rows, "flops"),
         energy_j=_sum_of(rows, "energy_j"),
         peak_memory_mib=max(row["peak_memory_mib"] for row in rows),
     )
+
+
+def _samples(rows: Sequence[Mapping[str, Any]]) -> int:
+    """Return a run's progress, or the pictures of a set: its rows count their own alone."""
+    made = [row["samples"] for row in rows if row.get("phase") == PICTURES_PHASE]
+    return sum(made) if made else max(row["samples"] for row in rows)
 
 
 def _row(line: str, where: str) -> dict[str, Any]:

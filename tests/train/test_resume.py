@@ -24,12 +24,18 @@ EXPORTS = {
     "previewer": ["previewer.safetensors"],
     "unet": ["unet.safetensors"],
     "unet_kd": ["unet.safetensors"],
+    "step_distil": ["stage_c.safetensors"],
 }
 TWO_OPTIMIZERS = ("stage_a", "autoencoder_kl")
 # Dropout and Muon are in here too: what they draw and keep must survive.
 SECTIONS = {
     "stage_c": {"model": {"dropout": 0.2}, "optim": {"name": "muon"}},
     "stage_b": {"model": {"dropout": [0.2, 0.2]}},
+    "step_distil": {
+        "adaptive_weight": True,
+        "adversarial": {"weight": 0.1, "blocks": 2},
+        "tangent": {"warmup_steps": 5},
+    },
 }
 
 

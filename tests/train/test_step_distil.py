@@ -12,7 +12,7 @@ from torch import Tensor
 import sample
 from cascade.checkpoints.files import load_network, read_metadata, save_network
 from cascade.diffusion.trigflow import turned
-from cascade.errors import run_main
+from cascade.errors import UserError, run_main
 from cascade.pipelines.cascade import CascadePipeline
 from cascade.pipelines.few_steps import DISTILLED_KEY
 from stages.layers import TimestepBlock
@@ -20,7 +20,6 @@ from stages.stage_b import StageB
 from stages.stage_c import StageC, StageCCondition, StageCConfig
 from train.assemble import main as assemble_main
 from train.assemble import sampling_said
-from train.callbacks.stop import Stop
 from train.data.cached import CachedBatch
 from train.distill.few_steps_student import copy_teacher, student_config
 from train.distill.stage_teacher import StageTeacher, captured, evenly
@@ -252,6 +251,25 @@ def model(make_run, tiny_model: Path, clip_folder: Path, tmp_path: Path) -> Path
     return tmp_path / "model"
 
 
+def test_a_student_alone_is_assembled_with_the_steps_that_it_takes(
+    model: Path, tmp_path: Path
+) -> None:
+    spec = json.loads((model / "model.json").read_text())
+    student = spec.pop("stage_c_few")
+    names = ("stage_a", "stage_b", "compressor", "previewer")
+    values: dict[str, object] = {name: f"{model}/{name}.safetensors" for name in names}
+    values |= {"text": f"{model}/text", "stage_c": f"{model}/stage_c_few.safetensors"}
+    path = tmp_path / "alone.yaml"
+    command = ["--config", str(path), "--out", str(tmp_path / "alone")]
+    path.write_text(
+        yaml.safe_dump({**values, "spec": spec | {"stage_c": student | {"max_steps": None}}})
+    )
+    with pytest.raises(UserError, match="trained with max_steps 8"):
+        assemble_main(command)
+    path.write_text(yaml.safe_dump({**values, "spec": spec | {"stage_c": student}}))
+    assert assemble_main(command) == 0
+
+
 def test_steps_say_which_network_draws(model: Path) -> None:
     pipeline = CascadePipeline.from_folder(model, device="cpu", dtype="float32")
     assert pipeline.few == {"stage_c"} and "cfg" in pipeline.stage_c.config.time_conds
@@ -346,26 +364,3 @@ def test_points_of_a_path_have_unit_variance() -> None:
     generator = torch.Generator().manual_seed(0)
     x0, noise = torch.randn(2, 2000, 2, generator=generator)
     assert turned(x0, noise, torch.full((2000,), 0.7)).var() == pytest.approx(1.0, abs=0.05)
-
-
-def test_half_a_run_and_its_resumption_learn_as_a_whole_run(make_run, monkeypatch) -> None:
-    """To rounding, not to the bit: a gradient that is only rounding, as a key bias has, may differ.
-
-    The learned weight, the heads and the warm-up of tangents go on where they were.
-    """
-    sections = {
-        "adaptive_weight": True,
-        "adversarial": {"weight": 0.1, "blocks": 2},
-        "tangent": {"warmup_steps": 5},
-    }
-    whole = make_run("step_distil", "whole", **sections)
-    assert whole.start("--run.max_steps", 6) == 0
-    halves = make_run("step_distil", "halves", **sections)
-    steps = iter(range(1, 1000))
-    with monkeypatch.context() as patch:
-        patch.setattr(Stop, "seconds_left", lambda self: 3 - next(steps))
-        assert halves.start("--run.max_steps", 6) == 0
-    assert halves.start("--run.max_steps", 6, "--resume") == 0
-    rows = [row for version in (0, 1) for row in halves.metrics(version)]
-    found = [float(row["loss"]) for row in rows if row["loss"]]
-    assert found == pytest.approx(whole.losses(), rel=1e-4)

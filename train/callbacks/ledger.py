@@ -70,7 +70,7 @@ class Ledger(Callback):
         self._step = self._from_step = steps_done(pl_module, trainer)
         self._setup_s = self.clock.seconds()["setup"]
         self._world, self._device = trainer.world_size, pl_module.device
-        self._energy = EnergyMeter(trainer.num_devices if self._device.type == "cuda" else 0)
+        self._energy = EnergyMeter(trainer.device_ids if self._device.type == "cuda" else ())
         if is_compiled(pl_module):
             callback_handler.register_start_callback(self._begin_compiling)
             callback_handler.register_end_callback(self._end_compiling)

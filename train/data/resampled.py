@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -155,6 +156,8 @@ class ResampledSource(StepSource):
         in_block = probe.kept_per_shard * min(config.block_shards, len(addresses))
         self.rows = rows or StepRows(config.batch_size, probe.shares, config.seed)
         self.block_steps = max(1, int(in_block // self.rows.mean_count))
+        self._counted: dict[int, tuple[int, int, Counter[int]]] = {}
+        """Lane -> first step of its block, the first step that is not counted, and the counts."""
         self._blocks: dict[tuple[int, int], _Block] = {}
         self._coming: dict[tuple[int, int], _Coming] = {}
 
@@ -164,10 +167,7 @@ class ResampledSource(StepSource):
         number, place = divmod(turn, self.block_steps)
         block = self._block(lane, number)
         bucket, count = self.rows.bucket(step), self.rows.count(step)
-        first = (number * self.block_steps) * self.lanes + lane
-        earlier = range(first, step, self.lanes)
-        used = sum(self.rows.count(one) for one in earlier if self.rows.bucket(one) == bucket)
-        assert len(earlier) == place, "a block's steps are its lane's"
+        used = self._used(step - place * self.lanes, step)[bucket]
         samples = block.of_bucket(bucket)
         refs = [samples[(used + n) % len(samples)] for n in range(count)]
 
@@ -179,6 +179,20 @@ class ResampledSource(StepSource):
         served = self.maker.make(refs, shape, spare, place)
         served.broken += block.take_news()
         return served
+
+    def _used(self, first: int, step: int) -> Counter[int]:
+        """Return the samples of each shape that a block's steps before this one have taken.
+
+        Steps come in their order, so each is counted once: a set that has a small share of a
+        mixture has a hundred thousand steps in a block.
+        """
+        began, next_step, used = self._counted.get(step % self.lanes, (-1, 0, Counter()))
+        if began != first or next_step > step:
+            next_step, used = first, Counter()
+        for one in range(next_step, step, self.lanes):
+            used[self.rows.bucket(one)] += self.rows.count(one)
+        self._counted[step % self.lanes] = (first, step, used)
+        return used
 
     def _block(self, lane: int, number: int) -> _Block:
         """Return a block, and let the next one come."""

@@ -71,8 +71,10 @@ class GenerateConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; at least 1 is needed")
-        if not re.fullmatch(r"[\w-]+", self.name, flags=re.ASCII):
-            raise ValueError(f"name is {self.name!r}; letters, digits, - and _ alone")
+        # What a killed process left of a shard is known by the first 32 letters of its name, in
+        # which the shard's number must be: a longer name would be any shard's of the set.
+        if not re.fullmatch(r"[\w-]{1,16}", self.name, flags=re.ASCII):
+            raise ValueError(f"name is {self.name!r}; 1 to 16 letters, digits, - and _")
         check_seed(self.seed)
         _ = self.sides
 

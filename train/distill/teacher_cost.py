@@ -13,11 +13,12 @@ from pathlib import Path
 
 import torch
 
-from cascade.evaluate.energy import EnergyMeter
+from cascade.evaluate.energy import EnergyMeter, gpus_of
 from cascade.evaluate.flops import FlopCounter
 from cascade.evaluate.generate import Item, PictureMaker
+from cascade.evaluate.training_cost import PICTURES_PHASE
 
-TEACHER_PHASE = "teacher"
+TEACHER_PHASE = PICTURES_PHASE
 """``phase`` of the rows, by which a budget tells them from those of a training run."""
 _PARTS = ("setup", "teacher", "write")
 
@@ -98,7 +99,7 @@ class TeacherLedger:
         """End the set-up, in which a picture was made to count its operations."""
         self._flops_per_picture = self._extra_flops = cost.flops
         self._device = device
-        self._energy = EnergyMeter(1 if device.type == "cuda" else 0, device.index or 0)
+        self._energy = EnergyMeter(gpus_of(device))
         self._switch("write")
 
     def count(self, *, refused: bool) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from cascade.checkpoints.files import atomic_write_text
 from cascade.command import Parser, parse_all
 from cascade.errors import UserError, run_main
-from cascade.evaluate.drawn import Pipeline, load_any
+from cascade.evaluate.generate import AnyPipeline, MakerOptions, PictureMaker
 from cascade.evaluate.picture_sets import PictureSet, open_set
 from cascade.evaluate.prompts import seed_of
 from cascade.images import pixels_to_images, save_png
@@ -66,7 +66,7 @@ def drawn_of(pictures: PictureSet, count: int | None, seed: int) -> PictureSet:
 
 
 @torch.inference_mode()
-def through(pipeline: Pipeline, pixels: Tensor, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+def through(pipeline: AnyPipeline, pixels: Tensor, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Send pictures through the latents that a model draws, and back.
 
     Args:
@@ -86,7 +86,7 @@ def through(pipeline: Pipeline, pixels: Tensor, seeds: Sequence[int]) -> tuple[T
 
 
 def reconstruct(
-    pipeline: Pipeline,
+    pipeline: AnyPipeline,
     pictures: PictureSet,
     out: Path,
     *,
@@ -156,7 +156,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
     pictures = open_set(options.real, options.size, "bicubic")
     pictures = drawn_of(pictures, options.count, options.seed)
-    pipeline = load_any(options.model, unet=None, device=options.device, dtype=options.dtype)
+    pipeline = PictureMaker(
+        MakerOptions(options.model, device=options.device, dtype=options.dtype)
+    ).load()
     reconstruct(
         pipeline,
         pictures,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 
 from train.callbacks.ledger import LEDGER_FILE
 from train.study.settings import Unit
+
+_log = logging.getLogger(__name__)
 
 _LOOKING = ("pictures", "validation")
 """Phases that a budget does not pay for: judging is not learning."""
@@ -44,7 +47,13 @@ def read_ledger(run: Path) -> list[dict[str, Any]]:
     path = run / LEDGER_FILE
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:  # a kill cut it
+            _log.warning("%s: line %d is cut off, and left out", path, number)
+    return rows
 
 
 def spent_until(rows: Iterable[Mapping[str, Any]], step: int | None = None) -> Spent:

@@ -123,9 +123,15 @@ class Commands:
             command += ["--config", step.config]
         for key, value in step.set.items():
             command += [f"--{key}"] if value is True else [f"--{key}", values[key]]
+        # A command that is gone on with has cost what all its starts took.
+        spent = note.with_suffix(".seconds")
+        earlier_s = float(spent.read_text(encoding="utf-8")) if spent.is_file() else 0.0
         started_s = time.monotonic()
-        self._run(f"{arm.name}: {step.name}", command, places.here / f"{step.name}.log")
-        seconds = time.monotonic() - started_s
+        try:
+            self._run(f"{arm.name}: {step.name}", command, places.here / f"{step.name}.log")
+        finally:
+            seconds = earlier_s + time.monotonic() - started_s
+            atomic_write_text(spent, f"{seconds:.3f}\n")
         atomic_write_text(note, json.dumps({"seconds": round(seconds, 3)}) + "\n")
         return seconds
 

@@ -11,7 +11,8 @@ import yaml
 from cascade.checkpoints.files import save_network
 from cascade.errors import UserError, run_main
 from cascade.evaluate.__main__ import main
-from cascade.evaluate.drawn import check_weights_kind, draw_pictures, load_pipeline
+from cascade.evaluate.drawn import Drawn, check_weights_kind, draw_pictures, maker_of
+from cascade.evaluate.generate import Item, Part, file_of
 from cascade.evaluate.prompts import inline_prompts
 from cascade.evaluate.protocol import Protocol, load_protocol
 from cascade.evaluate.results import read_rows
@@ -74,13 +75,68 @@ def test_a_pictures_seed_is_its_prompts_whatever_else_is_drawn(
     tmp_path: Path, protocol: Path, tiny_model: Path
 ) -> None:
     one = load_protocol(protocol)
-    pipeline = load_pipeline(str(tiny_model), one, unet=None, device="cpu", dtype="auto")
+    maker = maker_of(str(tiny_model), one, unet=None, device="cpu", dtype="auto")
     prompts = inline_prompts(["a red apple", "a blue fish", "a green hat"])
-    whole = draw_pictures(pipeline, prompts, one, tmp_path / "a")
-    alone = draw_pictures(pipeline, prompts[2:], one, tmp_path / "b")
+    whole = draw_pictures(maker, prompts, one, tmp_path / "a", Part())
+    alone = draw_pictures(maker, prompts[2:], one, tmp_path / "b", Part())
     first, second = (drawn.folder / "00002.png" for drawn in (whole, alone))
     assert open_image(first).tobytes() == open_image(second).tobytes()
     assert read_png_metadata(first) == read_png_metadata(second)
+
+
+def test_processes_share_the_pictures_and_the_first_measures(
+    tmp_path: Path,
+    protocol: Path,
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def start(out: str, rank: int, count: int) -> int:
+        for name, value in {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank}.items():
+            monkeypatch.setenv(name, str(value))
+        words = ("--protocol", protocol, "--model", tiny_model, "--device", "cpu")
+        return run(*words, "--out", tmp_path / out)
+
+    def pictures(out: str) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in (tmp_path / out).rglob("*.png")}
+
+    monkeypatch.setattr("cascade.evaluate.drawn.PATIENCE_S", 0.0)
+    assert start("whole", 0, 1) == 0
+    assert start("shared", 0, 2) == 2  # the other one does not come
+    error = capsys.readouterr().err
+    [line] = [one for one in error.splitlines() if one.startswith("error: ")]
+    assert "1 of 2 pictures are missing, the first is '00001'" in line
+    assert "the same command makes what is missing" in line
+    assert list(pictures("shared")) == ["00000.png"]
+    assert start("shared", 1, 2) == 0
+    assert "process 1 of 2 made its share; process 0 measures" in capsys.readouterr().out
+    assert not (tmp_path / "shared/results.jsonl").exists()
+    monkeypatch.setattr("cascade.evaluate.generate.PictureMaker.load", None)  # nothing is loaded
+    assert start("shared", 0, 3) == 0
+    assert pictures("shared") == pictures("whole")
+    rows = [read_rows(tmp_path / out / "results.jsonl")[0] for out in ("whole", "shared")]
+    assert rows[0]["value"] == rows[1]["value"] and rows[0]["pictures"] == rows[1]["pictures"]
+
+
+def test_the_first_process_waits_as_long_as_pictures_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = tuple(Item(f"folder/{name}", "a hat", 0) for name in "abc")
+    drawn = Drawn(tmp_path, "", items)
+    (tmp_path / "folder").mkdir()
+    waits = []
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) <= 3:
+            file_of(items[len(waits) - 1], tmp_path).touch()
+        assert len(waits) <= 3
+
+    clock = iter(range(0, 1000, 8))
+    monkeypatch.setattr("cascade.evaluate.drawn.time.sleep", sleep)
+    monkeypatch.setattr("cascade.evaluate.drawn.time.monotonic", lambda: next(clock))
+    drawn.wait(10.0)  # 8 s since the one before, each time
+    assert len(waits) == 3
 
 
 def test_weights_of_the_other_kind_are_refused(tmp_path: Path, protocol: Path) -> None:
@@ -140,7 +196,7 @@ def test_a_model_of_another_size_is_refused(
 ) -> None:
     path = write(tmp_path / "p.yaml", generated_size=60, size=60)
     assert run("--protocol", path, "--model", tiny_model, "--out", tmp_path / "out") == 2
-    assert "protocol tiny measures pictures made at 60x60" in capsys.readouterr().err
+    assert "makes multiples of" in capsys.readouterr().err
 
 
 def test_tables_of_unlike_protocols_are_refused(

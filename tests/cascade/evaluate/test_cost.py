@@ -137,6 +137,12 @@ def test_ledgers_add_up_over_starts_and_the_teachers_line_stands_apart(tmp_path:
     assert lines[-1].split("|")[-2].strip() == "4.06"
 
 
+def test_the_pictures_of_a_teachers_set_are_added_up(tmp_path: Path) -> None:
+    row = {"phase": "teacher", "seconds": {"teacher": 9.0}, "device_seconds": 9.0}
+    made = ledger(tmp_path / "set", {**row, "samples": 256}, {**row, "samples": 100})
+    assert read_ledger(made).samples == 356
+
+
 def test_a_compiled_runs_flops_are_unknown_and_not_zero(tmp_path: Path) -> None:
     row = {"samples": 1, "seconds": {}, "device_seconds": 1.0}
     assert read_ledger(ledger(tmp_path / "r", row, {**row, "flops": None})).flops is None

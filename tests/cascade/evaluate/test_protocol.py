@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -156,6 +158,21 @@ def test_prompt_lists_are_read_as_they_are_published(tmp_path: Path) -> None:
     ]
     coco.write_text(json.dumps({"images": images, "annotations": captions}))
     assert read_prompts(coco) == [Prompt("COCO_7", "first"), Prompt("COCO_8", "eight")]
+
+
+def test_an_id_of_zero_is_an_id(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"id": 0, "prompt": "a"}\n{"id": 1, "prompt": "b"}\n')
+    assert [prompt.key for prompt in read_prompts(path)] == ["0", "1"]
+
+
+def test_a_shard_whose_metadata_is_no_object_is_one_line(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        member = tarfile.TarInfo("one.json")
+        member.size = 3
+        tar.addfile(member, io.BytesIO(b"[1]"))
+    with pytest.raises(UserError, match=r"a\.tar: one\.json: not a JSON object"):
+        read_prompts(tmp_path)
 
 
 @pytest.mark.parametrize(

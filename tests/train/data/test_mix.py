@@ -17,7 +17,7 @@ from train.data.__main__ import main as check_main
 from train.data.cached import CachedBatch
 from train.data.config import BucketConfig, DataConfig, FilterConfig, MixConfig
 from train.data.latents import PrecomputeOptions, precompute_shards
-from train.data.mix import Mixture, in_places
+from train.data.mix import MixedRows, Mixture, in_places
 from train.data.open import open_data
 from train.encode import FrozenPaths
 
@@ -129,6 +129,18 @@ def test_a_block_of_a_stream_repeats_no_sample_of_a_set(sets):
     batches = take(open_data(mixed(sets, "resampled", 1.0)), 10)
     seen = Counter(caption for batch in batches for caption in batch.captions)
     assert seen.most_common(1)[0][1] == 1 and len(seen) == 60
+
+
+def test_a_set_of_a_small_share_is_not_counted_from_the_start_at_every_step(sets, monkeypatch):
+    asked: list[int] = []
+    count = MixedRows.count
+    monkeypatch.setattr(
+        MixedRows, "count", lambda self, step: asked.append(step) or count(self, step)
+    )
+    batches = take(open_data(mixed(sets, "resampled", 0.01)), 100)
+    assert 1 <= owners(batches)["made"] <= 12
+    # Each step once as itself and once as one that came before, of each of the sets.
+    assert len(asked) <= 4 * 110
 
 
 def test_a_set_may_have_filters_of_its_own(sets):

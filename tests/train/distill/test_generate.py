@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cascade.checkpoints.files import atomic_path
 from cascade.errors import UserError
 from cascade.evaluate.generate import (
     Item,
@@ -142,6 +143,13 @@ def test_launchers_tell_a_process_its_share(monkeypatch):
     assert Part.of_environment() == Part(2, 4, 0)
     with pytest.raises(UserError, match="part 4/4"):
         Part(4, 4)
+    # A process that is told how many there are, but not which it is, must not take the first share.
+    monkeypatch.delenv("SLURM_PROCID")
+    with pytest.raises(UserError, match=r"SLURM_PROCID, .* are None, 4, 0: .* unset SLURM_NTASKS"):
+        Part.of_environment()
+    monkeypatch.setenv("WORLD_SIZE", "four")
+    with pytest.raises(UserError, match="5, four, 1"):
+        Part.of_environment()
 
 
 def test_the_batch_size_changes_a_picture_by_rounding_alone(unet_teacher, prompts, tmp_path):
@@ -217,6 +225,16 @@ def test_a_shard_that_nothing_vouches_for_is_made_again(unet_teacher, prompts, t
     report = Factory(config(unet_teacher, prompts, out), Part()).run()
     assert (report.shards, report.done_before) == (2, 1)
     assert pictures_of(out) == kept
+
+
+def test_what_a_process_is_at_is_left_alone_by_the_others(unet_teacher, prompts, tmp_path):
+    out = tmp_path / "set"
+    made = Factory(config(unet_teacher, prompts, out, name="n" * 16), Part(0, 3))
+    out.mkdir()
+    with atomic_path(made._target(1)) as theirs:  # of the process of part 1
+        theirs.write_bytes(b"half a shard")
+        made.run()
+        assert theirs.is_file()
 
 
 def test_the_ledger_counts_seconds_and_operations(tiny_model, prompts, tmp_path):
@@ -340,6 +358,7 @@ def test_a_folder_of_other_settings_is_refused_by_the_name_of_the_setting(
         (("--part", "two"), "write I/N"),
         (("--pictures-per-prompt", "0"), "pictures_per_prompt is 0"),
         (("--name", "a b"), "name is 'a b'"),
+        (("--name", "n" * 17), "1 to 16 letters"),
         (("--teacher", "/none"), "/none"),
         (("--sampler", "eulr"), "did you mean 'euler'"),
     ],

@@ -12,6 +12,7 @@ from cascade.diffusion.prediction import Prediction
 from cascade.diffusion.samplers import sample_lcm
 from cascade.diffusion.schedules import CosineSchedule
 from cascade.diffusion.trigflow import TrigFlow, along, clean, turned
+from cascade.evaluate.flops import FlopCounter
 from stages.stage_b import StageB, StageBCondition, StageBConfig
 from stages.stage_c import StageC, StageCCondition, StageCConfig
 from train.losses.consistency import (
@@ -128,24 +129,42 @@ def _stage_b() -> tuple[nn.Module, object]:
     return StageB(config), cond
 
 
-@pytest.mark.parametrize("make", [_stage_c, _stage_b])
-def test_forward_mode_equals_finite_differences_in_float64(
-    make: Callable[[], tuple[nn.Module, object]],
-) -> None:
+Make = Callable[[], tuple[nn.Module, object]]
+
+
+def path_of(make: Make, dtype: torch.dtype) -> tuple[Velocity, list[Tensor]]:
+    """A random network's velocity; a point, an angle, and how both change."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network, cond = make()
         for parameter in network.parameters():
             nn.init.normal_(parameter, std=0.3)
-        x, x_rate = torch.randn(2, 2, 3, 8, 8, dtype=torch.float64)
-    network.double()
-    angle, angle_rate = torch.tensor([[0.4, 1.2], [1.0, -0.7]], dtype=torch.float64)
+        x, x_rate = torch.randn(2, 2, 3, 8, 8, dtype=dtype)
+    network.to(dtype)
+    angle, angle_rate = torch.tensor([[0.4, 1.2], [1.0, -0.7]], dtype=dtype)
     flow = TrigFlow(CosineSchedule(), Prediction.V)
 
     def velocity(x: Tensor, angle: Tensor) -> Tensor:
         given, time = flow.told(x, angle)
         return flow.velocity(network(given, time, cond), x, angle)
 
+    return velocity, [x, angle, x_rate, angle_rate]
+
+
+@pytest.mark.parametrize("make", [_stage_c, _stage_b])
+def test_a_derivative_that_is_counted_is_the_same_to_the_bit(make: Make) -> None:
+    """The first step of a start is counted: a resumed run would not learn as a whole one."""
+    velocity, path = path_of(make, torch.float32)
+    plain = change_along(velocity, *path)
+    with FlopCounter() as counter:
+        counted = change_along(velocity, *path)
+    assert counter.total > 0
+    assert torch.equal(counted[0], plain[0]) and torch.equal(counted[1], plain[1])
+
+
+@pytest.mark.parametrize("make", [_stage_c, _stage_b])
+def test_forward_mode_equals_finite_differences_in_float64(make: Make) -> None:
+    velocity, (x, angle, x_rate, angle_rate) = path_of(make, torch.float64)
     value, rate = change_along(velocity, x, angle, x_rate, angle_rate)
     assert not rate.requires_grad and rate.dtype == torch.float64
     torch.testing.assert_close(value, velocity(x, angle).detach(), rtol=1e-6, atol=1e-6)

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from train.study.spent import Spent, spent_until
+from train.study.spent import Spent, read_ledger, spent_until
 
 
 def row(begin: int, end: int, *, samples_per_step: int = 4, step_s: float = 1.0, **values):
@@ -50,3 +52,9 @@ def test_what_was_not_counted_of_a_part_is_not_known_of_the_whole():
     total = spent_until([row(0, 4), row(4, 8, flops=None)])
     assert total.flops is None and total.samples == 32
     assert total.amount("samples") == 32
+
+
+def test_a_line_that_a_kill_cut_is_left_out(tmp_path):
+    whole = json.dumps(row(0, 4))
+    (tmp_path / "ledger.jsonl").write_text(f"{whole}\n{whole[:20]}\n{json.dumps(row(4, 8))}\n")
+    assert spent_until(read_ledger(tmp_path)).samples == 32
