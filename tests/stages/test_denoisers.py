@@ -146,7 +146,7 @@ def each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Change a tensor, or every tensor of a tuple."""
     if isinstance(value, tuple):
         return tuple(None if one is None else change(one) for one in value)
-    return change(value)
+    return None if value is None else change(value)
 
 
 @every_case
@@ -168,6 +168,8 @@ def test_every_input_has_a_say(case):
     before = network(x, t, cond)
     cases = {"x": (x + 0.1, t, cond), "t": (x, t - 0.01, cond)}
     for field in dataclasses.fields(cond):
+        if getattr(cond, field.name) is None:  # a scalar that this network is not told
+            continue
         changed = {field.name: each(getattr(cond, field.name), lambda x: x + 0.1)}
         cases[field.name] = x, t, dataclasses.replace(cond, **changed)
     for name, changed_case in cases.items():

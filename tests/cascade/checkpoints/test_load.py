@@ -23,6 +23,13 @@ from stages.stage_c import StageCConfig
 from stages.stage_c_v2 import StageCV2Config
 from stages.unet.config import UNetConfig
 
+
+def family_of(config: type) -> Family:
+    """The family of the networks with this configuration."""
+    [found] = [family for family in FAMILIES if family.config is config]
+    return found
+
+
 # Heads are 64 wide, as in every published network, so that shapes alone tell their number.
 SMALL: dict[type[Any], Any] = {
     StageAConfig: StageAConfig(
@@ -121,7 +128,7 @@ def test_a_file_of_any_layout_loads_by_its_content_and_not_by_its_name(
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
 def test_prefixes_of_wrappers_are_understood(prefix: str, tmp_path: Path) -> None:
-    family = FAMILIES[2]
+    family = family_of(StageCConfig)
     network = random_network(family)
     state = contiguous(family.to_layout["original"](network.state_dict(), network.config))
     save_file({prefix + key: value for key, value in state.items()}, tmp_path / "x.safetensors")
@@ -130,7 +137,7 @@ def test_prefixes_of_wrappers_are_understood(prefix: str, tmp_path: Path) -> Non
 
 
 def test_our_own_file_loads_too_and_keeps_what_shapes_do_not_tell(tmp_path: Path) -> None:
-    family = FAMILIES[2]
+    family = family_of(StageCConfig)
     config = StageCConfig(
         cond_channels=24,
         hidden_channels=(24,),
@@ -149,7 +156,7 @@ def test_our_own_file_loads_too_and_keeps_what_shapes_do_not_tell(tmp_path: Path
 
 
 def test_shards_with_an_index_are_one_network(tmp_path: Path) -> None:
-    family = FAMILIES[2]
+    family = family_of(StageCConfig)
     network = random_network(family)
     state = contiguous(family.to_layout["diffusers"](network.state_dict(), network.config))
     names = sorted(state)
@@ -168,7 +175,7 @@ def test_shards_with_an_index_are_one_network(tmp_path: Path) -> None:
 
 
 def test_a_folder_declares_what_shapes_do_not_tell(tmp_path: Path) -> None:
-    family = FAMILIES[2]
+    family = family_of(StageCConfig)
     config = StageCConfig(
         cond_channels=24,
         hidden_channels=(32, 32),
@@ -187,7 +194,7 @@ def test_a_folder_declares_what_shapes_do_not_tell(tmp_path: Path) -> None:
 
 
 def test_wuerstchens_stage_b_file_holds_two_networks(tmp_path: Path) -> None:
-    stage_b, compressor = FAMILIES[3], FAMILIES[5]
+    stage_b, compressor = family_of(StageBV2Config), family_of(CompressorConfig)
     networks = {"state_dict": random_network(stage_b)}
     torch.manual_seed(0)
     networks["effnet_state_dict"] = compressor.network(CompressorConfig.v2())
@@ -206,7 +213,7 @@ def test_wuerstchens_stage_b_file_holds_two_networks(tmp_path: Path) -> None:
 
 
 def test_averaged_weights_win_over_the_raw_ones(tmp_path: Path) -> None:
-    family = FAMILIES[4]
+    family = family_of(StageCV2Config)
     network = random_network(family)
     averaged = family.to_layout["original"](network.state_dict(), network.config)
     raw = {key: torch.zeros_like(value) for key, value in averaged.items()}
@@ -217,7 +224,7 @@ def test_averaged_weights_win_over_the_raw_ones(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("change", ["missing", "unexpected", "misshapen"])
 def test_the_first_keys_that_do_not_fit_are_named(change: str, tmp_path: Path) -> None:
-    family = FAMILIES[2]
+    family = family_of(StageCConfig)
     network = random_network(family)
     state = contiguous(family.to_layout["original"](network.state_dict(), network.config))
     key = "down_blocks.0.0.channelwise.4.bias"
@@ -234,7 +241,7 @@ def test_the_first_keys_that_do_not_fit_are_named(change: str, tmp_path: Path) -
 
 
 def test_another_kind_than_expected_is_refused(tmp_path: Path) -> None:
-    family = FAMILIES[0]
+    family = family_of(StageAConfig)
     network = random_network(family)
     save_network(tmp_path / "x.safetensors", network)
     with pytest.raises(UserError, match="holds a stage_a, but stage_c is needed"):
@@ -242,7 +249,7 @@ def test_another_kind_than_expected_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_number_format_can_be_asked_for(tmp_path: Path) -> None:
-    network = random_network(FAMILIES[0])
+    network = random_network(family_of(StageAConfig))
     save_network(tmp_path / "x.safetensors", network)
     [(_, loaded)] = load_any(tmp_path / "x.safetensors", dtype=torch.bfloat16)
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}

@@ -20,6 +20,8 @@ from cascade.diffusion.schedules import CosineSchedule, LinearSchedule, NoiseSch
 from cascade.rng import PictureNoise
 
 ALL = pytest.mark.parametrize("name", sorted(SAMPLERS))
+FOLLOWING = pytest.mark.parametrize("name", sorted(set(SAMPLERS) - {"lcm"}))
+"""Those that follow the path of an estimate of x0; "lcm" wants networks that end it at once."""
 DETERMINISTIC = pytest.mark.parametrize("sampler", [sample_ddim, sample_dpmpp_2m])
 
 
@@ -43,7 +45,7 @@ def _source(seed: int):  # type: ignore[no-untyped-def]
     return lambda x: torch.randn(x.shape, generator=generator)
 
 
-@ALL
+@FOLLOWING
 @pytest.mark.parametrize(
     "schedule",
     [
@@ -56,7 +58,7 @@ def _source(seed: int):  # type: ignore[no-untyped-def]
     ids=str,
 )
 @pytest.mark.parametrize(("mean", "std"), [(0.7, 0.3), (-1.5, 2.0)])
-def test_every_sampler_draws_the_gaussian_of_its_exact_denoiser(
+def test_every_sampler_that_follows_draws_the_gaussian_of_its_exact_denoiser(
     name: str, schedule: NoiseSchedule, mean: float, std: float
 ) -> None:
     x0 = SAMPLERS[name](
@@ -181,7 +183,7 @@ def test_one_step_is_the_first_estimate(name: str) -> None:
     assert torch.equal(x0, oracle(start, torch.tensor(1.0)))
 
 
-@ALL
+@FOLLOWING
 @pytest.mark.parametrize("shift", [0.25, 4.0])
 def test_steps_within_a_clamped_end_of_the_schedule_stay_finite(name: str, shift: float) -> None:
     """A strong shift clamps several steps to one noise level: they have no length."""
