@@ -110,6 +110,7 @@ def kept_state(run) -> dict[str, torch.Tensor]:
 def test_a_compiled_run_learns_the_same_and_keeps_clean_keys(kind, make_run, monkeypatch) -> None:
     # dynamo's part alone: the code generator's takes minutes here, and its sums are others.
     monkeypatch.setattr("train.networks.COMPILE_BACKEND", "eager")
+    torch._dynamo.reset()  # else what another test has compiled takes no time
     plain, compiled = make_run(kind, "plain"), make_run(kind, "compiled", run={"compile": True})
     assert plain.start("--run.max_steps", 3) == 0
     assert compiled.start("--run.max_steps", 2) == 0
