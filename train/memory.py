@@ -1,9 +1,11 @@
-"""Keeps memory that training frees and takes again at every step."""
+"""Memory of a training: keeps what it frees and takes again at every step; tells its peak."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
+
+import torch
 
 # Names and numbers of glibc's malloc.h.
 _M_TRIM_THRESHOLD = -1
@@ -26,3 +28,15 @@ def keep_freed_memory() -> bool:
     if mallopt is None:  # musl has no such settings
         return False
     return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the most memory so far of the device; on a CPU of the process, 0 if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

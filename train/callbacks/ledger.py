@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,11 @@ from torch._dynamo.callback import CallbackArgs, callback_handler
 
 from cascade.evaluate.energy import EnergyMeter
 from cascade.evaluate.flops import FlopCounter
+from cascade.evaluate.training_cost import LEDGER_FILE
 from train.clock import Phase, PhaseClock
+from train.memory import peak_memory_bytes
 from train.networks import is_compiled
 from train.steps import ends_step, steps_done
-
-LEDGER_FILE = "ledger.jsonl"
 
 
 class Ledger(Callback):
@@ -157,14 +156,7 @@ class Ledger(Callback):
 
     def peak_memory_bytes(self) -> int:
         """Return the most memory so far of the device; on a CPU of the process, 0 if unknown."""
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device)
-        try:
-            import resource
-        except ImportError:  # Windows
-            return 0
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+        return peak_memory_bytes(self._device)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts for the resumable checkpoint."""

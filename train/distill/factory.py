@@ -36,6 +36,7 @@ from cascade.evaluate.generate import (
     Refused,
     item_seed,
 )
+from cascade.evaluate.training_cost import LEDGER_FILE
 from cascade.pipelines.results import CascadePicture, Picture, UNetPicture
 from train.data.members import CAPTION_KEY, DRAWN_KEY, LATENT_KEYS, METADATA_KEY, array_bytes
 from train.data.shards import shard_name
@@ -49,7 +50,6 @@ from train.study.provenance import commit
 
 _log = logging.getLogger(__name__)
 
-LEDGER_FILE = "ledger.jsonl"
 _ENCODERS = 4
 _AHEAD = 16
 _HOPELESS = 16

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from cascade.evaluate.energy import EnergyMeter, gpus_of
 from cascade.evaluate.flops import FlopCounter
 from cascade.evaluate.generate import Item, PictureMaker
 from cascade.evaluate.training_cost import PICTURES_PHASE
+from train.memory import peak_memory_bytes
 
 TEACHER_PHASE = PICTURES_PHASE
 """``phase`` of the rows, by which a budget tells them from those of a training run."""
@@ -124,7 +124,7 @@ class TeacherLedger:
             "device_seconds": round(sum(self._seconds.values()), 4),
             "flops": made * self._flops_per_picture + self._extra_flops,
             "energy_j": self._energy.spent_j(),
-            "peak_memory_mib": round(_peak_memory_bytes(self._device) / 2**20),
+            "peak_memory_mib": round(peak_memory_bytes(self._device) / 2**20),
         }
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -169,15 +169,3 @@ def read_teacher_cost(path: Path) -> TeacherCost:
         flops=sum(row["flops"] for row in rows),
         energy_j=None if None in energy else sum(energy),
     )
-
-
-def _peak_memory_bytes(device: torch.device) -> int:
-    """Return the most memory so far of the device; on a CPU of the process, 0 if unknown."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.callbacks.ledger import LEDGER_FILE
+from cascade.evaluate.training_cost import LEDGER_FILE
 from train.study.settings import Unit
 
 _log = logging.getLogger(__name__)
