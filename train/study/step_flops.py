@@ -1,7 +1,8 @@
 """What one sample of a training takes, counted before anything is trained, downloaded or in memory.
 
 The step is the system's own ``training_step`` and its backward pass, run on tensors without
-content: what a run's ledger counts of its first step is what is counted here. Sizes come from the
+content: what a run's ledger counts of its first step is what is counted here, but for attention:
+fused kernels compute its scores again on the way back, a product in seven more. Sizes come from the
 run's configuration, from weights that are here, from earlier steps of the arm, or, of published
 weights, from :mod:`train.study.published_sizes`.
 """
@@ -361,7 +362,10 @@ def _empty(*shape: int) -> Tensor:
 
 
 def _batch(**parts: Tensor) -> CachedBatch:
-    return CachedBatch([""] * _BATCH, torch.zeros(_BATCH), **parts)
+    batch = CachedBatch([""] * _BATCH, torch.zeros(_BATCH))
+    for name, tensor in parts.items():
+        setattr(batch, name, tensor)
+    return batch
 
 
 def _learning(*networks: torch.nn.Module) -> int:
@@ -402,7 +406,7 @@ def _count_stage_b(config: StageBRun, known: Known, side: int) -> StepFlops:
     frozen: CompressorConfig | None = None
     encoders = caption
     if config.frozen_compressor is not None:
-        frozen = known.compressor(config.frozen_compressor)
+        frozen = known.sizes(config.frozen_compressor, "compressor")
     with on_meta():
         system = StageBSystem(config, _null(tokens, channels, pooled), frozen)
         encoder = StageA(stage_a)
