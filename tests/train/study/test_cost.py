@@ -44,8 +44,8 @@ def test_a_step_on_meta_takes_what_the_ledger_of_a_real_one_counts(kind, make_ru
     assert spent.flops is not None
     arm = arm_of(kind, run.config)
     counted = count_step(arm.last, arm, 32)
-    # Stage A's first steps have no discriminator yet, and a draw says whether they are quantized.
-    # Fused attention computes its scores again on the way back, which products by themselves do not.
+    # The first steps of Stage A have no discriminator, and a draw says whether they quantize.
+    # Fused attention computes its scores again on the way back; plain products do not.
     tolerance = 0.6 if kind == "stage_a" else 0.02
     assert counted.counted == pytest.approx(spent.flops / spent.samples, rel=tolerance)
     assert (counted.teacher > 0) == (kind == "unet_kd")
