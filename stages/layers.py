@@ -158,7 +158,7 @@ class ResBlock(nn.Module):
         """Return what the last channels of the skip come to if they are ``mapper(source)``.
 
         Args:
-            source: ``(B, c, H, W)``.
+            source: ``(B, c, H, W)``, channels-last, in this block's number format.
             mapper: 1x1 convolution with a bias.
         """
         assert mapper.bias is not None
@@ -166,8 +166,7 @@ class ResBlock(nn.Module):
         folded = weight @ mapper.weight.flatten(1).float()  # (4C, c)
         bias = torch.addmv(self.expand.bias.float(), weight, mapper.bias.float())
         dtype = self.expand.weight.dtype
-        tokens = source.permute(0, 2, 3, 1).to(dtype).contiguous()
-        return Folded(tokens, folded.to(dtype), bias.to(dtype))
+        return Folded(source.permute(0, 2, 3, 1), folded.to(dtype), bias.to(dtype))
 
     def forward(
         self, x: Tensor, skip: Tensor | None = None, folded: Folded | None = None
@@ -247,14 +246,20 @@ class Attention(nn.Module):
         key, value = (self._heads(part) for part in asked.chunk(2, dim=-1))
         if self.query_norm is not None and self.key_norm is not None:
             wide = torch.promote_types(value.dtype, torch.float32)
-            query = self.query_norm(query.to(wide)).to(value.dtype)
-            key = self.key_norm(key.to(wide)).to(value.dtype)
+            query = _rms_norm(query.to(wide), self.query_norm).to(value.dtype)
+            key = _rms_norm(key.to(wide), self.key_norm).to(value.dtype)
         dropout = self.dropout if self.training else 0.0
         attended = attend(query, key, value, dropout)
         return self.out(attended.transpose(1, 2).flatten(2))
 
     def _heads(self, tokens: Tensor) -> Tensor:
         return tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+def _rms_norm(x: Tensor, norm: nn.RMSNorm) -> Tensor:
+    """Norm the last axis in the format of ``x``; torch warns of a gain in another one."""
+    assert norm.weight is not None
+    return F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), NORM_EPS)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> Tensor:
@@ -351,7 +356,7 @@ class TimestepBlock(nn.Module):
                 the order of their names.
         """
         scale, shift = self._scale_shift(embeddings)
-        return Modulation(1 + scale, shift)
+        return Modulation(1 + scale, shift.contiguous())  # a view would keep both halves
 
     def forward(self, x: Tensor, time: Tensor | Modulation) -> Tensor:
         """Modulate.

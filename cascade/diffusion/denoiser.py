@@ -45,6 +45,8 @@ class Denoiser:
         """
         row = None if self.timetable is None else self.timetable.row(t)
         if self.timetable is None or row is None:
+            if isinstance(cond, ByTime):
+                raise ValueError(f"nothing was prepared for t = {t}")
             t = t.to(device=x_t.device, dtype=torch.float32).expand(len(x_t))
             time = self.schedule.network_time(t) if self.time_input == "cosine" else t
             shape = (-1, *[1] * (x_t.dim() - 1))

@@ -12,6 +12,9 @@ from torch import Tensor
 from cascade.diffusion.denoiser import Denoiser
 from cascade.diffusion.prediction import Prediction, from_x0, to_x0
 
+_SLACK = 1e-6
+"""Times are float32, whose 0.7 is not that of an interval's end."""
+
 Denoise = Callable[[Tensor, Tensor], Tensor]
 """All that a sampler sees: ``(x_t, t) -> x0_hat``."""
 
@@ -61,6 +64,11 @@ def consistent(
     return call
 
 
+def is_within(time: float, interval: tuple[float, float]) -> bool:
+    """Return whether a time lies in an interval, both ends included, as float32 has them."""
+    return interval[0] - _SLACK <= time <= interval[1] + _SLACK
+
+
 @dataclass(frozen=True)
 class Guided:
     """Runs the conditional and the unconditional estimate as one batch and extrapolates.
@@ -83,13 +91,13 @@ class Guided:
     """Share of the estimate whose standard deviation is brought back to the conditional one's
     (0.7 in Stable Cascade)."""
     interval: tuple[float, float] = (0.0, 1.0)
-    """Times at which guidance is applied, both ends included."""
+    """Times at which guidance is applied: see ``is_within``."""
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Return the guided estimate of x0 for ``x_t`` of shape ``(B, C, H, W)``; t is a scalar."""
         time = float(t)
         scale = self.scale(time) if callable(self.scale) else self.scale
-        if scale == 1.0 or not self.interval[0] <= time <= self.interval[1]:
+        if scale == 1.0 or not is_within(time, self.interval):
             return self.denoiser(x_t, t, self.cond)
         x0_cond, x0_uncond = self.denoiser(torch.cat([x_t, x_t]), t, self.cond_pair).chunk(2)
         guided = torch.lerp(x0_uncond, x0_cond, scale)

@@ -59,6 +59,7 @@ class CascadePipeline(LoadedCascade):
         steps_b: int | None = None,
         guidance_c: float | None = None,
         guidance_b: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         sampler: str | None = None,
         width: int | None = None,
         height: int | None = None,
@@ -79,6 +80,7 @@ class CascadePipeline(LoadedCascade):
             steps_b: Steps of Stage B.
             guidance_c: Guidance scale of Stage C; 1 is off.
             guidance_b: Guidance scale of Stage B; 1 is off.
+            guidance_interval: Diffusion times between which Stage C is guided.
             sampler: "ddpm", "ddim" or "dpmpp_2m", for both stages; of networks for few steps
                 "lcm" alone.
             width: Width in pixels, rounded to what the model makes.
@@ -102,6 +104,7 @@ class CascadePipeline(LoadedCascade):
             steps_b=steps_b,
             guidance_c=guidance_c,
             guidance_b=guidance_b,
+            guidance_interval=guidance_interval,
             sampler=sampler,
             width=width,
             height=height,

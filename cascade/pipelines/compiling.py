@@ -9,15 +9,20 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException
 
 from cascade.compiled import check_compile, compile_blocks
+from cascade.diffusion.guidance import is_within
+from cascade.errors import UserError
 from cascade.pipelines.cascade import CascadePipeline
 from cascade.pipelines.loaded import GPU_BATCH_SIZE
 from cascade.pipelines.plan import Plan
 from cascade.pipelines.results import Picture
+from cascade.pipelines.sampling import walk_of
 from cascade.pipelines.spec import StageSampling
 from cascade.pipelines.unet import UNetPipeline
 from cascade.pipelines.unet_plan import UNetPlan
+from cascade.pipelines.unet_spec import UNetSampling
 
 _SHORT = 2
 """Steps of a trial: of the first one some work is not what the others do."""
@@ -52,23 +57,26 @@ def compile_pipeline(
 ) -> CompileReport:
     """Compile the networks that draw a plan's pictures, and try them before and after.
 
-    Another size or batch is compiled once more, when it comes. Pictures differ from those of the
-    plain networks by rounding.
+    Another size or batch is compiled once more, when it comes; a network that another plan brings
+    in is not. Pictures differ from those of the plain networks by rounding.
 
     Args:
         pipeline: The pipeline; nothing of it is offloaded.
-        plan: What will be made; trials have its sizes and fewer steps.
+        plan: What will be made; trials have its sizes and fewer steps, all of them guided, and
+            start from noise.
 
     Returns:
         What it cost and saves.
 
     Raises:
-        UserError: The pipeline offloads.
+        UserError: The pipeline offloads, nothing is drawn, or there is no compiler.
         NonFiniteError: As a run does.
     """
     memory = pipeline.memory
     if memory.has_budget or any(memory.plan.way(name) != "stay" for name in _networks(pipeline)):
         check_compile("model", None)
+    if plan.picture is not None and plan.picture.mode == "reconstruct":
+        raise UserError("--compile: a reconstruction is one pass of each network; leave it out")
     pipeline.arrange(plan)  # type: ignore[arg-type]
     trial, scales = _trial(plan)
     together = 1 if pipeline.device.type == "cpu" else GPU_BATCH_SIZE
@@ -84,7 +92,13 @@ def compile_pipeline(
     for network in _networks(pipeline).values():
         compile_blocks(network)
     started_s = time.perf_counter()
-    run()
+    try:
+        run()
+    except TorchDynamoException as error:
+        raise UserError(
+            "compilation failed; it needs a C++ compiler, and Triton on a GPU: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from error
     first_s = time.perf_counter() - started_s
     started_s = time.perf_counter()
     compiled = run()
@@ -106,15 +120,28 @@ def _trial(plan: Plan | UNetPlan) -> tuple[Plan | UNetPlan, dict[str, float]]:
     """Return a plan of few steps, and by stage how many times as many the whole one has."""
     if isinstance(plan, UNetPlan):
         steps = min(_SHORT, plan.steps)
-        short = replace(plan, sampling=replace(plan.sampling, steps=steps), picture=None)
-        return short, {"unet": plan.steps / steps}
-    stage_c, times_c = _shortened(plan.stage_c)
+        sampling = replace(plan.sampling, steps=steps, guidance_interval=(0.0, 1.0))
+        times = plan.steps / steps * _share_of_passes(plan.sampling)
+        return replace(plan, sampling=sampling, picture=None), {"unet": times}
+    stage_c, times_c = _shortened(plan.stage_c_run)
     stage_b, times_b = _shortened(plan.stage_b)
     short_plan = replace(plan, stage_c=stage_c, stage_b=stage_b, picture=None, control=None)
     return short_plan, {"stage_c": times_c, "stage_b": times_b}
 
 
 def _shortened(sampling: StageSampling) -> tuple[StageSampling, float]:
+    """Return few steps, all of them guided, and how many times as many passes the whole has."""
     if sampling.times or sampling.steps <= _SHORT:  # times of its own, of which there are few
-        return sampling, 1.0
-    return replace(sampling, steps=_SHORT), sampling.steps / _SHORT
+        return replace(sampling, guidance_interval=(0.0, 1.0)), 1.0
+    short = replace(sampling, steps=_SHORT, guidance_interval=(0.0, 1.0))
+    return short, sampling.steps / _SHORT * _share_of_passes(sampling)
+
+
+def _share_of_passes(sampling: StageSampling | UNetSampling) -> float:
+    """Return how many passes a guided sampling has, as a share of two a step."""
+    guided = sampling.guidance != 1 and getattr(sampling, "guidance_range", None) is None
+    if not guided:
+        return 1.0
+    walk = sampling.walk() if isinstance(sampling, UNetSampling) else walk_of(sampling)
+    inside = [is_within(time, sampling.guidance_interval) for time in walk.times[:-1].tolist()]
+    return (len(inside) + sum(inside)) / (2 * len(inside))

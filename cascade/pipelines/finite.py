@@ -49,11 +49,13 @@ class FiniteSteps:
     To ask a GPU for a value is to wait for it; its next steps could not be queued meanwhile.
     """
 
-    def __init__(self, stage: str, dtype: torch.dtype) -> None:
-        """Take the name of the stage, for messages, and its network's number format."""
+    def __init__(self, stage: str, dtype: torch.dtype, device: torch.device) -> None:
+        """Take the name of the stage, for messages, and where and in what format it computes."""
         self._stage = stage
         self._dtype = dtype
-        self._shares: list[Tensor] = []
+        self._at_once = device.type == "cpu"
+        self._bad: list[Tensor] = []
+        self._numel = 0
 
     def see(self, values: Tensor, step: int, num_steps: int) -> None:
         """Take what a step gave.
@@ -61,10 +63,12 @@ class FiniteSteps:
         Raises:
             NonFiniteError: On a CPU, if a value is infinite or not a number.
         """
-        if values.device.type == "cpu":
+        if self._at_once:
             check_finite(values, self._stage, self._dtype, step=step, num_steps=num_steps)
-        elif not values.is_meta:
-            self._shares.append(torch.isfinite(values).double().mean())
+            return
+        # A count: a mean of ones need not be 1 on a device.
+        self._bad.append((~torch.isfinite(values)).sum())
+        self._numel = values.numel()
 
     def check(self) -> None:
         """Check all steps that were not checked at once.
@@ -72,13 +76,13 @@ class FiniteSteps:
         Raises:
             NonFiniteError: If a value was infinite or not a number; it names the first such step.
         """
-        if not self._shares:
+        if not self._bad or self._bad[0].is_meta:  # no steps, or steps without values
             return
-        shares = torch.stack(self._shares).tolist()
-        for step, share in enumerate(shares):
-            if share < 1:
-                where = f"{self._stage}, step {step + 1} of {len(shares)}"
-                raise _error(where, self._dtype, 1.0 - share)
+        counts = torch.stack(self._bad).tolist()
+        for step, count in enumerate(counts):
+            if count:
+                where = f"{self._stage}, step {step + 1} of {len(counts)}"
+                raise _error(where, self._dtype, count / self._numel)
 
 
 def _error(where: str, dtype: torch.dtype, share: float) -> NonFiniteError:

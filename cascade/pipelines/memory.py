@@ -200,6 +200,7 @@ def _tables(network: Any, twin: Any, sampling: StageSampling, text_length: int) 
     """Bytes that a network prepares for all steps and its twin does not: it has fewer blocks."""
     config = network.config
     told = 2 if sampling.is_guided_by_passes else 1
+    told += told == 2 and sampling.guidance_interval != (0.0, 1.0)  # the prompt's alone as well
     rows = told if "cfg" in getattr(config, "time_conds", ()) else 1
     tokens = text_length  # and, at most, those of the pooled text and of a picture
     tokens += 2 * getattr(config, "pooled_tokens", 0)
@@ -227,7 +228,7 @@ def _start(workload: Workload, stage: str, shape: tuple[int, ...]) -> Start | No
 def _one_step(sampling: StageSampling) -> StageSampling:
     # Every sampler evaluates the network alike; "ddpm" does not look at values, of which there
     # are none.
-    return replace(sampling, steps=1, times=(), sampler="ddpm")
+    return replace(sampling, steps=1, times=(), sampler="ddpm", guidance_interval=(0.0, 1.0))
 
 
 def kept_between_steps(latent_shape: tuple[int, int, int]) -> int:

@@ -15,6 +15,7 @@ from cascade.pipelines.sizes import fit_size
 from cascade.pipelines.spec import MAX_GUIDANCE, MAX_STEPS, CascadeSpec, Stage, StageSampling
 from cascade.rng import MAX_SEED, check_seed, fresh_seed
 
+NO_INTERVAL = "the guidance interval has no effect: guidance is off"
 SAMPLER_NAMES = ("ddpm", "ddim", "dpmpp_2m", "lcm")
 
 
@@ -149,9 +150,11 @@ def make_plan(
             stage_c = replace(stage_c, guidance_interval=wanted.guidance_interval)
         except ValueError as error:
             raise UserError(str(error)) from error
+        if stage_c.guidance == 1:
+            notices.append(NO_INTERVAL)
     stage_b = _override(own_b, "b", wanted.steps_b, wanted.guidance_b, wanted.sampler)
     if task is not None and task.mode == "reconstruct":
-        for name in ("steps_c", "guidance_c"):
+        for name in ("steps_c", "guidance_c", "guidance_interval"):
             if getattr(wanted, name) is not None:
                 raise UserError(f"{name}: Stage C does not run in a reconstruction; leave it out")
     if wanted.negative_prompt.strip():

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from cascade.control import Maps
 from cascade.diffusion.denoiser import Denoiser
-from cascade.diffusion.guidance import Denoise, Guided, consistent, keeping, unguided
+from cascade.diffusion.guidance import (
+    Denoise,
+    Guided,
+    consistent,
+    is_within,
+    keeping,
+    unguided,
+)
 from cascade.diffusion.prediction import Prediction
 from cascade.diffusion.samplers import SAMPLERS, OnStep, Sampler, StepInfo, sample_ddpm
 from cascade.diffusion.schedules import NoiseSchedule, diffuse, equal_times
@@ -259,7 +266,7 @@ def sample_latents(
         NonFiniteError: Naming the step.
     """
     weight = example_of(network)
-    finite = FiniteSteps(stage, weight.dtype)
+    finite = FiniteSteps(stage, weight.dtype, weight.device)
 
     def check(info: StepInfo) -> None:
         finite.see(info.x0_hat, info.index, info.num_steps)
@@ -279,8 +286,7 @@ def sample_latents(
     if walk.guidance == 1:
         denoise = unguided(denoiser, by_time(conds[0]))
     else:
-        low, high = walk.interval
-        pauses = any(not low <= time <= high for time in times[:-1].tolist())
+        pauses = not all(is_within(time, walk.interval) for time in times[:-1].tolist())
         denoise = Guided(
             denoiser,
             by_time(conds[0]) if pauses else None,

@@ -127,6 +127,8 @@ def check_interval(interval: tuple[float, float]) -> None:
     Raises:
         ValueError: It is none.
     """
+    if len(interval) != 2:
+        raise ValueError(f"guidance_interval is {interval}; two times are needed")
     low, high = interval
     if not 0 <= low <= high <= 1:
         raise ValueError(f"guidance_interval is {interval}; 0 <= from <= to <= 1 must hold")

@@ -25,7 +25,9 @@ from cascade.pipelines.unet_spec import UNetSampling
 from cascade.rng import PictureNoise
 from cascade.text.encoder import TextEncoder
 from stages.autoencoder_kl import AutoencoderKL
+from stages.unet.attention import TransformerBlock
 from stages.unet.config import NUM_SIZES
+from stages.unet.resnet import ResnetBlock
 from stages.unet.unet import UNet, UNetCondition
 
 
@@ -152,7 +154,13 @@ def _decoding(twin: AutoencoderKL, latent_shape: tuple[int, int, int], tile: int
 
 def _drawing(twin: UNet, encoders: list[TextEncoder], workload: UNetWorkload) -> int:
     """Bytes of the sampling; a step looks at no values, of which there are none."""
-    sampling = replace(workload.sampling, sampler="ddim", spacing="trailing", steps=1)
+    sampling = replace(
+        workload.sampling,
+        sampler="ddim",
+        spacing="trailing",
+        steps=1,
+        guidance_interval=(0.0, 1.0),
+    )
 
     def told() -> UNetCondition:
         width = sum(one.hidden_channels for one in encoders)
@@ -178,4 +186,20 @@ def _drawing(twin: UNet, encoders: list[TextEncoder], workload: UNetWorkload) ->
             start=start(),
         )
     )
-    return cast(int, in_a_step + kept_between_steps(workload.latent_shape))
+    tables = _tables(twin, workload)
+    return cast(int, in_a_step + tables + kept_between_steps(workload.latent_shape))
+
+
+def _tables(twin: UNet, workload: UNetWorkload) -> int:
+    """Bytes prepared for all steps beyond those of one guided step."""
+    sampling = workload.sampling
+    guided = sampling.guidance != 1
+    alone = guided and sampling.guidance_interval != (0.0, 1.0)  # the prompt's alone as well
+    rows = 1 if twin.add_embedding is None else 1 + guided + alone
+    numbers = 0
+    for module in twin.modules():
+        if isinstance(module, ResnetBlock):
+            numbers += module.conv1.out_channels * ((sampling.steps - 1) * rows + alone)
+        elif isinstance(module, TransformerBlock) and alone:
+            numbers += 2 * module.attn2.to_k.out_features * workload.text_length
+    return numbers * next(twin.parameters()).element_size()

@@ -11,6 +11,7 @@ from cascade.diffusion.discrete import Spacing
 from cascade.errors import UserError
 from cascade.pipelines.picture_input import MODES, PictureInput, PictureTask, fit_picture
 from cascade.pipelines.plan import (
+    NO_INTERVAL,
     PicturePlan,
     check_count,
     check_guidance,
@@ -139,6 +140,8 @@ def make_unet_plan(
         )
     if wanted.negative_prompt.strip() and sampling.guidance == 1:
         notices.append("the negative prompt has no effect: guidance is off")
+    if wanted.guidance_interval is not None and sampling.guidance == 1:
+        notices.append(NO_INTERVAL)
     return UNetPlan(
         requests=make_requests(prompts, wanted.seed, wanted.seeds, wanted.num_images),
         negative_prompt=wanted.negative_prompt,

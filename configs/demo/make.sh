@@ -22,10 +22,7 @@ done
 
 train() { # name of a configuration: trains it, or goes on with it, or leaves it when it is done
   [ -f "runs/demo/$1/done" ] && return
-  local kind=${1%_joint}
-  kind=${kind%_last}
-  kind=${kind%_more}
-  python -m train "$kind" --config "configs/demo/$1.yaml" --resume
+  python -m train "${1%_joint}" --config "configs/demo/$1.yaml" --resume
   [ -f "runs/demo/$1/done" ] # a run that was told to stop ends the script as well
 }
 
@@ -43,17 +40,16 @@ precompute image --image runs/demo/clip/text
 train stage_a
 precompute stage_a --stage-a runs/demo/stage_a/stage_a.safetensors
 
-# First half: Stage B and the compressor together, and Stage C on that compressor's latents.
+# Stage B and the compressor together; then the compressor learns to keep more, with the previewer
+# as its decoder, and Stage B goes on with its latents.
 train stage_b_joint
-precompute stage_c_joint --compressor runs/demo/stage_b_joint/compressor.safetensors
-train stage_c_joint
-
-# Second half: the compressor learns to keep more, with the previewer as its decoder; Stage B and
-# Stage C go on with its latents.
 train compressor
 precompute stage_c --compressor runs/demo/compressor/compressor.safetensors
 train stage_b
+# What Stage C is judged by while it learns.
+[ -f "$cache/validation.done" ] || python -m train.data precompute \
+  --shards "$shards/test_combo/*.tar" --out runs/demo/cache_test_combo \
+  --text runs/demo/clip/text --compressor runs/demo/compressor/compressor.safetensors
+touch "$cache/validation.done"
 train stage_c
-train stage_c_last
-train stage_c_more
 python -m train.assemble --config configs/demo/model.yaml --out weights/demo

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from cascade.diffusion.denoiser import Denoiser
-from cascade.diffusion.guidance import Guided, unguided
+from cascade.diffusion.guidance import Guided, is_within, unguided
 from cascade.diffusion.prediction import Prediction, from_x0
-from cascade.diffusion.schedules import CosineSchedule, LinearSchedule, NoiseSchedule
+from cascade.diffusion.schedules import CosineSchedule, LinearSchedule, NoiseSchedule, equal_times
 
 T = torch.tensor(0.6)
 SCHEDULE = CosineSchedule()
@@ -148,3 +148,10 @@ def test_pure_noise_is_rescaled_in_x0(
     torch.testing.assert_close(whole.std(dim=(1, 2, 3)), wanted)
     half = Guided(denoiser, cond, pair, 5.0, rescale=0.5)(x_t, torch.tensor(1.0))
     torch.testing.assert_close(half, (plain + whole) / 2)
+
+
+def test_both_ends_of_an_interval_are_in_it_as_float32_has_them() -> None:
+    times = equal_times(10)
+    assert [is_within(float(time), (0.1, 0.7)) for time in times] == [False] * 3 + [True] * 7 + [
+        False
+    ]
