@@ -70,8 +70,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--models", help=f"of {', '.join(MODELS)}; comma-separated; default all")
     parser.add_argument("--quick", action="store_true", help="two cores, five minutes: see above")
     parser.add_argument("--size", metavar="PX", help="sides; default 1024, on a CPU 512")
-    parser.add_argument("--batch-size", default="1", metavar="N", help="pictures at once; 1,8")
-    parser.add_argument("--dtype", default="bfloat16", help=f"of {', '.join(DTYPES)}; or both")
+    parser.add_argument("--batch-size", metavar="N", help="pictures at once, as 1,8; default 1")
+    parser.add_argument("--dtype", help=f"of {', '.join(DTYPES)}; or both; default bfloat16")
     parser.add_argument("--steps-c", type=int, metavar="N", help="Stage C's; default: the model's")
     parser.add_argument("--steps-b", type=int, metavar="N", help="Stage B's")
     parser.add_argument("--steps", type=int, metavar="N", help="a U-Net's")
@@ -90,9 +90,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and inputs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where all figures go as well")
     options = parse_all(parser, sys.argv[1:] if arguments is None else arguments)
+    if options.quick:
+        for name in ("size", "batch_size", "dtype"):
+            if getattr(options, name) is not None:
+                raise UserError(f"--quick has its own --{name.replace('_', '-')}; leave one out")
+    known = tuple(_QUICK if options.quick else MODELS)
     if options.models is None:
-        options.models = ",".join(MODELS)
-    options.models = _words(options, "models", tuple(MODELS))
+        options.models = ",".join(known)
+    options.models = _words(options, "models", known)
+    options.dtype = options.dtype or "bfloat16"
     options.dtypes = [DTYPES[name] for name in _words(options, "dtype", tuple(DTYPES))]
     for name in ("steps_c", "steps_b", "steps", "loop_steps", "repeats"):
         value = getattr(options, name)
@@ -107,7 +113,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         raise UserError(f"--device {options.device}: {str(error).splitlines()[0]}") from error
     options.size = options.size or ("512" if options.device.type == "cpu" else "1024")
     options.sizes = _numbers(options.size, "--size", _SIZE_MULTIPLE)
-    options.batch_sizes = _numbers(options.batch_size, "--batch-size", 1)
+    options.batch_sizes = _numbers(options.batch_size or "1", "--batch-size", 1)
     if options.json is not None and not options.json.absolute().parent.is_dir():
         raise UserError(f"--json {options.json}: its folder is not there; make it first")
     return options
@@ -138,7 +144,7 @@ def _numbers(text: str, name: str, multiple: int) -> list[int]:
 def cases_of(options: argparse.Namespace, model: Model, key: str) -> list[Case]:
     """Return how a model is to be run."""
     if options.quick:
-        cases = _QUICK.get(key, [])
+        cases = _QUICK[key]
     else:
         cases = [
             Case(key, px, batch_size, dtype, repeats=5)
@@ -167,8 +173,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rates: dict[torch.dtype, float] = {}
     rows: list[Row] = []
     for key in options.models:
-        if options.quick and key not in _QUICK:
-            continue
         model = MODELS[key]()
         for case in cases_of(options, model, key):
             if case.dtype not in rates:

@@ -156,6 +156,8 @@ def measure(
             rows.append(_clock(case, model.title, part, device, rate))
         del part
         gc.collect()
+        if compile_mode is not None:  # else too many shapes of one code end in running it plainly
+            torch.compiler.reset()
         yield from rows[-1]
     wholes = [_together(same_side) for same_side in zip(*rows, strict=True)]
     [theirs] = [one.seconds.median for one in wholes if one.side == THEIRS]
@@ -183,7 +185,7 @@ def _build(
     flops = sides.loop_flops(meta, empty, guidance != 1, steps, case.px)
     wraps: dict[str, sides.Wrap] = {THEIRS: lambda call: call}
     if compile_mode is not None:
-        wraps[COMPILED] = lambda call: torch.compile(call, mode=compile_mode)
+        wraps[COMPILED] = lambda call: torch.compile(call, mode=compile_mode, dynamic=False)
     with torch.inference_mode():
         found = {HERE: _here(case, model, name, ours, given, guidance)}
         for side, wrap in wraps.items():

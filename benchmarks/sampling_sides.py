@@ -40,6 +40,8 @@ from stages.unet.unet import UNet, UNetCondition
 HERE, THEIRS, COMPILED = "here", "diffusers", "diffusers, compiled"
 _TIME, _TIMESTEP = 0.6, 601.0
 
+Shape = tuple[int, int, int]
+"""Channels, height and width."""
 Mark = Callable[[], None]
 """Called after each step of a loop."""
 Wrap = Callable[[Any], Any]
@@ -62,7 +64,7 @@ class Drawn:
 
     seed: int
     batch_size: int
-    shape: tuple[int, int, int]
+    shape: Shape
     """Of a picture's latents."""
     x: Tensor
     text: Prompted
@@ -71,12 +73,12 @@ class Drawn:
 
 def draw(
     network: Any,
-    shape: tuple[int, int, int],
+    shape: Shape,
     tokens: int,
     seed: int,
     batch_size: int,
     like: Tensor,
-    stage_c_shape: tuple[int, int, int] | None = None,
+    stage_c_shape: Shape | None = None,
 ) -> Drawn:
     """Draw latents and text states, on the device and in the number format of ``like``."""
     generator = torch.Generator().manual_seed(seed)
@@ -100,7 +102,7 @@ def draw(
 # Stage C and Stage B
 
 
-def cascade_shapes(model: CascadeModel, px: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def cascade_shapes(model: CascadeModel, px: int) -> tuple[Shape, Shape]:
     """Return the shapes of a square picture's latents of Stage C and Stage B."""
     cells = max(1, math.ceil(px / model.pixels_per_cell - 1e-3))
     stage_a = model.stage_a
@@ -198,7 +200,7 @@ def cascade_there(ours: Any, network: nn.Module, given: Drawn, guidance: float, 
 
     def loop(steps: int, mark: Mark | None) -> Tensor:
         cond = told()
-        scheduler = DDPMWuerstchenScheduler()
+        scheduler: Any = DDPMWuerstchenScheduler()
         scheduler.set_timesteps(steps, device=device)
         generator = torch.Generator(device).manual_seed(given.seed)
         x = torch.randn(given.x.shape, generator=generator, device=device, dtype=dtype)
@@ -302,7 +304,7 @@ def unet_there(
         return out
 
     def loop(steps: int, mark: Mark | None) -> Tensor:
-        scheduler = EulerDiscreteScheduler(
+        scheduler: Any = EulerDiscreteScheduler(
             beta_start=sampling.beta_start,
             beta_end=sampling.beta_end,
             beta_schedule="scaled_linear",

@@ -184,6 +184,8 @@ def test_predictions_of_other_weights_are_an_error(
         (["--start-up", "-1"], "--start-up -1"),
         (["--json", "no/such/folder.json"], "its folder is not there"),
         (["--device", "gpu"], "--device gpu"),
+        (["--quick", "--models", "sdxl"], "--models 'sdxl': of demo, "),
+        (["--quick", "--dtype", "float32"], "--quick has its own --dtype"),
         (["--sizes", "512"], "did you mean --size"),
     ],
 )
