@@ -27,10 +27,13 @@ from cascade.sample_options import (
 
 if TYPE_CHECKING:
     from cascade.checkpoints.hub import ModelFiles
+    from cascade.pipelines.cascade import CascadePipeline
     from cascade.pipelines.control_input import ControlInput
     from cascade.pipelines.picture_input import PictureInput
     from cascade.pipelines.plan import Plan, Request
     from cascade.pipelines.results import Picture, Preview
+    from cascade.pipelines.unet import UNetPipeline
+    from cascade.pipelines.unet_plan import UNetPlan
 
 STAGE_TITLES = {
     "text": "text",
@@ -154,10 +157,20 @@ def cascade_job(options: argparse.Namespace, prompts: list[str], files: ModelFil
         )
         asked = options.offload or options.vram is not None
         memory = pipeline.arrange(plan).describe() if asked else ""
+        if options.compile:
+            memory = compiled(pipeline, plan)
         title = f"{pipeline.spec.name} on {pipeline.device}{steps_said(plan)}"
         return Started(title, memory, (), pipeline.run(plan, on_preview=on_preview))
 
     return Job(plan.requests, plan.notices, start)
+
+
+def compiled(pipeline: CascadePipeline | UNetPipeline, plan: Plan | UNetPlan) -> str:
+    """Compile a pipeline's networks; say what that cost and saves."""
+    from cascade.pipelines.compiling import compile_pipeline
+
+    print("compiling the networks; this takes minutes", file=sys.stderr, flush=True)
+    return compile_pipeline(pipeline, plan).describe()
 
 
 def steps_said(plan: Plan) -> str:
@@ -211,6 +224,8 @@ def unet_job(options: argparse.Namespace, prompts: list[str], files: ModelFiles)
         )
         asked = options.offload or options.vram is not None
         memory = pipeline.arrange(plan).describe() if asked else ""
+        if options.compile:
+            memory = compiled(pipeline, plan)
         title = f"{pipeline.spec.name} on {pipeline.device}"
         return Started(title, memory, pipeline.notices, pipeline.run(plan, on_preview=on_preview))
 
@@ -235,6 +250,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = pick_device(options.device)
     check_dtype(options.dtype, device)  # a slip must not wait for a download
     check_request(options.offload, options.vram, device)
+    if options.compile:
+        from cascade.compiled import check_compile
+
+        check_compile(options.offload, options.vram)
     files = resolve(options.model, variant=options.variant)
     if is_unet(files):
         refuse_options(options, ONLY_CASCADES, "a U-Net")

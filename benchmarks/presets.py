@@ -28,11 +28,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from cascade.command import Parser, parse_all  # noqa: E402
+from cascade.compiled import blocks_of, compile_blocks  # noqa: E402
 from cascade.errors import UserError, run_main  # noqa: E402
 from cascade.evaluate.provenance import commit, machine  # noqa: E402
 from stages.stage_c import StageC, StageCCondition, StageCConfig  # noqa: E402
 from train.data.config import DataConfig  # noqa: E402
-from train.networks import blocks_of, compile_blocks  # noqa: E402
 from train.optim import make_optimizer, require_low_bit  # noqa: E402
 from train.settings import OptimConfig, RunConfig  # noqa: E402
 

@@ -60,7 +60,10 @@ class PictureNoise:
         """
         if len(x) != len(self._generators):
             raise ValueError(f"{len(x)} pictures, but {len(self._generators)} seeds")
-        return self.randn(x.shape[1:]).to(device=x.device, dtype=x.dtype)
+        drawn = self.randn(x.shape[1:])
+        if x.device.type == "cuda":  # from pinned memory the host need not wait for the copy
+            drawn = drawn.pin_memory()
+        return drawn.to(device=x.device, dtype=x.dtype, non_blocking=True)
 
 
 def _generator(seed: int, stream: str) -> torch.Generator:

@@ -213,6 +213,12 @@ def make_parser() -> Parser:
         "stage_c=bfloat16,stage_b=float32 or unet=float16,autoencoder=float32, the rest being auto",
     )
     where.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the networks first, which takes minutes and pays for many pictures; what it "
+        "cost and saves is measured and said",
+    )
+    where.add_argument(
         "--offload",
         choices=("none", "model", "sequential"),
         help="where weights are while they do not work: none: on the device as well; model: each "

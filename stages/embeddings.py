@@ -41,20 +41,18 @@ def time_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def scalar_embeddings(
-    told: Mapping[str, Tensor | None], batch: int, dim: int, device: torch.device
-) -> Tensor:
+def scalar_embeddings(told: Mapping[str, Tensor | None], dim: int, device: torch.device) -> Tensor:
     """Embed the scalars that a stage is told beside the time.
 
     Args:
         told: ``(B,)`` by name, in the network's order; None is 0, or no guidance for "cfg".
-        batch: B.
         dim: Even size of each embedding.
         device: Where to, if none is given.
 
     Returns:
-        ``(B, num_scalars, dim)``.
+        ``(B, num_scalars, dim)``; one row for all pictures if no scalar is given.
     """
+    batch = max((len(value) for value in told.values() if value is not None), default=1)
     rows = []
     for name, value in told.items():
         if value is None:

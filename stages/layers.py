@@ -9,7 +9,7 @@ arXiv:2306.00637, section 3.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -119,6 +119,20 @@ class _ResponseNorm(torch.autograd.Function):
         return grad_x, grad_gamma.to(gamma.dtype), grad_beta.to(gamma.dtype)
 
 
+class Folded(NamedTuple):
+    """A skip that is linear in few channels, and what a block's first projection makes of it.
+
+    Two linear maps in a row are one: the wide skip need not be made.
+    """
+
+    source: Tensor
+    """(B, H, W, c): the few channels."""
+    weight: Tensor
+    """(4C, c)."""
+    bias: Tensor
+    """(4C,): the projection's own, and what it makes of the first map's."""
+
+
 class ResBlock(nn.Module):
     """Depthwise convolution, then a channel MLP that may also read a skip."""
 
@@ -140,15 +154,52 @@ class ResBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.project = nn.Linear(4 * channels, channels)
 
-    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        """Return ``x`` plus the block's change; ``skip`` is ``(B, C_skip, H, W)``."""
+    def fold(self, source: Tensor, mapper: nn.Conv2d) -> Folded:
+        """Return what the last channels of the skip come to if they are ``mapper(source)``.
+
+        Args:
+            source: ``(B, c, H, W)``.
+            mapper: 1x1 convolution with a bias.
+        """
+        assert mapper.bias is not None
+        weight = self.expand.weight[:, -mapper.out_channels :].float()  # (4C, C_mapped)
+        folded = weight @ mapper.weight.flatten(1).float()  # (4C, c)
+        bias = torch.addmv(self.expand.bias.float(), weight, mapper.bias.float())
+        dtype = self.expand.weight.dtype
+        tokens = source.permute(0, 2, 3, 1).to(dtype).contiguous()
+        return Folded(tokens, folded.to(dtype), bias.to(dtype))
+
+    def forward(
+        self, x: Tensor, skip: Tensor | None = None, folded: Folded | None = None
+    ) -> Tensor:
+        """Return ``x`` plus the block's change.
+
+        Args:
+            x: ``(B, C, H, W)``.
+            skip: ``(B, C_skip, H, W)``, or its first channels, if the others are
+            folded: into this.
+        """
         h = self.norm(self.depthwise(x))
         if skip is not None:
             h = torch.cat([h, skip.to(h.dtype)], dim=1)
         h = h.permute(0, 2, 3, 1)  # (B, H, W, C)
-        h = self.response_norm(F.gelu(self.expand(h)))
+        h = self.expand(h) if folded is None else self._expand_folded(h, folded)
+        h = self.response_norm(F.gelu(h))
         h = self.project(self.dropout(h))
         return x + h.permute(0, 3, 1, 2)
+
+    def _expand_folded(self, h: Tensor, folded: Folded) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, 4C); both maps are summed within one kernel."""
+        wide = F.linear(h, self.expand.weight[:, : h.shape[-1]], folded.bias)
+        flat = torch.addmm(wide.flatten(0, 2), folded.source.flatten(0, 2), folded.weight.t())
+        return flat.view_as(wide)
+
+
+class KeysValues(NamedTuple):
+    """What an attention block asks of a condition's tokens: the same at every sampling step."""
+
+    joined: Tensor
+    """(B, M, 2C): keys, then values."""
 
 
 class Attention(nn.Module):
@@ -175,19 +226,25 @@ class Attention(nn.Module):
         self.query_norm = nn.RMSNorm(width, eps=NORM_EPS) if qk_norm else None
         self.key_norm = nn.RMSNorm(width, eps=NORM_EPS) if qk_norm else None
 
-    def forward(self, tokens: Tensor, context: Tensor | None) -> Tensor:
+    def forward(self, tokens: Tensor, context: Tensor | KeysValues | None) -> Tensor:
         """Attend.
 
         Args:
             tokens: ``(B, L, C)``; they ask, and they are asked.
-            context: ``(B, M, C)``, asked as well; it does not change over the sampling steps.
+            context: ``(B, M, C)``, asked as well, or its keys and values.
 
         Returns:
             ``(B, L, C)``.
         """
         query = self._heads(self.query(tokens))  # (B, N, L, C / N)
-        asked = tokens if context is None else torch.cat([tokens, context.to(tokens.dtype)], dim=1)
-        key, value = (self._heads(part) for part in self.key_value(asked).chunk(2, dim=-1))
+        if isinstance(context, KeysValues):
+            asked = torch.cat([self.key_value(tokens), context.joined], dim=1)
+        else:
+            both = (
+                tokens if context is None else torch.cat([tokens, context.to(tokens.dtype)], dim=1)
+            )
+            asked = self.key_value(both)  # (B, L + M, 2C)
+        key, value = (self._heads(part) for part in asked.chunk(2, dim=-1))
         if self.query_norm is not None and self.key_norm is not None:
             wide = torch.promote_types(value.dtype, torch.float32)
             query = self.query_norm(query.to(wide)).to(value.dtype)
@@ -240,7 +297,6 @@ class AttnBlock(nn.Module):
         cond_channels: int,
         num_heads: int,
         dropout: float = 0.0,
-        self_attention: bool = True,
         qk_norm: bool = False,
     ) -> None:
         """Take the widths of the picture's and of the condition's tokens."""
@@ -248,15 +304,32 @@ class AttnBlock(nn.Module):
         self.norm = LayerNorm2d(channels)
         self.cond_mapper = nn.Linear(cond_channels, channels)
         self.attention = Attention(channels, num_heads, dropout, qk_norm)
-        self.self_attention = self_attention
 
-    def forward(self, x: Tensor, cond_tokens: Tensor) -> Tensor:
-        """Return ``x`` plus what its tokens learnt; ``cond_tokens`` is ``(B, M, C_cond)``."""
+    def keys_values(self, cond_tokens: Tensor) -> KeysValues:
+        """Return what is asked of a condition's tokens, ``(B, M, C_cond)``."""
+        return KeysValues(self.attention.key_value(self.cond_mapper(F.silu(cond_tokens))))
+
+    def forward(self, x: Tensor, cond: Tensor | KeysValues) -> Tensor:
+        """Return ``x`` plus what its tokens learnt.
+
+        Args:
+            x: ``(B, C, H, W)``.
+            cond: The condition's tokens, ``(B, M, C_cond)``, or what this block asks of them.
+        """
         height, width = x.shape[-2:]
-        context = self.cond_mapper(F.silu(cond_tokens))  # (B, M, C)
+        context = cond if isinstance(cond, KeysValues) else self.cond_mapper(F.silu(cond))
         tokens = self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)  # (B, H * W, C)
         attended = self.attention(tokens, context)
         return x + attended.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+
+class Modulation(NamedTuple):
+    """What a ``TimestepBlock`` does at one time."""
+
+    factor: Tensor
+    """(B or 1, C, 1, 1): 1 + scale."""
+    shift: Tensor
+    """(B or 1, C, 1, 1)."""
 
 
 class TimestepBlock(nn.Module):
@@ -270,19 +343,35 @@ class TimestepBlock(nn.Module):
             {name: nn.Linear(time_channels, 2 * channels) for name in extra}
         )
 
-    def forward(self, x: Tensor, embeddings: Tensor) -> Tensor:
+    def modulation(self, embeddings: Tensor) -> Modulation:
+        """Return what this block does at a time.
+
+        Args:
+            embeddings: ``(B, 1 + num_extra, time_channels)``: the time's first, then the extras in
+                the order of their names.
+        """
+        scale, shift = self._scale_shift(embeddings)
+        return Modulation(1 + scale, shift)
+
+    def forward(self, x: Tensor, time: Tensor | Modulation) -> Tensor:
         """Modulate.
 
         Args:
             x: ``(B, C, H, W)``.
-            embeddings: ``(B, 1 + num_extra, time_channels)``: the time's first, then the extras in
-                the order of their names.
+            time: Embeddings as ``modulation`` takes them, or what it made of them.
         """
+        if isinstance(time, Modulation):
+            return torch.addcmul(time.shift, x, time.factor)
+        scale, shift = self._scale_shift(time)
+        return x * (1 + scale.to(x.dtype)) + shift.to(x.dtype)
+
+    def _scale_shift(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """Map embeddings, and sum them: each ``(B, C, 1, 1)``."""
         total = self.mapper(embeddings[:, 0].to(self.mapper.weight.dtype))  # (B, 2C)
         for index, mapper in enumerate(self.extra_mappers.values(), start=1):
             total = total + mapper(embeddings[:, index].to(self.mapper.weight.dtype))
-        scale, shift = total[:, :, None, None].to(x.dtype).chunk(2, dim=1)  # (B, C, 1, 1)
-        return x * (1 + scale) + shift
+        scale, shift = total[:, :, None, None].chunk(2, dim=1)
+        return scale, shift
 
 
 def run(module: nn.Module, *inputs: Any, recompute: bool) -> Any:

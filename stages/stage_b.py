@@ -9,8 +9,8 @@ Stable Cascade checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import cast, overload
 
 import torch
@@ -18,16 +18,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stages.block_features import BlockOutput, BlockSite, BlockTaps, block_sites
-from stages.embeddings import scalar_embeddings, time_embedding
+from stages.embeddings import scalar_embeddings
 from stages.layers import (
     AttnBlock,
+    KeysValues,
     LayerNorm2d,
+    Modulation,
     ResBlock,
     TimestepBlock,
     init_weights,
     run,
     scale_residual_outputs,
 )
+from stages.prepared import Time, Told, embed_times, keys_values, modulations
 
 TIME_CONDS = ("sca", "cfg")
 """Scalar conditions that the network can be told beside the time: scale, as published, and the
@@ -155,7 +158,12 @@ class StageBPrepared:
     mapped: Tensor
     """(B, hidden_channels[0], H, W): Stage C's latent and the small picture, mapped, summed."""
     extra_embeddings: Tensor
-    """(B, num_extra, time_channels), float32."""
+    """(B, num_extra, time_channels), float32; one row if all pictures are told the same."""
+    asked: tuple[KeysValues | None, ...] | None = None
+    """What each block that runs asks of the tokens, in running order; None: it asks in every
+    pass."""
+    modulations: tuple[Modulation, ...] | None = None
+    """What each block that runs does at one time; None: any time can be told."""
 
 
 class StageBBlock(nn.Module):
@@ -173,10 +181,13 @@ class StageBBlock(nn.Module):
                 width, config.cond_channels, config.num_heads[level], dropout
             )
 
-    def forward(self, x: Tensor, skip: Tensor | None, times: Tensor, tokens: Tensor) -> Tensor:
+    def forward(self, x: Tensor, skip: Tensor | None, time: Time, told: Told) -> Tensor:
         """Return ``(B, C, H, W)`` as it came."""
-        x = self.modulation(self.residual(x, skip), times)
-        return x if self.attention is None else self.attention(x, tokens)
+        x = self.modulation(self.residual(x, skip), time)
+        if self.attention is None:
+            return x
+        assert told is not None, "a block that attends is told of the condition"
+        return self.attention(x, told)
 
 
 class Resample(nn.Module):
@@ -281,13 +292,45 @@ class StageB(nn.Module):
         nn.init.zeros_(self.out.weight)
         scale_residual_outputs(self, sum(self.config.down_blocks))
 
+    @property
+    def _blocks(self) -> list[StageBBlock]:
+        """All blocks in running order, each as often as it runs."""
+        down = [block for blocks in self.down_blocks for block in cast(nn.ModuleList, blocks)]
+        up = [
+            block
+            for blocks, repeats in zip(self.up_blocks, self.config.up_repeats, strict=True)
+            for block in [*cast(nn.ModuleList, blocks)] * repeats
+        ]
+        return [cast(StageBBlock, block) for block in (*down, *up)]
+
     def prepare(self, cond: StageBCondition, latent_size: tuple[int, int]) -> StageBPrepared:
-        """Map the condition, once per picture.
+        """Compute what does not change from step to step, once per picture.
 
         Args:
             cond: The condition.
             latent_size: Height and width of the Stage A latent; multiples of ``patch_size``.
         """
+        prepared = self._mapped(cond, latent_size)
+        attentions = [block.attention for block in self._blocks]
+        return replace(prepared, asked=keys_values(attentions, prepared.tokens))
+
+    def at_times(self, prepared: StageBPrepared, times: Tensor) -> list[StageBPrepared]:
+        """Compute what depends on the time alone, for all steps at once.
+
+        Args:
+            prepared: The result of ``prepare``.
+            times: Times ``(S,)`` as ``forward`` takes them, float32.
+
+        Returns:
+            For each time the condition at it; with it ``forward`` does not look at its ``t``.
+        """
+        blocks = [block.modulation for block in self._blocks]
+        told = times * self.config.time_unit
+        rows = modulations(blocks, told, prepared.extra_embeddings, self.config.time_channels)
+        return [replace(prepared, modulations=row) for row in rows]
+
+    def _mapped(self, cond: StageBCondition, latent_size: tuple[int, int]) -> StageBPrepared:
+        """Map the condition."""
         dtype = self.embedding.weight.dtype
         size = [side // self.config.patch_size for side in latent_size]
         resized = F.interpolate(
@@ -305,12 +348,12 @@ class StageB(nn.Module):
         tokens = self.pooled_mapper(cond.text_pooled.to(dtype))
         tokens = tokens.reshape(len(mapped), -1, self.config.cond_channels)  # (B, tokens, C)
         tokens = F.layer_norm(tokens, (self.config.cond_channels,), eps=1e-6)
-        return StageBPrepared(tokens, mapped, self._extra_embeddings(cond, len(mapped)))
+        return StageBPrepared(tokens, mapped, self._extra_embeddings(cond))
 
-    def _extra_embeddings(self, cond: StageBCondition, batch: int) -> Tensor:
+    def _extra_embeddings(self, cond: StageBCondition) -> Tensor:
         config = self.config
         told = {name: getattr(cond, name) for name in config.time_conds}
-        return scalar_embeddings(told, batch, config.time_channels, cond.stage_c_latents.device)
+        return scalar_embeddings(told, config.time_channels, cond.stage_c_latents.device)
 
     @overload
     def forward(self, x: Tensor, t: Tensor, cond: StageBCondition | StageBPrepared) -> Tensor: ...
@@ -338,7 +381,7 @@ class StageB(nn.Module):
         Args:
             x: Noised Stage A latents, ``(B, 4, H, W)``; sides are multiples of ``patch_size``.
             t: Diffusion time, ``(B,)``, float32.
-            cond: A condition, or the result of ``prepare``.
+            cond: A condition, or the result of ``prepare`` or ``at_times``.
             features: Names of the blocks, see ``StageBConfig.sites``, whose outputs are returned
                 as well.
 
@@ -357,10 +400,9 @@ class StageB(nn.Module):
                 f"latents of {height}x{width}: both sides must be multiples of {patch}"
             )
         if isinstance(cond, StageBCondition):
-            cond = self.prepare(cond, (height, width))
-        told = t * self.config.time_unit
-        times = time_embedding(told, self.config.time_channels)[:, None]  # (B, 1, time_channels)
-        times = torch.cat([times, cond.extra_embeddings], dim=1)
+            # Each block asks by itself: it is told once, and may be recomputed.
+            cond = self._mapped(cond, (height, width))
+        inputs = self._inputs(cond, t)
         x = F.pixel_unshuffle(x, patch).contiguous(memory_format=torch.channels_last)
         x = self.in_norm(self.embedding(x)) + cond.mapped
 
@@ -369,13 +411,13 @@ class StageB(nn.Module):
             if level > 0:
                 x = self.down_samplers[level - 1](x)
             for block_index, block in enumerate(cast(nn.ModuleList, blocks)):
-                x = run(block, x, None, times, cond.tokens, recompute=self.recompute)
+                x = run(block, x, None, *next(inputs), recompute=self.recompute)
                 taps.see("down_blocks", level, block_index, x)
             skips.append(x)
         x = skips.pop()
         for index in range(len(self.up_blocks)):
             skip = skips.pop() if index > 0 else None
-            x = self._up_level(index, x, skip, times, cond.tokens, taps)
+            x = self._up_level(index, x, skip, inputs, taps)
             if index < len(self.up_samplers):
                 x = self.up_samplers[index](x)
         prediction = F.pixel_shuffle(self.out(self.out_norm(x)), patch)
@@ -386,8 +428,7 @@ class StageB(nn.Module):
         index: int,
         x: Tensor,
         skip: Tensor | None,
-        times: Tensor,
-        tokens: Tensor,
+        inputs: Iterator[tuple[Time, Told]],
         taps: BlockTaps,
     ) -> Tensor:
         """Run an up level as often as it repeats; its first block reads the skip every time."""
@@ -400,7 +441,18 @@ class StageB(nn.Module):
             if repeat > 0:
                 x = cast(nn.ModuleList, self.repeat_mappers[index])[repeat - 1](x)
             for block_index, block in enumerate(cast(nn.ModuleList, self.up_blocks[index])):
-                inputs = (x, skip if block_index == 0 else None, times, tokens)
-                x = run(block, *inputs, recompute=self.recompute)
+                read = skip if block_index == 0 else None
+                x = run(block, x, read, *next(inputs), recompute=self.recompute)
                 taps.see("up_blocks", index, block_index, x)
         return x
+
+    def _inputs(self, prepared: StageBPrepared, t: Tensor) -> Iterator[tuple[Time, Told]]:
+        """Give each block that runs what it is told of the time and of the condition."""
+        count = len(self._blocks)
+        times: Sequence[Time] | None = prepared.modulations
+        if times is None:
+            embedded = embed_times(
+                t * self.config.time_unit, prepared.extra_embeddings, self.config.time_channels
+            )
+            times = [embedded] * count
+        return zip(times, prepared.asked or [prepared.tokens] * count, strict=True)

@@ -9,24 +9,28 @@ checkpoint.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stages.embeddings import time_embedding
 from stages.layers import (
     NORM_EPS,
     AttnBlock,
+    Folded,
+    KeysValues,
     LayerNorm2d,
+    Modulation,
     ResBlock,
     TimestepBlock,
     init_weights,
     run,
     scale_residual_outputs,
 )
+from stages.prepared import Time, Told, embed_times, keys_values, modulations
 from stages.stage_b import Resample
 
 _MIN_DIVISOR = 1e-3
@@ -111,6 +115,13 @@ class StageBV2Prepared:
     """(B, cond_channels, H_i, W_i) by level, finest first; None in levels that read nothing."""
     up_mapped: tuple[Tensor | None, ...]
     """The same for the way up, by level, deepest first."""
+    folded: tuple[Folded | None, ...] | None = None
+    """In place of both: the few channels that each block reads, in running order, and what it makes
+    of them."""
+    asked: tuple[KeysValues | None, ...] | None = None
+    """What each block asks of the tokens, in running order; None: it asks in every pass."""
+    modulations: tuple[Modulation, ...] | None = None
+    """What each block does at one time, in running order; None: any time can be told."""
 
 
 class StageBV2Block(nn.Module):
@@ -131,10 +142,15 @@ class StageBV2Block(nn.Module):
                 width, config.cond_channels, config.num_heads[level], dropout
             )
 
-    def forward(self, x: Tensor, skip: Tensor | None, times: Tensor, tokens: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, skip: Tensor | None, folded: Folded | None, time: Time, told: Told
+    ) -> Tensor:
         """Return ``(B, C, H, W)`` as it came."""
-        x = self.modulation(self.residual(x, skip), times)
-        return x if self.attention is None else self.attention(x, tokens)
+        x = self.modulation(self.residual(x, skip, folded), time)
+        if self.attention is None:
+            return x
+        assert told is not None, "a block that attends is told of the condition"
+        return self.attention(x, told)
 
 
 class StageBV2(nn.Module):
@@ -202,8 +218,17 @@ class StageBV2(nn.Module):
         nn.init.zeros_(self.out.weight)
         scale_residual_outputs(self, sum(self.config.num_blocks))
 
+    @property
+    def _blocks(self) -> list[StageBV2Block]:
+        """All blocks in running order."""
+        return [
+            cast(StageBV2Block, block)
+            for blocks in (*self.down_blocks, *self.up_blocks)
+            for block in cast(nn.ModuleList, blocks)
+        ]
+
     def prepare(self, cond: StageBV2Condition, latent_size: tuple[int, int]) -> StageBV2Prepared:
-        """Map the condition, once per picture.
+        """Compute what does not change from step to step, once per picture.
 
         Args:
             cond: The condition.
@@ -212,27 +237,83 @@ class StageBV2(nn.Module):
         Raises:
             ValueError: A side is no multiple of ``latent_multiple``.
         """
-        config = self.config
+        # Weights that come layer by layer are not here to be folded, and on meta nothing is.
+        if self.embedding.weight.is_meta:
+            prepared = self._mapped(cond, latent_size)
+        else:
+            prepared = self._folded(cond, latent_size)
+        attentions = [block.attention for block in self._blocks]
+        return replace(prepared, asked=keys_values(attentions, prepared.tokens))
+
+    def at_times(self, prepared: StageBV2Prepared, times: Tensor) -> list[StageBV2Prepared]:
+        """Compute what depends on the time alone, for all steps at once.
+
+        Args:
+            prepared: The result of ``prepare``.
+            times: Times ``(S,)`` as ``forward`` takes them, float32.
+
+        Returns:
+            For each time the condition at it; with it ``forward`` does not look at its ``t``.
+        """
+        blocks = [block.modulation for block in self._blocks]
+        rows = modulations(blocks, times, self._no_extras(times), self.config.time_channels)
+        return [replace(prepared, modulations=row) for row in rows]
+
+    def _no_extras(self, times: Tensor) -> Tensor:
+        return times.new_empty(1, 0, self.config.time_channels)
+
+    def _folded(self, cond: StageBV2Condition, latent_size: tuple[int, int]) -> StageBV2Prepared:
+        """Resize the compressed latent, and fold its mappers into the blocks that read it."""
+        tokens, sizes = self._tokens(cond), self._level_sizes(latent_size)
+        resized = [
+            self._resized(cond.stage_c_latents, size) if reads else None
+            for size, reads in zip(sizes, self.config.reads_compressed, strict=True)
+        ]
+        levels = range(len(sizes))
+        ways = [(self.down_blocks, self.down_mappers, levels)]
+        ways.append((self.up_blocks, self.up_mappers, levels[::-1]))
+        folded: list[Folded | None] = []
+        for way, mappers, order in ways:
+            for level, blocks in zip(order, way, strict=True):
+                source = resized[level]
+                for block in cast("list[StageBV2Block]", blocks):
+                    if source is None:
+                        folded.append(None)
+                    else:
+                        mapper = cast(nn.Conv2d, mappers[str(level)])
+                        folded.append(block.residual.fold(source, mapper))
+        nothing = (None,) * len(sizes)
+        return StageBV2Prepared(tokens, nothing, nothing, tuple(folded))
+
+    def _mapped(self, cond: StageBV2Condition, latent_size: tuple[int, int]) -> StageBV2Prepared:
+        """Map the condition."""
+        tokens = self._tokens(cond)
+        down: list[Tensor | None] = []
+        up: list[Tensor | None] = []
+        for level, size in enumerate(self._level_sizes(latent_size)):
+            if not self.config.reads_compressed[level]:
+                down.append(None)
+                up.append(None)
+                continue
+            resized = self._resized(cond.stage_c_latents, size)
+            down.append(self.down_mappers[str(level)](resized))
+            up.append(self.up_mappers[str(level)](resized))
+        return StageBV2Prepared(tokens, tuple(down), tuple(reversed(up)))
+
+    def _tokens(self, cond: StageBV2Condition) -> Tensor:
+        tokens = self.text_mapper(cond.text_hidden.to(self.embedding.weight.dtype))
+        return F.layer_norm(tokens, (self.config.cond_channels,), eps=NORM_EPS)
+
+    def _level_sizes(self, latent_size: tuple[int, int]) -> list[tuple[int, int]]:
+        """Height and width of each level, finest first."""
         height, width = latent_size
-        multiple = config.latent_multiple
+        multiple = self.config.latent_multiple
         if height % multiple or width % multiple:
             raise ValueError(
                 f"latents of {height}x{width}: both sides must be multiples of {multiple}"
             )
-        tokens = self.text_mapper(cond.text_hidden.to(self.embedding.weight.dtype))
-        tokens = F.layer_norm(tokens, (config.cond_channels,), eps=NORM_EPS)
-        down: list[Tensor | None] = []
-        up: list[Tensor | None] = []
-        for level, reads in enumerate(config.reads_compressed):
-            if not reads:
-                down.append(None)
-                up.append(None)
-                continue
-            scale = config.patch_size * 2**level
-            resized = self._resized(cond.stage_c_latents, (height // scale, width // scale))
-            down.append(self.down_mappers[str(level)](resized))
-            up.append(self.up_mappers[str(level)](resized))
-        return StageBV2Prepared(tokens, tuple(down), tuple(reversed(up)))
+        scales = [self.config.patch_size * 2**level for level in range(len(self.down_blocks))]
+        return [(height // scale, width // scale) for scale in scales]
 
     def _resized(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
         """(B, C, h, w) -> (B, C, H_i, W_i), in float32 until the end."""
@@ -249,7 +330,7 @@ class StageBV2(nn.Module):
             x: Noised Stage A latents, ``(B, 4, H, W)``; sides are multiples of
                 ``config.latent_multiple``.
             t: Diffusion time, ``(B,)``, float32.
-            cond: A condition, or the result of ``prepare``.
+            cond: A condition, or the result of ``prepare`` or ``at_times``.
 
         Returns:
             The prediction (epsilon in the published checkpoint), ``(B, 4, H, W)``: the network's
@@ -260,8 +341,9 @@ class StageBV2(nn.Module):
             ValueError: A side is no multiple of ``config.latent_multiple``.
         """
         if isinstance(cond, StageBV2Condition):
-            cond = self.prepare(cond, (x.shape[-2], x.shape[-1]))
-        times = time_embedding(t, self.config.time_channels)[:, None]  # (B, 1, time_channels)
+            # Each block asks by itself: it is told once, and may be recomputed.
+            cond = self._mapped(cond, (x.shape[-2], x.shape[-1]))
+        inputs = self._inputs(cond, t)
         h = F.pixel_unshuffle(x, self.config.patch_size)
         h = h.contiguous(memory_format=torch.channels_last)
         h = self.in_norm(self.embedding(h))
@@ -271,22 +353,34 @@ class StageBV2(nn.Module):
             if level > 0:
                 h = self.down_samplers[level - 1](h)
             for block in cast(nn.ModuleList, blocks):
-                inputs = (h, cond.down_mapped[level], times, cond.tokens)
-                h = run(block, *inputs, recompute=self.recompute)
+                read = cond.down_mapped[level]
+                h = run(block, h, read, *next(inputs), recompute=self.recompute)
             skips.append(h)
         h = skips.pop()
         for index, blocks in enumerate(self.up_blocks):
             mapped = cond.up_mapped[index]
             first = _joined(skips.pop() if index > 0 else None, mapped)
             for block_index, block in enumerate(cast(nn.ModuleList, blocks)):
-                inputs = (h, first if block_index == 0 else mapped, times, cond.tokens)
-                h = run(block, *inputs, recompute=self.recompute)
+                read = first if block_index == 0 else mapped
+                h = run(block, h, read, *next(inputs), recompute=self.recompute)
             if index < len(self.up_samplers):
                 h = self.up_samplers[index](h)
         out = F.pixel_shuffle(self.out(self.out_norm(h)), self.config.patch_size).float()
         a, b = out.chunk(2, dim=1)  # (B, 4, H, W) each
         divisor = b.sigmoid() * (1 - 2 * _MIN_DIVISOR) + _MIN_DIVISOR
         return ((x.float() - a) / divisor).to(x.dtype)
+
+    def _inputs(
+        self, prepared: StageBV2Prepared, t: Tensor
+    ) -> Iterator[tuple[Folded | None, Time, Told]]:
+        """Give each block what it is told beside the skip."""
+        count = 2 * sum(self.config.num_blocks)
+        times: Sequence[Time] | None = prepared.modulations
+        if times is None:
+            embedded = embed_times(t, self._no_extras(t), self.config.time_channels)
+            times = [embedded] * count
+        told = prepared.asked or [prepared.tokens] * count
+        return zip(prepared.folded or [None] * count, times, told, strict=True)
 
 
 def _joined(skip: Tensor | None, mapped: Tensor | None) -> Tensor | None:

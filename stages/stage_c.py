@@ -9,8 +9,8 @@ Stable Cascade checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import cast, overload
 
 import torch
@@ -18,16 +18,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stages.block_features import BlockOutput, BlockSite, BlockTaps, block_sites
-from stages.embeddings import scalar_embeddings, time_embedding
+from stages.embeddings import scalar_embeddings
 from stages.layers import (
     AttnBlock,
+    KeysValues,
     LayerNorm2d,
+    Modulation,
     ResBlock,
     TimestepBlock,
     init_weights,
     run,
     scale_residual_outputs,
 )
+from stages.prepared import Time, Told, embed_times, keys_values, modulations
 
 TIME_CONDS = ("sca", "crp", "cfg")
 """Scalar conditions that the network can be told beside the time: scale and crop, as published, and
@@ -160,9 +163,13 @@ class StageCPrepared:
     tokens: Tensor
     """(B, L + pooled_tokens [+ n * pooled_tokens], cond_channels), normed."""
     extra_embeddings: Tensor
-    """(B, num_extra, time_channels), float32."""
+    """(B, num_extra, time_channels), float32; one row if all pictures are told the same."""
     control: tuple[Tensor | None, ...] | None = None
     """As in the condition, with one entry for every residual block."""
+    asked: tuple[KeysValues | None, ...] | None = None
+    """What each block asks of the tokens, in running order; None: it asks in every pass."""
+    modulations: tuple[Modulation, ...] | None = None
+    """What each block does at one time, in running order; None: any time can be told."""
 
 
 class StageCBlock(nn.Module):
@@ -182,9 +189,10 @@ class StageCBlock(nn.Module):
             qk_norm=config.qk_norm,
         )
 
-    def forward(self, x: Tensor, skip: Tensor | None, times: Tensor, tokens: Tensor) -> Tensor:
+    def forward(self, x: Tensor, skip: Tensor | None, time: Time, told: Told) -> Tensor:
         """Return ``(B, C, H, W)`` as it came."""
-        return self.attention(self.modulation(self.residual(x, skip), times), tokens)
+        assert told is not None, "Stage C attends in every block"
+        return self.attention(self.modulation(self.residual(x, skip), time), told)
 
 
 def _steered(x: Tensor, control: Tensor | None) -> Tensor:
@@ -274,13 +282,43 @@ class StageC(nn.Module):
         nn.init.zeros_(self.out.weight)
         scale_residual_outputs(self, sum(self.config.down_blocks))
 
+    @property
+    def _blocks(self) -> list[StageCBlock]:
+        """All blocks in running order."""
+        return [
+            cast(StageCBlock, block)
+            for blocks in (*self.down_blocks, *self.up_blocks)
+            for block in cast(nn.ModuleList, blocks)
+        ]
+
     def prepare(self, cond: StageCCondition) -> StageCPrepared:
-        """Map and norm the condition's tokens, once per picture.
+        """Compute what does not change from step to step, once per picture.
 
         Raises:
             ValueError: An image embedding for a network that takes none, or control maps for a
                 network of other widths.
         """
+        prepared = self._mapped(cond)
+        attentions = [block.attention for block in self._blocks]
+        return replace(prepared, asked=keys_values(attentions, prepared.tokens))
+
+    def at_times(self, prepared: StageCPrepared, times: Tensor) -> list[StageCPrepared]:
+        """Compute what depends on the time alone, for all steps at once.
+
+        Args:
+            prepared: The result of ``prepare``.
+            times: Times ``(S,)`` as ``forward`` takes them, float32.
+
+        Returns:
+            For each time the condition at it; with it ``forward`` does not look at its ``t``.
+        """
+        blocks = [block.modulation for block in self._blocks]
+        told = times * self.config.time_unit
+        rows = modulations(blocks, told, prepared.extra_embeddings, self.config.time_channels)
+        return [replace(prepared, modulations=row) for row in rows]
+
+    def _mapped(self, cond: StageCCondition) -> StageCPrepared:
+        """Map and norm the condition's tokens."""
         config = self.config
         dtype = self.text_mapper.weight.dtype
         text = self.text_mapper(cond.text_hidden.to(dtype))  # (B, L, C)
@@ -296,7 +334,7 @@ class StageC(nn.Module):
             raise ValueError("this Stage C has image_channels=None and takes no image embedding")
         tokens = torch.cat(parts, dim=1)  # (B, M, C)
         tokens = F.layer_norm(tokens, (config.cond_channels,), eps=1e-6)
-        extra = self._extra_embeddings(cond, len(text))
+        extra = self._extra_embeddings(cond)
         return StageCPrepared(tokens, extra, self._control(cond.control))
 
     def _split_tokens(self, mapped: Tensor, batch: int) -> Tensor:
@@ -320,10 +358,10 @@ class StageC(nn.Module):
                 )
         return maps + (None,) * (len(widths) - len(maps))
 
-    def _extra_embeddings(self, cond: StageCCondition, batch: int) -> Tensor:
+    def _extra_embeddings(self, cond: StageCCondition) -> Tensor:
         config = self.config
         told = {name: getattr(cond, name) for name in config.time_conds}
-        return scalar_embeddings(told, batch, config.time_channels, cond.text_hidden.device)
+        return scalar_embeddings(told, config.time_channels, cond.text_hidden.device)
 
     @overload
     def forward(
@@ -359,7 +397,7 @@ class StageC(nn.Module):
         Args:
             x: Noised Stage C latents, ``(B, 16, h, w)``.
             t: Diffusion time, ``(B,)``, float32.
-            cond: A condition, or the result of ``prepare``.
+            cond: A condition, or the result of ``prepare`` or ``at_times``.
             visible: ``(B, 1, h / patch, w / patch)``, 0 where the network must guess what lies
                 there (masked training); None shows everything.
             features: Names of the blocks, see ``StageCConfig.sites``, whose outputs are returned
@@ -373,24 +411,24 @@ class StageC(nn.Module):
             ValueError: A name in ``features`` is no block.
         """
         taps = BlockTaps(() if features is None else features, self.config.sites)
-        prepared = self.prepare(cond) if isinstance(cond, StageCCondition) else cond
-        told = t * self.config.time_unit
-        times = time_embedding(told, self.config.time_channels)[:, None]  # (B, 1, time_channels)
-        times = torch.cat([times, prepared.extra_embeddings], dim=1)
+        # Of a bare condition each block asks by itself: it is told once, and may be recomputed.
+        prepared = self._mapped(cond) if isinstance(cond, StageCCondition) else cond
         x = x.contiguous(memory_format=torch.channels_last)
         x = F.pixel_unshuffle(x, self.config.patch_size)
         x = self.in_norm(self.embedding(x))
         if visible is not None:  # a normed position is never 0, so 0 says "hidden"
             x = x * visible.to(x.dtype)
 
-        control = iter(prepared.control or (None,) * len(self.config.block_channels))
+        inputs = self._inputs(prepared, t)
+        count = len(self.config.block_channels)
+        control = iter(prepared.control or (None,) * count)
         skips: list[Tensor] = []
         for level, blocks in enumerate(self.down_blocks):
             if level > 0:
                 x = self.down_changes[level - 1](x)
             for block_index, block in enumerate(cast(nn.ModuleList, blocks)):
                 x = _steered(x, next(control))
-                x = run(block, x, None, times, prepared.tokens, recompute=self.recompute)
+                x = run(block, x, None, *next(inputs), recompute=self.recompute)
                 taps.see("down_blocks", level, block_index, x)
             skips.append(x)
         x = skips.pop()
@@ -398,10 +436,21 @@ class StageC(nn.Module):
             skip = skips.pop() if index > 0 else None
             for block_index, block in enumerate(cast(nn.ModuleList, blocks)):
                 x = _steered(x, next(control))
-                inputs = (x, skip if block_index == 0 else None, times, prepared.tokens)
-                x = run(block, *inputs, recompute=self.recompute)
+                read = skip if block_index == 0 else None
+                x = run(block, x, read, *next(inputs), recompute=self.recompute)
                 taps.see("up_blocks", index, block_index, x)
             if index < len(self.up_changes):
                 x = self.up_changes[index](x)
         prediction = F.pixel_shuffle(self.out(self.out_norm(x)), self.config.patch_size)
         return prediction if features is None else BlockOutput(prediction, taps.found)
+
+    def _inputs(self, prepared: StageCPrepared, t: Tensor) -> Iterator[tuple[Time, Told]]:
+        """Give each block, in running order, what it is told of the time and of the condition."""
+        count = len(self.config.block_channels)
+        times: Sequence[Time] | None = prepared.modulations
+        if times is None:
+            embedded = embed_times(
+                t * self.config.time_unit, prepared.extra_embeddings, self.config.time_channels
+            )
+            times = [embedded] * count
+        return zip(times, prepared.asked or [prepared.tokens] * count, strict=True)

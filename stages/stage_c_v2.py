@@ -9,22 +9,26 @@ checkpoint, which differ from the paper's text.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stages.embeddings import time_embedding
 from stages.layers import (
     AttnBlock,
+    KeysValues,
     LayerNorm2d,
+    Modulation,
     ResBlock,
     TimestepBlock,
     init_weights,
     run,
     scale_residual_outputs,
 )
+from stages.prepared import Time, Told, embed_times, keys_values, modulations
 
 _MIN_DIVISOR = 1e-5
 _LEAKY_SLOPE = 0.2
@@ -82,6 +86,10 @@ class StageCV2Prepared:
 
     tokens: Tensor
     """(B, L, hidden_channels)."""
+    asked: tuple[KeysValues | None, ...] | None = None
+    """What each block asks of the tokens, in running order; None: it asks in every pass."""
+    modulations: tuple[Modulation, ...] | None = None
+    """What each block does at one time, in running order; None: any time can be told."""
 
 
 class StageCV2Block(nn.Module):
@@ -95,9 +103,10 @@ class StageCV2Block(nn.Module):
         self.modulation = TimestepBlock(width, config.time_channels)
         self.attention = AttnBlock(width, width, config.num_heads, config.dropout)
 
-    def forward(self, x: Tensor, times: Tensor, tokens: Tensor) -> Tensor:
+    def forward(self, x: Tensor, time: Time, told: Told) -> Tensor:
         """Return ``(B, C, H, W)`` as it came."""
-        return self.attention(self.modulation(self.residual(x), times), tokens)
+        assert told is not None, "the prior attends in every block"
+        return self.attention(self.modulation(self.residual(x), time), told)
 
 
 class StageCV2(nn.Module):
@@ -125,8 +134,35 @@ class StageCV2(nn.Module):
         nn.init.zeros_(self.out.weight)
         scale_residual_outputs(self, self.config.num_blocks)
 
+    @property
+    def _blocks(self) -> list[StageCV2Block]:
+        return [cast(StageCV2Block, block) for block in self.blocks]
+
     def prepare(self, cond: StageCV2Condition) -> StageCV2Prepared:
-        """Map the condition's tokens, once per picture."""
+        """Compute what does not change from step to step, once per picture."""
+        prepared = self._mapped(cond)
+        attentions = [block.attention for block in self._blocks]
+        return replace(prepared, asked=keys_values(attentions, prepared.tokens))
+
+    def at_times(self, prepared: StageCV2Prepared, times: Tensor) -> list[StageCV2Prepared]:
+        """Compute what depends on the time alone, for all steps at once.
+
+        Args:
+            prepared: The result of ``prepare``.
+            times: Times ``(S,)`` as ``forward`` takes them, float32.
+
+        Returns:
+            For each time the condition at it; with it ``forward`` does not look at its ``t``.
+        """
+        blocks = [block.modulation for block in self._blocks]
+        rows = modulations(blocks, times, self._no_extras(times), self.config.time_channels)
+        return [replace(prepared, modulations=row) for row in rows]
+
+    def _no_extras(self, times: Tensor) -> Tensor:
+        return times.new_empty(1, 0, self.config.time_channels)
+
+    def _mapped(self, cond: StageCV2Condition) -> StageCV2Prepared:
+        """Map the condition's tokens."""
         text = cond.text_hidden.to(self.text_expand.weight.dtype)
         hidden = F.leaky_relu(self.text_expand(text), _LEAKY_SLOPE)
         return StageCV2Prepared(self.text_project(hidden))
@@ -137,16 +173,25 @@ class StageCV2(nn.Module):
         Args:
             x: Noised compressed latents, ``(B, 16, h, w)``.
             t: Diffusion time, ``(B,)``, float32.
-            cond: A condition, or the result of ``prepare``.
+            cond: A condition, or the result of ``prepare`` or ``at_times``.
 
         Returns:
             The prediction (epsilon in the published checkpoint), ``(B, 16, h, w)``: the network's
             two outputs ``a, b`` give ``(x - a) / (|1 - b| + 1e-5)``, in float32 until the end.
         """
-        prepared = self.prepare(cond) if isinstance(cond, StageCV2Condition) else cond
-        times = time_embedding(t, self.config.time_channels)[:, None]  # (B, 1, time_channels)
+        # Of a bare condition each block asks by itself: it is told once, and may be recomputed.
+        prepared = self._mapped(cond) if isinstance(cond, StageCV2Condition) else cond
         h = self.embedding(x.contiguous(memory_format=torch.channels_last))
-        for block in self.blocks:
-            h = run(block, h, times, prepared.tokens, recompute=self.recompute)
+        for block, inputs in zip(self.blocks, self._inputs(prepared, t), strict=True):
+            h = run(block, h, *inputs, recompute=self.recompute)
         a, b = self.out(self.out_norm(h)).float().chunk(2, dim=1)
         return ((x.float() - a) / ((1 - b).abs() + _MIN_DIVISOR)).to(x.dtype)
+
+    def _inputs(self, prepared: StageCV2Prepared, t: Tensor) -> Iterator[tuple[Time, Told]]:
+        """Give each block what it is told of the time and of the condition."""
+        count = len(self.blocks)
+        times: Sequence[Time] | None = prepared.modulations
+        if times is None:
+            embedded = embed_times(t, self._no_extras(t), self.config.time_channels)
+            times = [embedded] * count
+        return zip(times, prepared.asked or [prepared.tokens] * count, strict=True)

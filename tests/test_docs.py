@@ -17,7 +17,7 @@ CARD = ROOT / "weights" / "demo" / "README.md"
 INSTALL_AND_SAMPLE = (
     'pip install -c constraints.txt -e . && python sample.py --prompt "a 3D render of a red apple"'
 )
-INSTALL_AND_TEST = 'pip install -c constraints.txt -e ".[test]" && pytest'
+INSTALL_AND_TEST = 'pip install -c constraints.txt -e ".[test]" && pytest -n 2 --dist worksteal'
 
 
 def commands() -> list[str]:

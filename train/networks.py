@@ -15,13 +15,10 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from cascade.compiled import blocks_of, compile_blocks
 from cascade.errors import UserError
 from train.settings import RunConfig
 from train.sharding import ShardedStrategy, shard_network
-
-COMPILE_BACKEND = "inductor"
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
-_MOST_VARIANTS = 64
 
 
 @runtime_checkable
@@ -59,41 +56,6 @@ def trained_networks(system: LightningModule) -> Iterator[tuple[str, nn.Module]]
     for name, child in system.named_children():
         if any(parameter.requires_grad for parameter in child.parameters()):
             yield name, child
-
-
-def blocks_of(network: nn.Module) -> Iterator[nn.Module]:
-    """Yield a network's blocks: the outermost entries of its lists that are no lists themselves."""
-    for child in network.children():
-        yield from _entries(child) if isinstance(child, _CONTAINERS) else blocks_of(child)
-
-
-def _entries(container: nn.Module) -> Iterator[nn.Module]:
-    for child in container.children():
-        if isinstance(child, _CONTAINERS):
-            yield from _entries(child)
-        elif next(child.parameters(), None) is not None:
-            yield child
-
-
-def compile_blocks(network: nn.Module) -> None:
-    """Compile each block by itself: blocks of one kind share their code, however many they are.
-
-    A graph break is an error and not a slower block. ``Module.compile`` adds no ``_orig_mod`` to
-    the keys, and copies of the network are not compiled.
-    """
-    # Blocks differ by level, and count together because all are called through one function.
-    torch._dynamo.config.recompile_limit = _MOST_VARIANTS
-    for block in blocks_of(network):
-        if not type(block).__module__.startswith("torch."):  # a single layer has nothing to fuse
-            block.compile(fullgraph=True, backend=COMPILE_BACKEND)
-
-
-def is_compiled(system: nn.Module) -> bool:
-    """Return whether some part of a system is compiled."""
-    return any(
-        isinstance(one, torch._dynamo.OptimizedModule) or one._compiled_call_impl is not None
-        for one in system.modules()
-    )
 
 
 def plain_copy(network: nn.Module, state: dict[str, Tensor]) -> nn.Module:

@@ -103,7 +103,7 @@ class Guided:
             # Pure noise says nothing of x0 through epsilon.
             ratio = self._deviation(x0_cond) / self._deviation(guided)
             return torch.lerp(guided, guided * ratio, self.rescale)
-        alpha, sigma = self.denoiser.schedule(t.to(x_t.device))
+        alpha, sigma = self.denoiser.scales(t, x_t.device)
         eps = from_x0(guided, x_t, alpha, sigma, Prediction.EPSILON)
         eps_cond = from_x0(x0_cond, x_t, alpha, sigma, Prediction.EPSILON)
         ratio = self._deviation(eps_cond) / self._deviation(eps)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal, Protocol
 
 import torch
@@ -85,9 +84,10 @@ def sample_ddim(
     """
     x0 = x
     num_steps = len(times) - 1
-    for index, (t, t_next) in enumerate(pairwise(times)):
+    scales = _scales(schedule, times, x)
+    for index, t in enumerate(times[:-1]):
         x0 = denoise(x, t)
-        (alpha, sigma), (alpha_next, sigma_next) = _scales(schedule, t, t_next, x)
+        (alpha, sigma), (alpha_next, sigma_next) = scales[index], scales[index + 1]
         if on_step is not None:
             on_step(StepInfo(index, num_steps, float(t), x, x0))
         if index + 1 == num_steps and last == "x0":
@@ -123,9 +123,10 @@ def sample_ddpm(
     """
     x0 = x
     num_steps = len(times) - 1
-    for index, (t, t_next) in enumerate(pairwise(times)):
+    scales = _scales(schedule, times, x)
+    for index, t in enumerate(times[:-1]):
         x0 = denoise(x, t)
-        (alpha, sigma), (alpha_next, sigma_next) = _scales(schedule, t, t_next, x)
+        (alpha, sigma), (alpha_next, sigma_next) = scales[index], scales[index + 1]
         if on_step is not None:
             on_step(StepInfo(index, num_steps, float(t), x, x0))
         if index + 1 == num_steps and last == "x0":
@@ -160,10 +161,12 @@ def sample_dpmpp_2m(
     del randn_like
     x0 = x
     previous: tuple[Tensor, Tensor] | None = None  # (x0_hat, step in half log-SNR)
+    steps = _half_log_snr_steps(schedule, times)
     num_steps = len(times) - 1
-    for index, (t, t_next) in enumerate(pairwise(times)):
+    scales = _scales(schedule, times, x)
+    for index, t in enumerate(times[:-1]):
         x0 = denoise(x, t)
-        (alpha, sigma), (alpha_next, sigma_next) = _scales(schedule, t, t_next, x)
+        (alpha, sigma), (alpha_next, sigma_next) = scales[index], scales[index + 1]
         if on_step is not None:
             on_step(StepInfo(index, num_steps, float(t), x, x0))
         if index + 1 == num_steps:
@@ -171,7 +174,7 @@ def sample_dpmpp_2m(
         step = (alpha_next / sigma_next).log() - (alpha / sigma).log()
         slope = x0
         # A step from or to a clamped end of the schedule has no length: first order there.
-        if previous is not None and previous[1] > 0 and step > 0:
+        if previous is not None and steps[index - 1] > 0 and steps[index] > 0:
             ratio = previous[1] / step
             slope = x0 + (x0 - previous[0]) / (2.0 * ratio)
         x = (sigma_next / sigma) * x - alpha_next * torch.expm1(-step) * slope
@@ -196,22 +199,30 @@ def sample_lcm(
     """
     x0 = x
     num_steps = len(times) - 1
-    for index, (t, t_next) in enumerate(pairwise(times)):
+    scales = _scales(schedule, times, x)
+    for index, t in enumerate(times[:-1]):
         x0 = denoise(x, t)
         if on_step is not None:
             on_step(StepInfo(index, num_steps, float(t), x, x0))
         if index + 1 < num_steps:
-            _, (alpha_next, sigma_next) = _scales(schedule, t, t_next, x)
+            alpha_next, sigma_next = scales[index + 1]
             x = alpha_next * x0 + sigma_next * randn_like(x)
     return x0
 
 
-def _scales(
-    schedule: Schedule, t: Tensor, t_next: Tensor, like: Tensor
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Return (alpha, sigma) at both ends of a step, as scalars on the device of ``like``."""
-    alpha, sigma = schedule(torch.stack([t, t_next]).to(like.device))
-    return (alpha[0], sigma[0]), (alpha[1], sigma[1])
+def _scales(schedule: Schedule, times: Tensor, like: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return (alpha, sigma) at all times, as scalars on the device of ``like``.
+
+    Before the first step: within the loop nothing is copied to the device.
+    """
+    alphas, sigmas = schedule(times.to(like.device))
+    return list(zip(alphas.unbind(), sigmas.unbind(), strict=True))
+
+
+def _half_log_snr_steps(schedule: Schedule, times: Tensor) -> list[float]:
+    """Return how far each step goes, computed on the CPU: to ask the device is to wait for it."""
+    alphas, sigmas = schedule(times.cpu())
+    return (alphas / sigmas).log().diff().tolist()
 
 
 def _step_variance(alpha: Tensor, sigma: Tensor, alpha_next: Tensor, sigma_next: Tensor) -> Tensor:

@@ -40,14 +40,55 @@ def check_finite(
     if values.is_meta or bool(finite.all()):  # on meta there are no values, only their memory
         return
     where = stage if step is None else f"{stage}, step {step + 1} of {num_steps}"
-    share = 1.0 - finite.double().mean().item()
+    raise _error(where, dtype, 1.0 - finite.double().mean().item())
+
+
+class FiniteSteps:
+    """Checks every step of a sampler: on a CPU at once, elsewhere when all are done.
+
+    To ask a GPU for a value is to wait for it; its next steps could not be queued meanwhile.
+    """
+
+    def __init__(self, stage: str, dtype: torch.dtype) -> None:
+        """Take the name of the stage, for messages, and its network's number format."""
+        self._stage = stage
+        self._dtype = dtype
+        self._shares: list[Tensor] = []
+
+    def see(self, values: Tensor, step: int, num_steps: int) -> None:
+        """Take what a step gave.
+
+        Raises:
+            NonFiniteError: On a CPU, if a value is infinite or not a number.
+        """
+        if values.device.type == "cpu":
+            check_finite(values, self._stage, self._dtype, step=step, num_steps=num_steps)
+        elif not values.is_meta:
+            self._shares.append(torch.isfinite(values).double().mean())
+
+    def check(self) -> None:
+        """Check all steps that were not checked at once.
+
+        Raises:
+            NonFiniteError: If a value was infinite or not a number; it names the first such step.
+        """
+        if not self._shares:
+            return
+        shares = torch.stack(self._shares).tolist()
+        for step, share in enumerate(shares):
+            if share < 1:
+                where = f"{self._stage}, step {step + 1} of {len(shares)}"
+                raise _error(where, self._dtype, 1.0 - share)
+
+
+def _error(where: str, dtype: torch.dtype, share: float) -> NonFiniteError:
     name = str(dtype).removeprefix("torch.")
     cure = (
         "float16 overflows in these networks; use --dtype bfloat16 or float32"
         if dtype == torch.float16
         else "the weights may be damaged, or a guidance scale is extreme"
     )
-    raise NonFiniteError(f"{where} ({name}): {share:.1%} of the values are not finite; {cure}")
+    return NonFiniteError(f"{where} ({name}): {share:.1%} of the values are not finite; {cure}")
 
 
 def check_not_black(pixels: Tensor, dtype: torch.dtype, decoder: str = "Stage A") -> None:

@@ -20,13 +20,20 @@ from torch import Tensor, nn
 from cascade.control import control_maps, control_signal
 from cascade.pipelines.memory_peak import peak_bytes
 from cascade.pipelines.placement import Dtypes
-from cascade.pipelines.sampling import Prompted, Start, sample_stage_b, sample_stage_c
+from cascade.pipelines.sampling import (
+    Prompted,
+    Start,
+    sample_stage_b,
+    sample_stage_c,
+    walk_of,
+)
 from cascade.pipelines.spec import StageSampling
 from cascade.pipelines.tiles import TILE_CELLS, decode_pixels
 from cascade.rng import PictureNoise
 from cascade.text.encoder import TextEncoder, TextFeatures
 from cascade.text.picture_encoder import PictureEncoder
 from stages.controlnet import ControlNet, ControlNetConfig
+from stages.layers import AttnBlock, TimestepBlock
 from stages.stage_a import StageA
 from stages.stage_b import StageB
 from stages.stage_b_v2 import StageBV2
@@ -134,11 +141,14 @@ def footprints(
     }
     text = encoders["text"]
     text_b = encoders.get("text_b", text)
+    twin_c, twin_b = _twin(stage_c, dtypes.stage_c), _twin(stage_b, dtypes.stage_b)
+    tables = _tables(stage_c, twin_c, workload.stage_c, workload.text_length)
     sizes["stage_c"] = Footprint(
-        *weight_bytes(stage_c), _drawing_c(_twin(stage_c, dtypes.stage_c), text, workload)
+        *weight_bytes(stage_c), _drawing_c(twin_c, text, workload) + tables
     )
+    tables = _tables(stage_b, twin_b, workload.stage_b, workload.text_length)
     sizes["stage_b"] = Footprint(
-        *weight_bytes(stage_b), _drawing_b(_twin(stage_b, dtypes.stage_b), text_b, workload)
+        *weight_bytes(stage_b), _drawing_b(twin_b, text_b, workload) + tables
     )
     sizes["stage_a"] = Footprint(
         *weight_bytes(stage_a), decode(None), {tile: decode(tile) for tile in tiles}
@@ -184,6 +194,27 @@ def _drawing_b(twin: Any, text: TextEncoder, workload: Workload) -> int:
         )
     )
     return in_a_step + kept_between_steps(workload.latent_shape)
+
+
+def _tables(network: Any, twin: Any, sampling: StageSampling, text_length: int) -> int:
+    """Bytes that a network prepares for all steps and its twin does not: it has fewer blocks."""
+    config = network.config
+    told = 2 if sampling.is_guided_by_passes else 1
+    rows = told if "cfg" in getattr(config, "time_conds", ()) else 1
+    tokens = text_length  # and, at most, those of the pooled text and of a picture
+    tokens += 2 * getattr(config, "pooled_tokens", 0)
+
+    def count(one: nn.Module, steps: int) -> int:
+        numbers = 0
+        for module in one.modules():
+            if isinstance(module, AttnBlock):
+                numbers += 2 * module.norm.channels * tokens * told
+            elif isinstance(module, TimestepBlock):
+                numbers += module.mapper.out_features * steps * rows
+        return numbers
+
+    itemsize = next(twin.parameters()).element_size()
+    return (count(network, len(walk_of(sampling).times) - 1) - count(twin, 1)) * itemsize
 
 
 def _start(workload: Workload, stage: str, shape: tuple[int, ...]) -> Start | None:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cascade.control import Maps
 from cascade.diffusion.denoiser import Denoiser
@@ -15,7 +15,8 @@ from cascade.diffusion.guidance import Denoise, Guided, consistent, keeping, ung
 from cascade.diffusion.prediction import Prediction
 from cascade.diffusion.samplers import SAMPLERS, OnStep, Sampler, StepInfo, sample_ddpm
 from cascade.diffusion.schedules import NoiseSchedule, diffuse, equal_times
-from cascade.pipelines.finite import check_finite
+from cascade.diffusion.timetable import ByTime, timetable_of
+from cascade.pipelines.finite import FiniteSteps
 from cascade.pipelines.spec import StageSampling
 from cascade.placed import example_of
 from cascade.rng import PictureNoise
@@ -25,6 +26,7 @@ from stages.stage_b import StageB, StageBCondition
 from stages.stage_b_v2 import StageBV2, StageBV2Condition
 from stages.stage_c import StageC, StageCCondition
 from stages.stage_c_v2 import StageCV2, StageCV2Condition
+from stages.unet.unet import UNet
 
 
 @dataclass(frozen=True)
@@ -223,10 +225,10 @@ def walk_of(sampling: StageSampling) -> Walk:
 
 def sample_latents(
     stage: str,
-    network: nn.Module,
+    network: StageC | StageCV2 | StageB | StageBV2 | UNet,
     walk: Walk,
     cond: object,
-    prepared: object,
+    prepared: Any,
     noise: PictureNoise,
     x: Tensor,
     *,
@@ -253,14 +255,19 @@ def sample_latents(
         NonFiniteError: Naming the step.
     """
     weight = example_of(network)
+    finite = FiniteSteps(stage, weight.dtype)
 
     def check(info: StepInfo) -> None:
-        check_finite(info.x0_hat, stage, weight.dtype, step=info.index, num_steps=info.num_steps)
+        finite.see(info.x0_hat, info.index, info.num_steps)
         if on_step is not None:
             on_step(info)
 
     schedule, times = walk.schedule, walk.times
-    denoiser = Denoiser(network, schedule, walk.prediction, walk.time_input, weight.dtype)
+    if start is not None:
+        times = times * start.strength
+    table = timetable_of(schedule, times[:-1], weight.device, walk.time_input)
+    prepared = ByTime(network.at_times(prepared, table.network_times))
+    denoiser = Denoiser(network, schedule, walk.prediction, walk.time_input, weight.dtype, table)
     denoise: Denoise = unguided(denoiser, prepared)
     if walk.guidance != 1:
         denoise = Guided(denoiser, cond, prepared, walk.guidance, rescale=walk.rescale)
@@ -268,12 +275,11 @@ def sample_latents(
         denoise = consistent(denoise, schedule.network_time)
     x = x.to(weight.device)
     if start is not None:
-        times = times * start.strength
         latents = start.latents.to(x).expand_as(x)
         x = diffuse(latents, x, times[:1].to(x.device).expand(len(x)), schedule)
         if start.kept is not None:
             denoise = keeping(denoise, latents, start.kept.to(x))
-    return walk.sampler(
+    latents = walk.sampler(
         denoise,
         schedule,
         x,
@@ -281,3 +287,5 @@ def sample_latents(
         randn_like=noise.randn_like,
         on_step=check,
     )
+    finite.check()
+    return latents

@@ -6,7 +6,7 @@ are named as in the published files, which therefore load without renaming.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
@@ -16,7 +16,11 @@ from stages.layers import run
 from stages.unet.attention import SpatialTransformer, Text
 from stages.unet.config import UNetConfig
 from stages.unet.features import Features, Taps
-from stages.unet.resnet import Downsample, ResnetBlock, Upsample
+from stages.unet.resnet import Downsample, ProjectedTime, ResnetBlock, Upsample
+
+Time = Tensor | Mapping[str, ProjectedTime]
+"""The time's embedding, (B, time_channels), activated, or what each resnet, by its path, makes of
+it."""
 
 
 class UNetBlock(nn.Module):
@@ -58,9 +62,10 @@ class UNetBlock(nn.Module):
             }
         )
 
-    def _layer(self, layer: int, x: Tensor, time: Tensor, text: Text, taps: Taps) -> Tensor:
+    def _layer(self, layer: int, x: Tensor, time: Time, text: Text, taps: Taps) -> Tensor:
         """Run a resnet and the attention after it, if there is one."""
-        x = run(self.resnets[layer], x, time, recompute=self.recompute)
+        told = time if isinstance(time, Tensor) else time[f"{self.name}.resnets.{layer}"]
+        x = run(self.resnets[layer], x, told, recompute=self.recompute)
         taps.see(f"resnets.{layer}", x)
         if str(layer) not in self.attentions:
             return x
@@ -85,7 +90,7 @@ class DownBlock(UNetBlock):
             self.downsamplers = nn.ModuleList([Downsample(width)])
 
     def forward(
-        self, x: Tensor, time: Tensor, text: Text, wanted: frozenset[str]
+        self, x: Tensor, time: Time, text: Text, wanted: frozenset[str]
     ) -> tuple[Tensor, list[Tensor], Features]:
         """Return ``(B, C, H/2, W/2)``, the skips and what was asked for.
 
@@ -114,7 +119,7 @@ class MidBlock(UNetBlock):
         super().__init__(config, level, in_channels, depths, "mid_block")
 
     def forward(
-        self, x: Tensor, time: Tensor, text: Text, wanted: frozenset[str]
+        self, x: Tensor, time: Time, text: Text, wanted: frozenset[str]
     ) -> tuple[Tensor, Features]:
         """Return ``(B, C, H, W)`` as it came, and what was asked for."""
         taps = Taps(self.name, wanted)
@@ -145,7 +150,7 @@ class UpBlock(UNetBlock):
         x: Tensor,
         skips: list[Tensor],
         size: tuple[int, int],
-        time: Tensor,
+        time: Time,
         text: Text,
         wanted: frozenset[str],
     ) -> tuple[Tensor, Features]:
@@ -155,7 +160,7 @@ class UpBlock(UNetBlock):
             x: ``(B, C_below, H, W)``.
             skips: One for each resnet; each is taken out when it is read, so that it can be freed.
             size: Height and width of the result.
-            time: ``(B, time_channels)``, activated.
+            time: The time.
             text: The text.
             wanted: Names of the sites asked for, in all of the network.
         """

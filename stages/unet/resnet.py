@@ -5,8 +5,17 @@ Attributes are named as in the published files, which therefore load without ren
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class ProjectedTime(NamedTuple):
+    """What a resnet makes of one time."""
+
+    shift: Tensor
+    """(B, C_out, 1, 1)."""
 
 
 class ResnetBlock(nn.Module):
@@ -36,17 +45,22 @@ class ResnetBlock(nn.Module):
         if in_channels != out_channels:
             self.conv_shortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1)
 
-    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+    def project_time(self, time: Tensor) -> ProjectedTime:
+        """Return what this resnet makes of a time, ``(B, time_channels)``, activated."""
+        return ProjectedTime(self.time_emb_proj(time)[:, :, None, None])
+
+    def forward(self, x: Tensor, time: Tensor | ProjectedTime | None = None) -> Tensor:
         """Return ``(B, C_out, H, W)``.
 
         Args:
             x: ``(B, C_in, H, W)``.
             time: ``(B, time_channels)``, already through its activation, which is the same for
-                every resnet of a network.
+                every resnet of a network, or what this one makes of it.
         """
         h = self.conv1(F.silu(self.norm1(x)))
         if time is not None:
-            h = h + self.time_emb_proj(time)[:, :, None, None]
+            projected = self.project_time(time) if isinstance(time, Tensor) else time
+            h = h + projected.shift
         h = self.conv2(F.silu(self.norm2(h)))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 

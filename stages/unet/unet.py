@@ -11,8 +11,8 @@ Reference: Rombach et al., 2022, arXiv:2112.10752; Podell et al., 2023, SDXL, ar
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import cast, overload
 
 import torch
@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from stages.embeddings import timestep_embedding
 from stages.unet.attention import SpatialTransformer, Text, TransformerBlock
-from stages.unet.blocks import DownBlock, MidBlock, UNetBlock, UpBlock
+from stages.unet.blocks import DownBlock, MidBlock, Time, UNetBlock, UpBlock
 from stages.unet.config import NUM_SIZES, UNetConfig
 from stages.unet.features import Features, UNetOutput, sites
-from stages.unet.resnet import ResnetBlock
+from stages.unet.resnet import ProjectedTime, ResnetBlock
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class UNetPrepared:
     """What each transformer block asks of the text, in the network's number format."""
     added: Tensor | None
     """(B, time_channels): the pooled text and the sizes, embedded; None in SD 1.x and 2.x."""
+    projected: Mapping[str, ProjectedTime] | None = None
+    """What each resnet, by its path, makes of one time; None: any time can be told."""
 
 
 class Embedding(nn.Module):
@@ -152,6 +154,44 @@ class UNet(nn.Module):
         asked = {block.name: block.attn2.keys_values(text) for block in blocks}
         return UNetPrepared(asked, self._added(cond))
 
+    def at_times(self, prepared: UNetPrepared, times: Tensor) -> list[UNetPrepared]:
+        """Compute what depends on the time alone, for all steps at once.
+
+        Args:
+            prepared: The result of ``prepare``.
+            times: Timesteps ``(S,)`` as ``forward`` takes them.
+
+        Returns:
+            For each time the condition at it; with it ``forward`` does not look at its
+            ``timesteps``.
+        """
+        rows = self.time_embedding(timestep_embedding(times, self.config.channels[0]))
+        count = 1
+        if prepared.added is not None:  # each of B is told something else beside the time
+            count = len(prepared.added)
+            rows = (rows[:, None] + prepared.added).flatten(0, 1)
+        rows = F.silu(rows)  # (S * count, time_channels)
+        made = {
+            f"{block.name}.resnets.{layer}": cast(ResnetBlock, resnet).project_time(rows).shift
+            for block in self.modules()
+            if isinstance(block, UNetBlock)
+            for layer, resnet in enumerate(block.resnets)
+        }
+        return [
+            replace(
+                prepared,
+                projected={
+                    name: ProjectedTime(shift[at : at + count]) for name, shift in made.items()
+                },
+            )
+            for at in range(0, len(rows), count)
+        ]
+
+    def _time(self, timesteps: Tensor, cond: UNetPrepared) -> Tensor:
+        """Embed times and what is told beside them: ``(B, time_channels)``, activated."""
+        time = self.time_embedding(timestep_embedding(timesteps, self.config.channels[0]))
+        return F.silu(time if cond.added is None else time + cond.added)
+
     def _text(self, cond: UNetCondition) -> Tensor:
         config = self.config
         text = cond.text_hidden
@@ -210,7 +250,7 @@ class UNet(nn.Module):
             x: Noised latents, ``(B, 4, h, w)``, of any size.
             timesteps: ``(B,)``, float32 or integers, in the published scale: 0 is hardly noised,
                 999 is noise. They may be fractional.
-            cond: A condition, or the result of ``prepare``.
+            cond: A condition, or the result of ``prepare`` or ``at_times``.
             features: Names of the ``sites`` whose outputs are returned as well.
 
         Returns:
@@ -225,14 +265,12 @@ class UNet(nn.Module):
         if isinstance(cond, UNetCondition):
             # Each block asks the text itself: it is called once, and may be recomputed.
             cond = UNetPrepared(self._text(cond), self._added(cond))
-        time = self.time_embedding(timestep_embedding(timesteps, self.config.channels[0]))
-        if cond.added is not None:
-            time = time + cond.added
-        prediction, found = self._denoise(x, F.silu(time), cond.text, wanted)
+        time = self._time(timesteps, cond) if cond.projected is None else cond.projected
+        prediction, found = self._denoise(x, time, cond.text, wanted)
         return prediction if features is None else UNetOutput(prediction, found)
 
     def _denoise(
-        self, x: Tensor, time: Tensor, text: Text, wanted: frozenset[str]
+        self, x: Tensor, time: Time, text: Text, wanted: frozenset[str]
     ) -> tuple[Tensor, Features]:
         """Go down, through the middle and up again."""
         found: Features = {}

@@ -142,6 +142,15 @@ def part(cond: Any, chosen: slice) -> Any:
     return type(cond)(**{name: each(value, lambda x: x[chosen]) for name, value in values.items()})
 
 
+def each_field(cond: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Change all latents and states; scalars stay float32, as the network asks for."""
+    values = {f.name: getattr(cond, f.name) for f in dataclasses.fields(cond)}
+    scalars = ("sca", "crp", "cfg")
+    return type(cond)(
+        **{name: one if name in scalars else each(one, change) for name, one in values.items()}
+    )
+
+
 def each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Change a tensor, or every tensor of a tuple."""
     if isinstance(value, tuple):
@@ -179,10 +188,57 @@ def test_every_input_has_a_say(case):
 
 @every_case
 @torch.no_grad()
-def test_a_prepared_condition_predicts_the_same(case):
+def test_what_is_prepared_for_all_steps_predicts_what_the_plain_network_does(case):
     network = case.build()
-    x, t, cond = case.inputs(2)
-    assert torch.equal(network(x, t, case.prepare(network, x, cond)), network(x, t, cond))
+    x, _, cond = case.inputs(2)
+    times = torch.tensor([0.9, 0.5, 0.1])
+    prepared = case.prepare(network, x, cond)
+    for t, at_time in zip(times, network.at_times(prepared, times), strict=True):
+        plain = network(x, t.expand(2), cond)
+        bound = 1e-5 * float(plain.std())
+        assert float((network(x, t.expand(2), prepared) - plain).abs().max()) < bound
+        # It does not look at the time that it is told: that is in what was prepared.
+        fast = network(x, torch.full((2,), float("nan")), at_time)
+        assert float((fast - plain).abs().max()) < bound
+        assert fast.stride() == plain.stride()
+
+
+@every_case
+@torch.no_grad()
+def test_in_bfloat16_what_is_prepared_is_as_near_to_the_truth_as_the_plain_network(case):
+    network = case.build()
+    x, t, cond = case.inputs(8)
+    t = t[:1].expand(8)
+    truth = copy.deepcopy(network).double()(x.double(), t, each_field(cond, torch.Tensor.double))
+    narrow = network.bfloat16()
+    given = each_field(cond, torch.Tensor.bfloat16)
+    prepared = case.prepare(network, x, given)
+    (at_time,) = network.at_times(prepared, t[:1])
+    plain, fast = (narrow(x.bfloat16(), t, one).double() - truth for one in (given, at_time))
+    assert fast.square().mean() < 1.1 * plain.square().mean()
+
+
+@torch.no_grad()
+def test_compressed_latents_enter_v2_in_their_own_few_channels():
+    case = CASES["stage_b_v2"]
+    network = case.build()
+    x, _, cond = case.inputs(1)
+    folded = case.prepare(network, x, cond).folded
+    assert [None if one is None else one.source.shape[-1] for one in folded] == [
+        *(None, 4, 4, 4),
+        *(4, 4, 4, None),
+    ]
+
+
+@torch.no_grad()
+def test_blocks_that_run_again_are_asked_once():
+    case = CASES["stage_b"]
+    network = case.build()
+    x, _, cond = case.inputs(1)
+    asked = case.prepare(network, x, cond).asked
+    # The deepest level alone attends: one block down, and one up that runs twice.
+    found = [one for one in asked if one is not None]
+    assert len(found) == 3 and found[1] is found[2] and found[0] is not found[1]
 
 
 @every_case

@@ -72,7 +72,7 @@ def test_conditions_left_out_are_ones_of_zeros():
     zeros = dataclasses.replace(cond, pixels=torch.zeros(2, 3, 8, 8), sca=torch.zeros(2))
     told = network.prepare(zeros, (8, 12))
     assert torch.equal(short.mapped, told.mapped)
-    assert torch.equal(short.extra_embeddings, told.extra_embeddings)
+    assert torch.equal(short.extra_embeddings.expand(2, -1, -1), told.extra_embeddings)
     assert short.tokens.shape == (2, 3, 8) and short.mapped.shape == (2, 8, 4, 6)
 
 

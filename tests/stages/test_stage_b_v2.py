@@ -71,7 +71,7 @@ def test_the_prediction_is_made_of_two_outputs():
 def test_each_level_that_reads_the_compressed_latent_has_a_mapper_for_each_way():
     network = StageBV2(TINY)
     assert list(network.down_mappers) == list(network.up_mappers) == ["1", "2"]
-    prepared = network.prepare(condition(2), (16, 24))
+    prepared = network._mapped(condition(2), (16, 24))
     sizes = [None if m is None else tuple(m.shape) for m in prepared.down_mapped]
     assert sizes == [None, (2, 8, 4, 6), (2, 8, 2, 3)]
     sizes = [None if m is None else tuple(m.shape) for m in prepared.up_mapped]

@@ -185,7 +185,7 @@ def test_a_run_goes_on_where_it_stopped_with_its_projection(make_taught):
 def test_neither_recomputing_nor_compiling_changes_what_the_teacher_says(
     option, make_taught, monkeypatch
 ):
-    monkeypatch.setattr("train.networks.COMPILE_BACKEND", "eager")
+    monkeypatch.setattr("cascade.compiled.COMPILE_BACKEND", "eager")
     plain, other = make_taught("plain", **ALL), make_taught("other", **ALL, run={option: True})
     for run in (plain, other):
         assert run.start("--run.max_steps", 2) == 0

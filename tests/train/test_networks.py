@@ -10,12 +10,13 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from cascade.compiled import blocks_of
 from cascade.errors import run_main
 from stages.stage_b import StageB, StageBCondition, StageBConfig
 from stages.stage_c import StageC, StageCCondition, StageCConfig
 from stages.stage_c_v2 import StageCV2, StageCV2Condition, StageCV2Config
 from train.callbacks.checkpoints import newest_checkpoint
-from train.networks import blocks_of, plain_copy
+from train.networks import plain_copy
 
 
 def stage_c(**changes: object) -> StageC:
@@ -109,7 +110,7 @@ def kept_state(run) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", ["stage_c", "stage_a", "unet_kd"])
 def test_a_compiled_run_learns_the_same_and_keeps_clean_keys(kind, make_run, monkeypatch) -> None:
     # dynamo's part alone: the code generator's takes minutes here, and its sums are others.
-    monkeypatch.setattr("train.networks.COMPILE_BACKEND", "eager")
+    monkeypatch.setattr("cascade.compiled.COMPILE_BACKEND", "eager")
     torch._dynamo.reset()  # else what another test has compiled takes no time
     plain, compiled = make_run(kind, "plain"), make_run(kind, "compiled", run={"compile": True})
     assert plain.start("--run.max_steps", 3) == 0

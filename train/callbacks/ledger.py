@@ -14,12 +14,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch._dynamo.callback import CallbackArgs, callback_handler
 
+from cascade.compiled import is_compiled
 from cascade.evaluate.energy import EnergyMeter
 from cascade.evaluate.flops import FlopCounter
 from cascade.evaluate.training_cost import LEDGER_FILE
 from train.clock import Phase, PhaseClock
 from train.memory import peak_memory_bytes
-from train.networks import is_compiled
 from train.steps import ends_step, steps_done
 
 
