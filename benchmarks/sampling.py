@@ -4,8 +4,9 @@
 U-Net and autoencoder) on all sides, in turn, in one process, over the same weights, and adds the
 parts up. Text is not encoded on either side: its states are drawn. Sides: "here" is what our
 pipelines run; "diffusers" its networks in its pipelines' loops, as they are; on a GPU also
-"diffusers, compiled", its networks through torch.compile. Before the clock all sides predict the
-same thing, and the differences are printed; if one is large the exit code is 1.
+"diffusers, compiled", its networks through torch.compile, and "here, compiled", ours as
+``sample.py --compile`` has them. Before the clock all sides predict the same thing, and the
+differences are printed; if one is large the exit code is 1.
 
 A loop is all steps of a part, with what is done once a picture. ``--loop-steps`` runs only so many
 of them and computes the others; such rows are marked. "times" is diffusers' median divided by the
@@ -21,7 +22,6 @@ and KOALA-700M at 256 px with cut loops, and the start-up. At the end it says wh
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib.metadata
 import json
 import sys
@@ -84,9 +84,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--compiled", action="store_true", help="diffusers compiled too; on a GPU always"
+        "--compiled", action="store_true", help="both compiled as well; on a GPU always"
     )
-    parser.add_argument("--compile-mode", choices=COMPILE_MODES, default="reduce-overhead")
+    parser.add_argument(
+        "--compile-mode", choices=COMPILE_MODES, default="reduce-overhead", help="of diffusers"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and inputs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where all figures go as well")
     options = parse_all(parser, sys.argv[1:] if arguments is None else arguments)
@@ -185,7 +187,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for row in measure(case, model, device, options.seed, rates[case.dtype], mode):
                 rows.append(row)
                 print(line(row), flush=True)
-            gc.collect()
     default = _QUICK_START_UPS if options.quick else _START_UPS
     repeats = default if options.start_up is None else options.start_up
     started = start_up.measure(repeats) if repeats else []

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from benchmarks.sampling_measure import WHOLE, Row
-from benchmarks.sampling_sides import COMPILED, HERE, THEIRS
+from benchmarks.sampling_sides import HERE, HERE_COMPILED, THEIRS, THEIRS_COMPILED
 from benchmarks.start_up import HELP, IMPORT, StartUp
 
 _MEMORY_SHARE, _MEMORY_BYTES = 1.05, 4 << 20
@@ -70,9 +70,14 @@ def _on_cpu(ours: Sequence[Row]) -> Iterator[Aim]:
 
 def _on_gpu(rows: Sequence[Row]) -> Iterator[Aim]:
     whole = [row for row in rows if row.part == WHOLE and row.batch_size == 1]
-    ours = [row for row in whole if row.side == HERE]
+    fastest: dict[tuple[str, str, int, int, str], Row] = {}
+    for row in whole:
+        known = fastest.get(_place(row), row)  # of our two sides the faster one counts
+        if row.side in (HERE, HERE_COMPILED) and row.times_diffusers >= known.times_diffusers:
+            fastest[_place(row)] = row
+    ours = list(fastest.values())
     yield _each("2 times diffusers eager at batch 1, every model", ours, _at_least(2.0), _speed)
-    compiled = {_place(row): row.seconds.median for row in whole if row.side == COMPILED}
+    compiled = {_place(row): row.seconds.median for row in whole if row.side == THEIRS_COMPILED}
     pairs = [row for row in ours if _place(row) in compiled]
 
     def over_compiled(row: Row) -> float:
@@ -111,7 +116,8 @@ def _place(row: Row) -> tuple[str, str, int, int, str]:
 
 
 def _named(row: Row) -> str:
-    return f"{row.model}, {row.part}, {row.px} px, batch {row.batch_size}, {row.dtype}"
+    side = "" if row.side == HERE else f", {row.side}"
+    return f"{row.model}, {row.part}, {row.px} px, batch {row.batch_size}, {row.dtype}{side}"
 
 
 def _each(

@@ -20,8 +20,9 @@ from benchmarks.sampling_models import (
     same_in_diffusers,
     shared_bytes,
 )
-from benchmarks.sampling_sides import COMPILED, HERE, THEIRS, Side
+from benchmarks.sampling_sides import HERE, HERE_COMPILED, THEIRS, THEIRS_COMPILED, Side
 from cascade.checkpoints.files import build_on_meta
+from cascade.compiled import compile_blocks
 from cascade.evaluate.cost import Spread, peak_memory, spread_of, wait
 
 TITLES = {
@@ -147,7 +148,8 @@ def measure(
         device: Where.
         seed: Of weights and inputs.
         rate: FLOP/s of matrix products in this number format on this device.
-        compile_mode: torch.compile's mode of a third side; None: there is none.
+        compile_mode: torch.compile's mode of diffusers' networks on a side of their own, beside
+            ours as ``--compile`` has them; None: there are no such sides.
     """
     rows: list[list[Row]] = []
     for name, build in model.builders().items():
@@ -185,9 +187,14 @@ def _build(
     flops = sides.loop_flops(meta, empty, guidance != 1, steps, case.px)
     wraps: dict[str, sides.Wrap] = {THEIRS: lambda call: call}
     if compile_mode is not None:
-        wraps[COMPILED] = lambda call: torch.compile(call, mode=compile_mode, dynamic=False)
+        wraps[THEIRS_COMPILED] = lambda call: torch.compile(call, mode=compile_mode, dynamic=False)
     with torch.inference_mode():
         found = {HERE: _here(case, model, name, ours, given, guidance)}
+        if compile_mode is not None:  # another network over the same tensors: ours stays plain
+            again = build_on_meta(type(ours), ours.config, "the benchmark")
+            again.load_state_dict(ours.state_dict(), assign=True)
+            compile_blocks(again.eval().requires_grad_(False))
+            found[HERE_COMPILED] = _here(case, model, name, again, given, guidance)
         for side, wrap in wraps.items():
             found[side] = _there(case, model, name, ours, theirs, given, guidance, wrap)
     parameters = sum(one.numel() for one in ours.parameters())

@@ -37,7 +37,8 @@ from stages.stage_c_v2 import StageCV2, StageCV2Condition
 from stages.unet.config import NUM_SIZES
 from stages.unet.unet import UNet, UNetCondition
 
-HERE, THEIRS, COMPILED = "here", "diffusers", "diffusers, compiled"
+HERE, THEIRS = "here", "diffusers"
+HERE_COMPILED, THEIRS_COMPILED = "here, compiled", "diffusers, compiled"
 _TIME, _TIMESTEP = 0.6, 601.0
 
 Shape = tuple[int, int, int]

@@ -101,6 +101,12 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(MODELS, key, lambda model=model: model)
     monkeypatch.setattr(sampling_measure, "_RATE_SIDE", {"cpu": 64})
 
+    def peak_memory(run: Any, device: torch.device) -> int:
+        run()
+        return 1  # measuring it collects garbage, which is slow where many modules are loaded
+
+    monkeypatch.setattr(sampling_measure, "peak_memory", peak_memory)
+
 
 def test_a_run_has_all_rows_that_agree_and_its_json_reads_back(
     tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
