@@ -127,6 +127,13 @@ def make_parser() -> Parser:
         "--guidance-b", type=float, metavar="X", help="how strictly Stage B obeys; 1 is off"
     )
     how.add_argument(
+        "--guidance-interval",
+        type=two_times,
+        metavar="FROM:TO",
+        help="diffusion times, 0 to 1, between which Stage C or a U-Net is guided; each step "
+        "outside costs one pass in place of two",
+    )
+    how.add_argument(
         "--sampler",
         metavar="NAME",
         help="ddpm, ddim or dpmpp_2m, for both stages, or lcm where steps were distilled; of a "
@@ -257,6 +264,15 @@ def two_sides(text: str) -> tuple[int, int]:
     if not (first.isdecimal() and second.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text!r} is no WxH in pixels, such as 1024x768")
     return int(second), int(first)
+
+
+def two_times(text: str) -> tuple[float, float]:
+    """Return both numbers of ``FROM:TO``."""
+    first, _, second = text.partition(":")
+    try:
+        return float(first), float(second)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no FROM:TO, such as 0.2:0.8") from None
 
 
 def lora_and_weight(text: str) -> tuple[Path, float]:

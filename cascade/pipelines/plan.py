@@ -38,6 +38,8 @@ class Settings:
     """Guidance scale of Stage C; 1 is off."""
     guidance_b: float | None = None
     """Guidance scale of Stage B; 1 is off."""
+    guidance_interval: tuple[float, float] | None = None
+    """Diffusion times between which Stage C is guided; a step outside is one pass, not two."""
     sampler: str | None = None
     """"ddpm", "ddim" or "dpmpp_2m", for both stages; of networks for few steps "lcm" alone."""
     width: int | None = None
@@ -137,6 +139,16 @@ def make_plan(
     own_c, few_c = choose(spec, "stage_c", wanted.steps_c, wanted.sampler)
     own_b, few_b = choose(spec, "stage_b", wanted.steps_b, wanted.sampler)
     stage_c = _override(own_c, "c", wanted.steps_c, wanted.guidance_c, wanted.sampler)
+    if wanted.guidance_interval is not None:
+        if stage_c.guidance_range is not None:
+            raise UserError(
+                "guidance_interval: guidance was distilled into this Stage C, whose steps are one "
+                "pass anyway; leave it out"
+            )
+        try:
+            stage_c = replace(stage_c, guidance_interval=wanted.guidance_interval)
+        except ValueError as error:
+            raise UserError(str(error)) from error
     stage_b = _override(own_b, "b", wanted.steps_b, wanted.guidance_b, wanted.sampler)
     if task is not None and task.mode == "reconstruct":
         for name in ("steps_c", "guidance_c"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -103,12 +104,10 @@ def sample_stage_c(
             cond, uncond = _show(shown, cond, uncond)
         if "cfg" in network.config.time_conds:
             cond = replace(cond, cfg=scales(sampling, prompted, weight))
-    guided = sampling.is_guided_by_passes
-    prepared = network.prepare(concat([cond, uncond]) if guided else cond)
     x = noise.randn((network.config.latent_channels, *latent_size))
-    walk = walk_of(sampling)
+    walk, conds = walk_of(sampling), (cond, uncond)
     return sample_latents(
-        "Stage C", network, walk, cond, prepared, noise, x, start=start, on_step=on_step
+        "Stage C", network, walk, network.prepare, conds, noise, x, start=start, on_step=on_step
     )
 
 
@@ -179,12 +178,14 @@ def sample_stage_b(
         uncond = StageBCondition(torch.zeros_like(latents), prompted.negative.pooled.to(weight))
         if "cfg" in network.config.time_conds:
             cond = replace(cond, cfg=scales(sampling, prompted, weight))
-    guided = sampling.is_guided_by_passes
-    prepared = network.prepare(concat([cond, uncond]) if guided else cond, latent_shape[1:])
+
+    def prepare(told: Any) -> Any:
+        return network.prepare(told, latent_shape[1:])
+
     x = noise.randn(latent_shape)
-    walk = walk_of(sampling)
+    walk, conds = walk_of(sampling), (cond, uncond)
     return sample_latents(
-        "Stage B", network, walk, cond, prepared, noise, x, start=start, on_step=on_step
+        "Stage B", network, walk, prepare, conds, noise, x, start=start, on_step=on_step
     )
 
 
@@ -203,6 +204,8 @@ class Walk:
     """1 is off."""
     rescale: float = 0.0
     """See ``Guided``."""
+    interval: tuple[float, float] = (0.0, 1.0)
+    """See ``Guided``."""
     is_consistency: bool = False
     """Whether the estimate of x0 is made a consistency function."""
 
@@ -220,6 +223,7 @@ def walk_of(sampling: StageSampling) -> Walk:
         times=torch.tensor(sampling.times) if sampling.times else equal_times(sampling.steps),
         guidance=sampling.guidance if sampling.is_guided_by_passes else 1.0,
         rescale=sampling.rescale,
+        interval=sampling.guidance_interval,
     )
 
 
@@ -227,8 +231,8 @@ def sample_latents(
     stage: str,
     network: StageC | StageCV2 | StageB | StageBV2 | UNet,
     walk: Walk,
-    cond: object,
-    prepared: Any,
+    prepare: Callable[[Any], Any],
+    conds: tuple[Any, Any],
     noise: PictureNoise,
     x: Tensor,
     *,
@@ -241,8 +245,8 @@ def sample_latents(
         stage: Name of the network, for messages.
         network: The network; device and number format are those of its weights.
         walk: How.
-        cond: The condition of B pictures.
-        prepared: The same as the network prepares it; under guidance the pair [cond, uncond].
+        prepare: Makes the network's prepared condition of one for any number of pictures.
+        conds: The conditional and the unconditional condition of B pictures.
         noise: Source of fresh noise.
         x: Where the walk starts.
         start: A picture to start from instead.
@@ -266,11 +270,25 @@ def sample_latents(
     if start is not None:
         times = times * start.strength
     table = timetable_of(schedule, times[:-1], weight.device, walk.time_input)
-    prepared = ByTime(network.at_times(prepared, table.network_times))
+
+    def by_time(cond: Any) -> ByTime:
+        return ByTime(network.at_times(prepare(cond), table.network_times))
+
     denoiser = Denoiser(network, schedule, walk.prediction, walk.time_input, weight.dtype, table)
-    denoise: Denoise = unguided(denoiser, prepared)
-    if walk.guidance != 1:
-        denoise = Guided(denoiser, cond, prepared, walk.guidance, rescale=walk.rescale)
+    denoise: Denoise
+    if walk.guidance == 1:
+        denoise = unguided(denoiser, by_time(conds[0]))
+    else:
+        low, high = walk.interval
+        pauses = any(not low <= time <= high for time in times[:-1].tolist())
+        denoise = Guided(
+            denoiser,
+            by_time(conds[0]) if pauses else None,
+            by_time(concat(conds)),
+            walk.guidance,
+            walk.rescale,
+            walk.interval,
+        )
     if walk.is_consistency:
         denoise = consistent(denoise, schedule.network_time)
     x = x.to(weight.device)

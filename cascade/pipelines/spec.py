@@ -49,6 +49,9 @@ class StageSampling:
     """Classifier-free guidance scale; 1 switches guidance off."""
     rescale: float = 0.0
     """Share of the guided prediction that is brought back to the conditional one's spread."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Diffusion times between which guidance is applied, both included; a step outside costs one
+    pass. Reference: Kynkäänniemi et al., 2024, arXiv:2404.07724."""
     shift: float = 1.0
     """Resolution shift of the noise schedule; 1 is none."""
     prediction: Literal["epsilon", "v", "x0", "flow"] = "epsilon"
@@ -87,6 +90,7 @@ class StageSampling:
         self._check_distilled()
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"rescale is {self.rescale}; it lies in [0, 1]")
+        check_interval(self.guidance_interval)
         if not 0 < self.shift < math.inf:
             raise ValueError(f"shift is {self.shift}; it must be positive and finite")
         check_schedule(self.schedule, self.prediction, self.zero_terminal_snr)
@@ -115,6 +119,17 @@ class StageSampling:
     def noise_schedule(self) -> NoiseSchedule:
         """Return the path that the samples walk back."""
         return make_schedule(self.schedule, self.shift, zero_terminal_snr=self.zero_terminal_snr)
+
+
+def check_interval(interval: tuple[float, float]) -> None:
+    """Refuse what is no interval of diffusion times.
+
+    Raises:
+        ValueError: It is none.
+    """
+    low, high = interval
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"guidance_interval is {interval}; 0 <= from <= to <= 1 must hold")
 
 
 @dataclass(frozen=True)

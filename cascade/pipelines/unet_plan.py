@@ -57,6 +57,8 @@ class UNetSettings:
     """Evaluations of the network."""
     guidance: float | None = None
     """Guidance scale; 1 is off."""
+    guidance_interval: tuple[float, float] | None = None
+    """Diffusion times between which guidance is applied; a step outside is one pass, not two."""
     sampler: str | None = None
     """"euler", "euler_ancestral", "ddim", "dpmpp_2m" or "lcm"."""
     spacing: str | None = None
@@ -181,7 +183,15 @@ def _override(sampling: UNetSampling, wanted: UNetSettings) -> UNetSampling:
     if wanted.spacing is not None and sampler == "lcm":
         raise UserError("spacing: the sampler lcm has timesteps of its own; leave it out")
     try:
-        return replace(sampling, steps=steps, guidance=guidance, sampler=sampler, spacing=spacing)
+        interval = wanted.guidance_interval or sampling.guidance_interval
+        return replace(
+            sampling,
+            steps=steps,
+            guidance=guidance,
+            guidance_interval=interval,
+            sampler=sampler,
+            spacing=spacing,
+        )
     except ValueError as error:  # steps that these timesteps do not allow
         raise UserError(str(error)) from error
 

@@ -14,7 +14,6 @@ from cascade.pipelines.unet_plan import SizeCondition
 from cascade.pipelines.unet_spec import UNetSampling
 from cascade.placed import example_of
 from cascade.rng import PictureNoise
-from stages.conditions import concat
 from stages.unet.unet import UNet, UNetCondition
 
 
@@ -100,8 +99,7 @@ def sample_unet(
     """
     weight = example_of(network)
     cond, uncond = (_moved(one, weight) for one in (prompted.cond, prompted.uncond))
-    guided = sampling.guidance != 1
-    prepared = network.prepare(concat([cond, uncond]) if guided else cond)
+    conds = (cond, uncond)
     x = noise.randn(latent_shape)
     if start is None:
         walk, x = sampling.walk(), sampling.first_noise(x)
@@ -109,7 +107,7 @@ def sample_unet(
         walk = sampling.walk(start.strength)
         start = replace(start, strength=1.0)  # of these times, whose first is where it starts
     return sample_latents(
-        "the U-Net", network, walk, cond, prepared, noise, x, start=start, on_step=on_step
+        "the U-Net", network, walk, network.prepare, conds, noise, x, start=start, on_step=on_step
     )
 
 

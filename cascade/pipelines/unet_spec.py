@@ -30,7 +30,7 @@ from cascade.diffusion.discrete import (
 from cascade.diffusion.prediction import Prediction
 from cascade.diffusion.samplers import Sampler, sample_ddim, sample_dpmpp_2m, sample_lcm
 from cascade.pipelines.sampling import Walk
-from cascade.pipelines.spec import MAX_GUIDANCE
+from cascade.pipelines.spec import MAX_GUIDANCE, check_interval
 from cascade.text.encoder import TextConfig
 
 UNET_SPEC_FILE = "pipeline.json"
@@ -53,6 +53,9 @@ class UNetSampling:
     """Classifier-free guidance scale; 1 switches guidance off."""
     rescale: float = 0.0
     """Share of the guided prediction that is brought back to the conditional one's spread."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Diffusion times between which guidance is applied, both included; a step outside costs one
+    pass. Reference: Kynkäänniemi et al., 2024, arXiv:2404.07724."""
     spacing: Spacing = "leading"
     """Where the timesteps lie; "lcm" has its own."""
     steps_offset: int = 1
@@ -72,6 +75,7 @@ class UNetSampling:
             raise ValueError(f"guidance is {self.guidance}; 1 is off, {MAX_GUIDANCE} the strongest")
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"rescale is {self.rescale}; it lies in [0, 1]")
+        check_interval(self.guidance_interval)
         if not 0 <= self.steps_offset < NUM_TIMESTEPS:
             raise ValueError(f"steps_offset is {self.steps_offset}; 0 to {NUM_TIMESTEPS - 1}")
         _ = self.schedule, self.timesteps()
@@ -125,6 +129,7 @@ class UNetSampling:
             times=time_of(torch.cat([timesteps, end])),
             guidance=self.guidance,
             rescale=self.rescale,
+            interval=self.guidance_interval,
             is_consistency=self.sampler == "lcm",
         )
 

@@ -11,6 +11,9 @@ from cascade.errors import UserError
 from cascade.pipelines.cascade import CascadePipeline
 from cascade.pipelines.compiling import CompileReport, compile_pipeline
 from cascade.pipelines.plan import Settings, make_plan
+from cascade.pipelines.unet import UNetPipeline
+from cascade.pipelines.unet_plan import UNetSettings, make_unet_plan
+from tests.unet_models import save_tiny
 
 
 @pytest.fixture
@@ -73,3 +76,18 @@ def test_weights_that_come_and_go_are_not_compiled(tiny_model: Path) -> None:
     plan = make_plan(pipeline.spec, "a red apple", Settings(seed=0))
     with pytest.raises(UserError, match="leave --offload and --vram out"):
         compile_pipeline(pipeline, plan)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sdxl", "sd"])
+def test_a_compiled_u_net_draws_the_same(
+    kind: str, tmp_path: Path, counter: CompileCounterWithBackend
+) -> None:
+    pipeline = UNetPipeline(save_tiny(tmp_path / "model", kind), device="cpu")  # type: ignore[arg-type]
+    settings = UNetSettings(seed=0, steps=3)
+    plain = pipeline("a red apple", settings).pixels
+    report = compile_pipeline(pipeline, make_unet_plan(pipeline.spec, "a red apple", settings))
+    compiled = counter.frame_count
+    assert compiled > 0 and set(report.plain_s) == {"text", "unet", "autoencoder"}
+    torch.testing.assert_close(pipeline("a red apple", settings).pixels, plain, atol=1e-5, rtol=0)
+    assert counter.frame_count == compiled

@@ -223,3 +223,21 @@ def test_without_guidance_a_step_is_one_pass_of_the_pictures_alone() -> None:
     draw(network, replace(GUIDED, steps=3, guidance=1.0))
     draw(network, replace(GUIDED, steps=2))
     assert batches == [1, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("stage_c", [1, 2, 2, 1]), ("unet", [2, 2, 1, 1])],  # at 1, 0.75 ...; at 0.752, 0.502 ...
+)
+def test_a_step_outside_the_interval_of_guidance_is_one_pass(
+    name: str, expected: list[int]
+) -> None:
+    build, config, sampling = NETWORKS[name]
+    network = on_meta(build, config)
+    batches: list[int] = []
+    network.register_forward_pre_hook(lambda module, inputs: batches.append(len(inputs[0])))
+    inside = replace(sampling, steps=4, guidance_interval=(0.3, 0.8))
+    draw(network, inside)
+    assert batches == expected
+    few, _ = of_a_step(network, replace(sampling, guidance_interval=(0.0, 0.1)))
+    assert sum(few[one] for one in PRODUCTS) == PRODUCTS_OF_A_STEP[name]

@@ -23,8 +23,17 @@ def test_what_is_said_reaches_its_stage() -> None:
     plan = make_plan(
         SPEC,
         "a hat",
-        Settings(steps_c=3, steps_b=4, guidance_c=5, guidance_b=1, sampler="ddim"),
+        Settings(
+            steps_c=3,
+            steps_b=4,
+            guidance_c=5,
+            guidance_b=1,
+            guidance_interval=(0.2, 0.9),
+            sampler="ddim",
+        ),
     )
+    assert plan.stage_c.guidance_interval == (0.2, 0.9)
+    assert plan.stage_b.guidance_interval == (0.0, 1.0)
     assert (plan.stage_c.steps, plan.stage_c.guidance, plan.stage_c.sampler) == (3, 5.0, "ddim")
     assert (plan.stage_b.steps, plan.stage_b.guidance, plan.stage_b.sampler) == (4, 1.0, "ddim")
 
@@ -56,6 +65,8 @@ def test_a_seed_is_drawn_when_none_is_given() -> None:
         ({"steps_c": 0}, "steps_c 0"),
         ({"steps_b": 10**9}, "steps_b 1000000000"),
         ({"guidance_c": 0.5}, "guidance_c 0.5: 1 switches guidance off"),
+        ({"guidance_interval": (0.8, 0.2)}, "guidance_interval is .0.8, 0.2.; 0 <= from <= to"),
+        ({"guidance_interval": (0.0, float("nan"))}, "guidance_interval is .0.0, nan."),
         ({"guidance_b": float("nan")}, "guidance_b nan"),
         ({"guidance_b": 1e39}, "1000 is the strongest"),
         ({"guidance_c": "4"}, "guidance_c 4"),
