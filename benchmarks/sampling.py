@@ -179,9 +179,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for case in cases_of(options, model, key):
             if case.dtype not in rates:
                 rates[case.dtype] = matmul_rate(device, case.dtype)
-                print(
-                    f"{_name(case.dtype)}: matrix products {rates[case.dtype] / 1e12:.2f} TFLOP/s"
-                )
+                rate = rates[case.dtype] / 1e12
+                print(f"matrix products in {_name(case.dtype)}: {rate:.3g} TFLOP/s")
             print(f"\n{heading(case, model)}\n{COLUMNS}", flush=True)
             mode = options.compile_mode if compiles else None
             for row in measure(case, model, device, options.seed, rates[case.dtype], mode):

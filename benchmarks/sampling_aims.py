@@ -129,9 +129,9 @@ def _each(
     missed = [row for row in rows if not holds(row)]
     shown = missed or rows
     found = "; ".join(f"{_named(row)}: {show(row)}" for row in shown)
-    return Aim(
-        text, found if missed or len(rows) == 1 else f"{len(rows)} of {len(rows)}", not missed
-    )
+    if not missed and len(rows) > 1:
+        found = f"all {len(rows)}; {found}" if len(rows) <= _SHOWN else f"all {len(rows)}"
+    return Aim(text, found, not missed)
 
 
 def _memory(rows: Sequence[Row]) -> Aim:
