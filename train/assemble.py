@@ -18,6 +18,8 @@ from typing import Any
 from torch import nn
 
 from cascade.checkpoints.files import atomic_path, load_network, read_metadata
+from cascade.checkpoints.hub import is_hub_name
+from cascade.checkpoints.part_files import find_text
 from cascade.command import Parser
 from cascade.config import load_yaml, parse_overrides
 from cascade.errors import UserError, run_main
@@ -56,6 +58,8 @@ TEXT_FILES = (
     "tokenizer_config.json",
 )
 """What ``python -m train clip`` exports."""
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
+"""Of a tokenizer on the hub, as far as it has them."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class AssembleConfig:
     spec: CascadeSpec
     """Becomes ``model.json``."""
     text: str
-    """Folder of the text encoder."""
+    """Folder of the text encoder, or a model on the hub that has one."""
     stage_a: str
     stage_b: str
     stage_c: str
@@ -107,7 +111,7 @@ def assemble(config: AssembleConfig, out: Path) -> float:
         load_network(config.stage_a_fast, expect=StageAFast)
         sources[FAST_DECODER_FILE] = Path(config.stage_a_fast)
     _check_sampling(config)
-    sources |= {f"text/{name}": Path(config.text) / name for name in TEXT_FILES}
+    sources |= text_sources(config.text)
     for path in sources.values():
         if not path.is_file():
             raise UserError(f"{path}: not there; train it first")
@@ -127,6 +131,20 @@ def assemble(config: AssembleConfig, out: Path) -> float:
     if config.stage_a_fast is not None:
         CascadePipeline(open_source(out, fast_decoder=True), device="cpu")
     return total_mb
+
+
+def text_sources(name: str) -> dict[str, Path]:
+    """Return the files of a text encoder and its tokenizer by their names in a model folder.
+
+    Args:
+        name: A folder that ``python -m train clip`` has written, or a model on the hub.
+    """
+    if not is_hub_name(name):
+        return {f"text/{file}": Path(name) / file for file in TEXT_FILES}
+    found = find_text(name)
+    files = [found.folder / file for file in ("config.json", "model.safetensors")]
+    files += [path for file in _TOKENIZER_FILES if (path := found.tokenizer / file).is_file()]
+    return {f"text/{path.name}": path for path in files}
 
 
 def _with_few(config: AssembleConfig) -> AssembleConfig:

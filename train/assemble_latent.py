@@ -19,7 +19,7 @@ from cascade.command import Parser
 from cascade.config import load_yaml, parse_overrides
 from cascade.errors import UserError, run_main
 from cascade.pipelines.latent import NETWORKS, LatentPipeline, LatentSpec, save_latent_spec
-from train.assemble import TEXT_FILES
+from train.assemble import text_sources
 from train.losses.denoising import DIFFUSION_KEY
 
 _log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def assemble_latent(config: AssembleLatentConfig, out: Path) -> None:
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out}: not empty; name a new folder")
     sources = {f"{name}.safetensors": Path(getattr(config, name)) for name in NETWORKS}
-    sources |= {f"text/{name}": Path(config.text) / name for name in TEXT_FILES}
+    sources |= text_sources(config.text)
     for path in sources.values():
         if not path.is_file():
             raise UserError(f"{path}: not there; train it first")

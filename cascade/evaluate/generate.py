@@ -18,7 +18,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -52,9 +52,21 @@ _CHUNK = 8
 """Batches that are planned together; a prompt's text states are kept no longer."""
 _LAUNCHERS = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
 )
-"""Variables of accelerate's and torch's launchers, and of SLURM."""
+"""Variables of accelerate's and torch's launchers, and of SLURM. ``SLURM_NTASKS`` is not among
+them: sbatch sets it for its script as well, which is one process whatever the job may start."""
+RANK_VARIABLES = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK"),
+    *("ROLE_RANK", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"),
+    *("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_ERROR_FILE"),
+    *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_NTASKS", "SLURM_NPROCS"),
+    *("SLURM_NTASKS_PER_NODE", "SLURM_TASKS_PER_NODE"),
+    *("SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_ID", "SLURM_STEPID"),
+)
+"""All by which a launcher tells a process that it is one of several. Whoever starts one process
+that is to work alone leaves them out of its environment: :func:`alone`."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +86,11 @@ def item_seed(seed: int, prompt: str, number: int) -> int:
     """
     digest = hashlib.sha256(f"item:{seed}:{number}:{prompt}".encode()).digest()
     return int.from_bytes(digest[:4], "big")
+
+
+def alone(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of a process that is one of one, whatever started this one."""
+    return {key: value for key, value in environment.items() if key not in RANK_VARIABLES}
 
 
 @dataclass(frozen=True)

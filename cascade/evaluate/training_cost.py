@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from typing import Any
 
 from cascade.errors import UserError
 from cascade.evaluate.results import markdown_table, number_text
+
+_log = logging.getLogger(__name__)
 
 LEDGER_FILE = "ledger.jsonl"
 PICTURES_PHASE = "teacher"
@@ -48,13 +51,12 @@ def read_ledger(run: Path) -> RunCost:
         run: The run's folder, or its ``ledger.jsonl``.
 
     Raises:
-        UserError: If there is none, or a line is broken.
+        UserError: If there is none, or a line is no row of one.
     """
     path = run / LEDGER_FILE if run.is_dir() else run
     if not path.is_file():
         raise UserError(f"{path}: no such ledger; every run of python -m train writes one")
-    lines = path.read_text(encoding="utf-8").split("\n")
-    rows = [_row(line, f"{path}: line {n}") for n, line in enumerate(lines, 1) if line.strip()]
+    rows = ledger_rows(path)
     if not rows:
         raise UserError(f"{path}: no rows in it; the run has not written any yet")
     phases: dict[str, float] = {}
@@ -78,15 +80,31 @@ def _samples(rows: Sequence[Mapping[str, Any]]) -> int:
     return sum(made) if made else max(row["samples"] for row in rows)
 
 
-def _row(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: not JSON; was the run killed while it wrote?") from error
-    missing = [name for name in _NEEDED if not isinstance(row, dict) or name not in row]
-    if missing:
-        raise UserError(f"{where}: not a row of a ledger: {missing[0]} is missing")
-    return dict(row)
+def ledger_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a ledger: of a run, or of a set that a teacher has drawn.
+
+    A line that is no JSON was cut by a kill, whose run has gone on in the next: it is said, and
+    left out. What it told of is not in the ledger any more.
+
+    Raises:
+        UserError: A line is JSON, and no row of a ledger.
+    """
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            _log.warning("%s: line %d is cut off, and left out", path, number)
+            continue
+        missing = [name for name in _NEEDED if not isinstance(row, dict) or name not in row]
+        if missing:
+            raise UserError(
+                f"{path}: line {number}: not a row of a ledger: {missing[0]} is missing"
+            )
+        rows.append(row)
+    return rows
 
 
 def _sum_of(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:

@@ -15,7 +15,7 @@ import torch
 from cascade.evaluate.energy import EnergyMeter, gpus_of
 from cascade.evaluate.flops import FlopCounter
 from cascade.evaluate.generate import Item, PictureMaker
-from cascade.evaluate.training_cost import PICTURES_PHASE
+from cascade.evaluate.training_cost import PICTURES_PHASE, ledger_rows
 from train.memory import peak_memory_bytes
 
 TEACHER_PHASE = PICTURES_PHASE
@@ -154,14 +154,7 @@ def read_teacher_cost(path: Path) -> TeacherCost:
 
     Rows that a kill has cut are left out.
     """
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if row.get("phase") == TEACHER_PHASE:
-            rows.append(row)
+    rows = [row for row in ledger_rows(path) if row.get("phase") == TEACHER_PHASE]
     energy = [row["energy_j"] for row in rows]
     return TeacherCost(
         samples=sum(row["samples"] for row in rows),

@@ -2,6 +2,7 @@
 
 ``budget`` compares ways to a model under one budget, on the same devices, data and protocol;
 ``compression`` compares sizes of Stage C's latents, each with a compressor and Stage B of its own.
+``cost`` counts, without weights or data, what a study would take on devices whose rate is known.
 ``--dry-run`` tries a few steps of each training and prints the plan with estimated seconds.
 A study that was stopped goes on with the same command; it also writes the report again.
 """
@@ -14,8 +15,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cascade.command import Parser
-from cascade.config import load_yaml, parse_overrides
-from cascade.errors import run_main
+from cascade.config import load_yaml, parse_overrides, read_yaml
+from cascade.errors import UserError, run_main
+from cascade.evaluate.generate import Part
+from cascade.evaluate.protocol import load_protocol
 
 _log = logging.getLogger(__name__)
 
@@ -36,13 +39,51 @@ def make_parser() -> Parser:
         kind.add_argument("--config", required=True, help="YAML file of the study")
         kind.add_argument("--out", type=Path, help="folder (default: runs/study/NAME)")
         kind.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    cost = kinds.add_parser("cost", help="what a study would take on devices of a known rate")
+    cost.add_argument("--config", required=True, help="YAML file of a study of either kind")
+    cost.add_argument(
+        "--rates", required=True, help="YAML file of devices, such as configs/study/sdxl/rates.yaml"
+    )
     return parser
+
+
+def check_started_once() -> None:
+    """Refuse to be one of a launcher's processes: each would run the whole study.
+
+    Raises:
+        UserError: Saying what to do.
+    """
+    processes = Part.of_environment().count
+    if processes > 1:
+        raise UserError(
+            f"{processes} processes of train.study were started; start it once, plainly, and name "
+            "what starts its trainings as launcher in its file: [torchrun, --nproc_per_node, '8'] "
+            "or [srun, python]"
+        )
+
+
+def _print_cost(path: str, overrides: Sequence[str], rates: str) -> int:
+    """Print what a study would cost."""
+    from train.study.cost import cost_lines, load_rates
+    from train.study.rates import load_compression
+    from train.study.settings import StudyConfig
+
+    devices = load_rates(rates)
+    if "arm" in read_yaml(path):
+        compression = load_compression(path, overrides)
+        study, image_size = compression.study, compression.sweep.image_size
+    else:
+        study = load_yaml(StudyConfig, path, overrides)
+        image_size = load_protocol(study.judge.protocol).generated_size
+    print("\n".join(cost_lines(study, image_size, devices)))
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run, say how it went."""
     options, rest = make_parser().parse_known_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    check_started_once()
     # Lightning takes seconds to import.
     from train.study.budget import run_study
     from train.study.compression import run_compression
@@ -51,6 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from train.study.steps import StudyStoppedError
 
     overrides = parse_overrides(rest)
+    if options.kind == "cost":
+        return _print_cost(options.config, overrides, options.rates)
     run: Callable[[Path], int]
     if options.kind == "compression":
         compression = load_compression(options.config, overrides)

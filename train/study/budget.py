@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from cascade.checkpoints.files import atomic_write_text, read_metadata
+from cascade.checkpoints.hub import is_hub_name
 from cascade.config import to_dict
 from cascade.errors import UserError
 from cascade.evaluate.results import check_alike
@@ -106,6 +107,7 @@ def run_study(
         StudyStoppedError: SIGTERM; what was done stays.
     """
     kind = kind or budget_kind(config)
+    _given(config)  # what is missing is told before anything is trained
     _claim(kind.asked, out)
     commands = Commands(config.launcher)
     with commands.listening():
@@ -284,6 +286,7 @@ def _given(config: StudyConfig) -> dict[str, dict[str, str]]:
     found = {}
     for arm in config.arms:
         for path in arm.given:
-            said = read_metadata(Path(path))
+            # What the hub's weights have cost is said by no file.
+            said = {} if is_hub_name(path) else read_metadata(Path(path))
             found[path] = {key: said[key] for key in EXPORT_KEYS if key in said}
     return found

@@ -109,7 +109,8 @@ class ArmConfig:
     description: str = ""
     """A sentence for the report."""
     given: tuple[str, ...] = ()
-    """Weights that it starts with and does not pay for; the report tells what they had cost."""
+    """Weights that it starts with and does not pay for, files or names on the hub; the report tells
+    what they had cost, where their files say it."""
 
     def __post_init__(self) -> None:
         """Refuse arms whose budget is not all of it, and names that meet."""

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cascade.evaluate.training_cost import LEDGER_FILE
-from train.study.settings import Unit
-
-_log = logging.getLogger(__name__)
+from cascade.evaluate.training_cost import LEDGER_FILE, ledger_rows
+from train.distill.teacher_cost import read_teacher_cost
 
 _LOOKING = ("pictures", "validation")
 """Phases that a budget does not pay for: judging is not learning."""
@@ -36,24 +32,11 @@ class Spent:
             _sum(self.energy_j, other.energy_j),
         )
 
-    def amount(self, unit: Unit) -> float | None:
-        """Return it in a budget's unit."""
-        value: float | None = getattr(self, unit)
-        return value
-
 
 def read_ledger(run: Path) -> list[dict[str, Any]]:
     """Return the rows of a run's ledger; none if it has not begun."""
     path = run / LEDGER_FILE
-    if not path.is_file():
-        return []
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:  # a kill cut it
-            _log.warning("%s: line %d is cut off, and left out", path, number)
-    return rows
+    return ledger_rows(path) if path.is_file() else []
 
 
 def spent_until(rows: Iterable[Mapping[str, Any]], step: int | None = None) -> Spent:
@@ -93,11 +76,10 @@ def spent_by_command(folder: Path | None, seconds: float) -> Spent:
         folder: Where it wrote; None: unknown.
         seconds: Of the clock, on one device.
     """
-    rows = [] if folder is None else read_ledger(folder)
-    total = Spent(device_seconds=0.0 if rows else seconds)
-    for row in rows:
-        total += Spent(row["device_seconds"], 0, row["flops"], row["energy_j"])
-    return total
+    if folder is None or not (folder / LEDGER_FILE).is_file():
+        return Spent(device_seconds=seconds)
+    cost = read_teacher_cost(folder / LEDGER_FILE)
+    return Spent(cost.device_seconds, 0, cost.flops, cost.energy_j)
 
 
 def _cost(row: Mapping[str, Any], share: float, end: int) -> Spent:

@@ -19,6 +19,7 @@ from typing import Any
 
 from cascade.checkpoints.files import atomic_write_text
 from cascade.errors import UserError
+from cascade.evaluate.generate import alone
 from train.fit import DONE_FILE
 from train.study.settings import ArmConfig, ModelConfig, Option, StepConfig
 
@@ -56,11 +57,15 @@ class Places:
 
 
 class Commands:
-    """Starts commands one after the other, and ends the one in hand when the study is to end."""
+    """Starts commands one after the other, and ends the one in hand when the study is to end.
+
+    Each is a process by itself, even where the study is one of a launcher's or of SLURM's, whose
+    variables it does not see. A launcher that the study names does: ``srun`` reads its job there.
+    """
 
     def __init__(self, launcher: Sequence[str] = ()) -> None:
-        """Take what starts trainings."""
-        self._launcher = tuple(launcher) or (sys.executable,)
+        """Take what starts trainings; nothing: this Python."""
+        self._launcher = tuple(launcher)
         self._running: subprocess.Popen[bytes] | None = None
         self._stopped = False
 
@@ -90,7 +95,7 @@ class Commands:
         run = places.here / step.name
         if (run / DONE_FILE).is_file():
             return run
-        command = [*self._launcher, "-m", "train", step.train]
+        command = [*(self._launcher or (sys.executable,)), "-m", "train", step.train]
         command += ["--config", step.config, "--resume"]
         own: dict[str, Any] = {"run.out": str(run), "run.seed": places.seed}
         own |= {"data.seed": places.seed, **options}
@@ -98,7 +103,9 @@ class Commands:
             command += [f"--{key}", places.fill(value)]
         for key, value in own.items():
             command += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
-        self._run(f"{arm.name}: {step.name}", command, places.here / f"{step.name}.log")
+        environment = os.environ if self._launcher else alone(os.environ)
+        log = places.here / f"{step.name}.log"
+        self._run(f"{arm.name}: {step.name}", command, log, environment)
         if not (run / DONE_FILE).is_file():  # told to stop by somebody else
             raise StudyStoppedError
         return run
@@ -157,13 +164,22 @@ class Commands:
         """Run a module of this repository; its errors are those of ``other``."""
         self._run(what, [sys.executable, "-m", *module.split(), *words], log)
 
-    def _run(self, what: str, command: Sequence[str], log: Path) -> None:
+    def _run(
+        self,
+        what: str,
+        command: Sequence[str],
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        environment = alone(os.environ) if environment is None else environment
         if self._stopped:
             raise StudyStoppedError
         log.parent.mkdir(parents=True, exist_ok=True)
         _log.info("%s", what)
         with open(log, "ab") as file:
-            self._running = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+            self._running = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, env=environment
+            )
             try:
                 code = self._running.wait()
             except KeyboardInterrupt:  # the terminal has told the command as well

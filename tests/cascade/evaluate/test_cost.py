@@ -154,12 +154,23 @@ def test_ledgers_that_are_none_end_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     for text, words in (
         ("", "no rows"),
-        ('{"samples": 1', "not JSON"),
+        ('{"samples": 1', "no rows"),
         ("{}", "samples is missing"),
     ):
         path.write_text(text)
         with pytest.raises(UserError, match=words):
             read_ledger(path)
+
+
+def test_a_line_that_a_kill_has_cut_is_left_out_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    row = {"samples": 1, "seconds": {}, "device_seconds": 1.0}
+    run = ledger(tmp_path / "r", row)
+    with open(run / "ledger.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"samples": 2, "sec')
+    assert read_ledger(run).device_seconds == 1.0
+    assert "line 2 is cut off" in caplog.text
 
 
 def test_the_command_prints_both_kinds_of_cost(

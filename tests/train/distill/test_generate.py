@@ -25,6 +25,7 @@ from cascade.evaluate.generate import (
     Part,
     PictureMaker,
     Refused,
+    alone,
     item_seed,
     make_files,
 )
@@ -138,14 +139,25 @@ def test_launchers_tell_a_process_its_share(monkeypatch):
     assert Part.of_environment() == Part(5, 8, 1)
     assert Part(1, 3).of(range(8)) == range(1, 8, 3)
     monkeypatch.setenv("WORLD_SIZE", "1")
-    for name, value in {"SLURM_PROCID": "2", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}.items():
+    # sbatch tells its script as well how many tasks the job may start: that is one process.
+    for name, value in {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert Part.of_environment() == Part(0, 1, 0)
+    # srun tells each of the processes that it has started.
+    for name, value in {"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4"}.items():
         monkeypatch.setenv(name, value)
     assert Part.of_environment() == Part(2, 4, 0)
+    assert "PATH" in alone(os.environ)
+    with monkeypatch.context() as other:
+        other.setattr(os, "environ", alone(os.environ))
+        assert Part.of_environment() == Part(0, 1, 0)
     with pytest.raises(UserError, match="part 4/4"):
         Part(4, 4)
     # A process that is told how many there are, but not which it is, must not take the first share.
     monkeypatch.delenv("SLURM_PROCID")
-    with pytest.raises(UserError, match=r"SLURM_PROCID, .* are None, 4, 0: .* unset SLURM_NTASKS"):
+    with pytest.raises(
+        UserError, match=r"SLURM_PROCID, .* are None, 4, 0: .* unset SLURM_STEP_NUM_TASKS"
+    ):
         Part.of_environment()
     monkeypatch.setenv("WORLD_SIZE", "four")
     with pytest.raises(UserError, match="5, four, 1"):

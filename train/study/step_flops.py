@@ -1,0 +1,503 @@
+"""What one sample of a training takes, counted before anything is trained, downloaded or in memory.
+
+The step is the system's own ``training_step`` and its backward pass, run on tensors without
+content: what a run's ledger counts of its first step is what is counted here, but for attention:
+fused kernels compute its scores again on the way back, a product in seven more. Sizes come from the
+run's configuration, from weights that are here, from earlier steps of the arm, or, of published
+weights, from :mod:`train.study.published_sizes`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cascade.checkpoints.files import on_meta
+from cascade.checkpoints.part_files import find_network, find_text
+from cascade.config import apply_overrides, from_dict, read_yaml
+from cascade.errors import UserError
+from cascade.evaluate.flops import FlopCounter
+from cascade.text.picture_encoder import find_preprocessing
+from stages.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from stages.semantic_compressor import CompressorConfig, SemanticCompressor
+from stages.stage_a import StageA, StageAConfig
+from stages.stage_b_v2 import StageBV2Config
+from stages.stage_c import StageCConfig
+from stages.stage_c_v2 import StageCV2Config
+from stages.unet.compress import StudentPlan, plan_student
+from stages.unet.config import UNetConfig
+from stages.unet.unet import UNet, UNetCondition, UNetOutput
+from train.data.cached import CachedBatch
+from train.distill.plans import plan_of, read_recipe
+from train.distill.teacher import FrozenTeacher
+from train.encode import find_compressor
+from train.losses.distillation import site_pairs
+from train.optim import make_optimizer
+from train.study.published_sizes import (
+    CLIP_TOKENS,
+    NETWORKS,
+    PICTURE_SIDE,
+    PICTURE_TOWERS,
+    TEXT_TOWERS,
+    Tower,
+    last_name,
+    picture_tower_flops,
+)
+from train.study.settings import ArmConfig, StepConfig
+from train.study.steps import Places
+from train.systems.stage_a import StageARun, StageASystem
+from train.systems.stage_b import StageBRun, StageBSystem
+from train.systems.stage_c import StageCRun, StageCSystem
+from train.systems.unet import Lesson, UNetRun, UNetSystem
+
+PLACES = Places(Path("HERE"), Path("SHARED"), 0)
+"""What ``{here}`` and ``{shared}`` are while nothing is made."""
+_RUNS = {
+    "stage_a": StageARun,
+    "stage_b": StageBRun,
+    "stage_c": StageCRun,
+    "unet": UNetRun,
+    "unet_kd": UNetRun,
+}
+_BATCH = 2
+_LATE = 10**8
+"""A step at which all terms of a loss are in force, and nothing is logged."""
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """Operations of one sample; two for a multiply-accumulate."""
+
+    parameters: int
+    """That learn."""
+    learning: float
+    """Forward and backward of what learns, with its losses, and its part of the optimizer's step:
+    Muon multiplies matrices. What the ledger counts, less the teacher's."""
+    teacher: float
+    """The teacher's forward pass in the step."""
+    encoders: float
+    """Of the frozen networks, where the step runs them: with no cache in ``data.folder``, on shards
+    of pictures. The ledger has their seconds and not their operations."""
+
+    @property
+    def counted(self) -> float:
+        """What the ledger counts, by which a budget of FLOPs is spent."""
+        return self.learning + self.teacher
+
+    @property
+    def total(self) -> float:
+        """All that the device does."""
+        return self.learning + self.teacher + self.encoders
+
+
+def run_of(step: StepConfig) -> Any:
+    """Return the configuration of a training as it will be.
+
+    Raises:
+        UserError: Its operations are not counted for that kind, or it is not valid.
+    """
+    assert step.train is not None and step.config is not None
+    if step.train not in _RUNS:
+        raise UserError(
+            f"{step.name}: steps of {step.train} are not counted beforehand; there are "
+            + ", ".join(_RUNS)
+        )
+    values = read_yaml(step.config)
+    apply_overrides(values, [f"{key}={PLACES.fill(value)}" for key, value in step.set.items()])
+    return from_dict(_RUNS[step.train], values, step.config)
+
+
+def count_step(step: StepConfig, arm: ArmConfig, image_size: int) -> StepFlops:
+    """Count a training's step.
+
+    Args:
+        step: The training.
+        arm: Whose earlier steps say the sizes of what they make.
+        image_size: Side of the pictures in pixels, where the run takes them as they are.
+
+    Raises:
+        UserError: A size is not known.
+    """
+    config = run_of(step)
+    known = Known(arm)
+    side = config.data.size or image_size
+    if isinstance(config, StageARun):
+        return _count_stage_a(config)
+    if isinstance(config, StageBRun):
+        return _count_stage_b(config, known, side)
+    if isinstance(config, StageCRun):
+        return _count_stage_c(config, known, side)
+    return _count_unet(config, known, side)
+
+
+class Known:
+    """Finds the sizes of networks by the names that a run gives them."""
+
+    def __init__(self, arm: ArmConfig) -> None:
+        """Take the arm, whose steps make some of them."""
+        self._arm = arm
+
+    def sizes(self, name: str, kind: Any) -> Any:
+        """Return a network's configuration.
+
+        Raises:
+            UserError: Nothing says it.
+        """
+        made = self._made_by(name)
+        if made is not None:
+            return self._made(made, name, kind)
+        for known in (name, last_name(name)):
+            if (known, kind) in NETWORKS:
+                return NETWORKS[known, kind]
+        return find_network(name, kind).published.config
+
+    def _made_by(self, name: str) -> StepConfig | None:
+        """Return the step of the arm below whose folder a name lies."""
+        for step in self._arm.steps:
+            places = PLACES.of(step)
+            told = step.set.get("out")
+            out = places.here / step.name if told is None else Path(places.fill(told))
+            if out == Path(name) or out in Path(name).parents:
+                return step
+        return None
+
+    def _made(self, step: StepConfig, name: str, kind: str) -> Any:
+        if step.command is not None:
+            if step.command.split()[-1] != "make-student":
+                raise UserError(f"{name}: nothing says what {step.name} will make there")
+            teacher = self.sizes(str(step.set["teacher"]), "unet")
+            return plan_student(teacher, read_recipe(str(step.set["recipe"])).recipe).student
+        config = run_of(step)
+        if kind == "compressor":
+            return config.compressor or self.compressor(config.frozen_compressor)
+        return self.whole(config).sizes
+
+    def whole(self, config: Any) -> Any:
+        """Return a run's configuration with its network's sizes, as ``with_architecture`` does."""
+        if config.model is not None or getattr(config, "model_v2", None) is not None:
+            return config
+        kind = {StageARun: "stage_a", StageBRun: "stage_b", StageCRun: "stage_c", UNetRun: "unet"}
+        found = self.sizes(config.init_from, kind[type(config)])
+        is_v2 = isinstance(found, (StageBV2Config, StageCV2Config))
+        return replace(config, **{"model_v2" if is_v2 else "model": found})
+
+    def compressor(self, name: str) -> CompressorConfig | AutoencoderKLConfig:
+        """Return the configuration of a compressor, or of an autoencoder in its place.
+
+        Raises:
+            UserError: Nothing says it.
+        """
+        made = self._made_by(name)
+        if made is not None or (name, "compressor") in NETWORKS:
+            found: CompressorConfig | AutoencoderKLConfig = self.sizes(name, "compressor")
+            return found
+        if (name, "autoencoder_kl") in NETWORKS:
+            return NETWORKS[name, "autoencoder_kl"]  # type: ignore[no-any-return]
+        return find_compressor(name).published.config  # type: ignore[return-value]
+
+    def plan(self, config: UNetRun, teacher: UNetConfig) -> StudentPlan:
+        """Return where each module of a student comes from.
+
+        Raises:
+            UserError: Nothing says it.
+        """
+        assert config.distill is not None
+        recipe = config.distill.recipe
+        made = None if config.init_from is None else self._made_by(config.init_from)
+        if recipe is None and made is not None:
+            recipe = str(made.set["recipe"])
+        return plan_of(config.init_from, recipe, student=config.sizes, teacher=teacher)
+
+    def text(self, name: str, width: int | None = None) -> tuple[float, int, int, int]:
+        """Return a caption's operations, its tokens, and the channels of its states.
+
+        Raises:
+            UserError: Nothing says it.
+        """
+        if name in TEXT_TOWERS:
+            towers = TEXT_TOWERS[name]
+            fitting = [one for one in towers if width in (None, one.channels)]
+            if not fitting:
+                raise UserError(f"{name}: has no text encoder of {width} channels")
+            tower, tokens = fitting[0], CLIP_TOKENS
+        else:
+            config = json.loads((find_text(name, width).folder / "config.json").read_text())
+            values = config.get("text_config") or config
+            tower = Tower(
+                values["hidden_size"],
+                values["num_hidden_layers"],
+                values["intermediate_size"],
+                config.get("projection_dim"),
+            )
+            tokens = values["max_position_embeddings"]
+        pooled = tower.projection or tower.channels
+        return tower.flops(tokens), tokens, tower.channels, pooled
+
+
+def picture_tower(name: str, side: int | None = None) -> tuple[float, int, int]:
+    """Return the operations of CLIP on a picture, its embedding's channels, and its layers.
+
+    Args:
+        name: Of the folder or model.
+        side: Of the picture; None: the tower's own.
+    """
+    for known in (name, last_name(name)):
+        if known in PICTURE_TOWERS:
+            tower = PICTURE_TOWERS[known]
+            assert tower.projection is not None
+            return (
+                picture_tower_flops(tower, side or PICTURE_SIDE),
+                tower.projection,
+                tower.layers,
+            )
+    folder = Path(name)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    values, projection = config["vision_config"], config["projection_dim"]
+    own = find_preprocessing(folder).image_size
+    tower = Tower(
+        values["hidden_size"],
+        values["num_hidden_layers"],
+        values["intermediate_size"],
+        projection,
+    )
+    patch = values["patch_size"]
+    tokens = ((side or own) // patch) ** 2 + 1
+    return tower.flops(tokens, 3 * patch * patch), projection, tower.layers
+
+
+class _TeacherOnMeta(FrozenTeacher):
+    """A teacher of known sizes and no weights, whose operations are counted apart."""
+
+    def __init__(self, sizes: UNetConfig) -> None:
+        with on_meta():
+            self._unet = UNet(sizes).eval().requires_grad_(False)
+        self.flops = 0.0
+
+    @torch.no_grad()
+    def __call__(
+        self, x_t: Tensor, timesteps: Tensor, cond: UNetCondition, features: Sequence[str] = ()
+    ) -> UNetOutput:
+        with FlopCounter() as counter:
+            output = self._unet(x_t, timesteps, cond, features)
+        self.flops += counter.total
+        return output
+
+
+class _Trainer:
+    """As much of a trainer as a step asks for."""
+
+    accumulate_grad_batches = 1
+    global_rank = 0
+    world_size = 1
+    strategy = None
+
+    def __init__(self, step: int) -> None:
+        self.global_step = step
+
+
+class _NoOptimizer:
+    def zero_grad(self) -> None: ...
+
+    def step(self) -> None: ...
+
+
+def _counted(system: Any, batch: CachedBatch) -> float:
+    """Return the operations of a step for each sample: forward, backward and the optimizer's."""
+    config = system.config
+    every = config.run.log_every_steps * getattr(system, "num_optimizers", 1)
+    trainer = _Trainer(_LATE // every * every)
+    if (trainer.global_step + 1) % config.run.log_every_steps == 0:
+        raise UserError("run.log_every_steps is 1: what is logged is not counted; raise it")
+    object.__setattr__(system, "_trainer", trainer)
+    for name in ("log", "log_dict"):
+        object.__setattr__(system, name, lambda *_, **__: None)
+    if config.run.activation_checkpointing:
+        system.network.recompute = True
+    if getattr(system, "adaptive", None) is not None:
+        system.adaptive = None  # looks values up by their noise, and multiplies nothing
+    with FlopCounter() as counter:
+        if system.automatic_optimization:
+            system.training_step(batch, 0).backward()
+        else:
+            object.__setattr__(system, "optimizers", lambda: [_NoOptimizer(), _NoOptimizer()])
+            object.__setattr__(system, "lr_schedulers", lambda: [])
+            object.__setattr__(system, "manual_backward", lambda loss: loss.backward())
+            object.__setattr__(system, "clip", lambda optimizer: None)
+            system.training_step(batch, 0)
+    samples = config.data.batch_size * config.run.accumulate
+    return counter.total / _BATCH + _optimizer_flops(system) / samples
+
+
+def _optimizer_flops(system: Any) -> float:
+    """Return the operations of one step of a system's optimizer; AdamW's has no products."""
+    if system.config.optim.name != "muon":
+        return 0.0
+    parameters = [one for one in system.parameters() if one.requires_grad]
+    optimizer, _ = make_optimizer(parameters, system.config.optim, system.config.run.max_steps)
+    with FlopCounter() as counter:
+        optimizer.step()
+    return counter.total
+
+
+def _encoder_flops(network: Any, run: Any) -> float:
+    """Return the operations of a frozen network on one picture."""
+    network.eval().requires_grad_(False)
+    with torch.no_grad(), FlopCounter() as counter:
+        run(network)
+    return counter.total
+
+
+def _pixels(side: int, batch: int = 1) -> Tensor:
+    return torch.empty(batch, 3, side, side, device="meta")
+
+
+def _empty(*shape: int) -> Tensor:
+    return torch.empty(_BATCH, *shape, device="meta")
+
+
+def _batch(**parts: Tensor) -> CachedBatch:
+    batch = CachedBatch([""] * _BATCH, torch.zeros(_BATCH))
+    for name, tensor in parts.items():
+        setattr(batch, name, tensor)
+    return batch
+
+
+def _learning(*networks: torch.nn.Module) -> int:
+    return sum(p.numel() for one in networks for p in one.parameters() if p.requires_grad)
+
+
+def _null(tokens: int, channels: int, pooled: int) -> tuple[Tensor, Tensor]:
+    return torch.empty(tokens, channels, device="meta"), torch.empty(pooled, device="meta")
+
+
+def _stage_a_shape(sizes: StageAConfig, side: int) -> tuple[int, int, int]:
+    return sizes.latent_channels, side // sizes.downscale, side // sizes.downscale
+
+
+def _count_stage_a(config: StageARun) -> StepFlops:
+    perceptual = 0.0
+    if config.clip is not None and config.loss.perceptual > 0:
+        one, _, layers = picture_tower(config.clip, config.crop)
+        # Both pictures forward; back to the pixels from the deepest layer that is compared.
+        perceptual = one * (2 + max(config.loss.perceptual_layers) / layers)
+    sizes = config.sizes
+    cells = (config.crop // sizes.downscale) ** 2
+    nearest = 2.0 * cells * sizes.codebook_size * sizes.latent_channels * config.quantize
+    bare = replace(config, clip=None, loss=replace(config.loss, perceptual=0.0), quantize=0.0)
+    with on_meta():
+        system = StageASystem(bare)
+    learning = _counted(system, _batch(pixels=_empty(3, config.crop, config.crop)))
+    parameters = _learning(system.network, system.discriminator)
+    return StepFlops(parameters, learning + perceptual + nearest, 0.0, 0.0)
+
+
+def _count_stage_b(config: StageBRun, known: Known, side: int) -> StepFlops:
+    config = known.whole(config)
+    stage_a: StageAConfig = known.sizes(config.stage_a, "stage_a")
+    caption, tokens, channels, pooled = known.text(
+        config.text, getattr(config.sizes, "text_channels", None)
+    )
+    frozen: CompressorConfig | None = None
+    encoders = caption
+    if config.frozen_compressor is not None:
+        frozen = known.sizes(config.frozen_compressor, "compressor")
+    with on_meta():
+        system = StageBSystem(config, _null(tokens, channels, pooled), frozen)
+        encoder = StageA(stage_a)
+        compressor = None if frozen is None else SemanticCompressor(frozen)
+    encoders += _encoder_flops(encoder, lambda network: network.encode(_pixels(side)))
+    parts = {
+        "stage_a_latents": _empty(*_stage_a_shape(stage_a, side)),
+        "text_hidden": _empty(tokens, channels),
+        "text_pooled": _empty(pooled),
+    }
+    if frozen is not None and compressor is not None:
+        parts["stage_c_latents"] = _empty(frozen.latent_channels, *frozen.latent_size((side, side)))
+        encoders += _encoder_flops(compressor, lambda network: network.encode(_pixels(side)))
+    else:
+        parts["pixels"] = _empty(3, side, side)
+    learning = _counted(system, _batch(**parts))
+    parameters = sum(p.numel() for p in system.trained_parameters())
+    return StepFlops(parameters, learning, 0.0, 0.0 if config.data.folder else encoders)
+
+
+def _count_stage_c(config: StageCRun, known: Known, side: int) -> StepFlops:
+    config = known.whole(config)
+    sizes = config.sizes
+    caption, tokens, channels, pooled = known.text(config.text, sizes.text_channels)
+    made = known.compressor(config.compressor)
+    with on_meta():
+        system = StageCSystem(config, _null(tokens, channels, pooled))
+        encoder: Any = (
+            AutoencoderKL(made)
+            if isinstance(made, AutoencoderKLConfig)
+            else SemanticCompressor(made)
+        )
+    encoders = caption + _encoder_flops(encoder, lambda network: network.encode(_pixels(side)))
+    if isinstance(made, AutoencoderKLConfig):
+        shape = (made.latent_channels, side // made.downscale, side // made.downscale)
+    else:
+        shape = (made.latent_channels, *made.latent_size((side, side)))
+    parts = {
+        "stage_c_latents": _empty(*shape),
+        "text_hidden": _empty(tokens, channels),
+        "text_pooled": _empty(pooled),
+    }
+    if config.image_share > 0 and isinstance(sizes, StageCConfig):
+        picture, projection, _ = picture_tower(config.image or config.text)
+        parts["image_embeds"] = _empty(projection)
+        encoders += picture
+    learning = _counted(system, _batch(**parts))
+    return StepFlops(
+        _learning(system.network), learning, 0.0, 0.0 if config.data.folder else encoders
+    )
+
+
+def _count_unet(config: UNetRun, known: Known, side: int) -> StepFlops:
+    config = known.whole(config)
+    sizes = config.sizes
+    autoencoder: AutoencoderKLConfig = known.sizes(config.autoencoder, "autoencoder_kl")
+    second = sizes.text_pooled_channels if config.text_2 is not None else None
+    first = sizes.text_channels - (second or 0)
+    caption, tokens, _, pooled = known.text(config.text, first)
+    encoders = caption
+    if config.text_2 is not None:
+        more, _, _, pooled = known.text(config.text_2, second)
+        encoders += more
+    lesson, teacher = None, None
+    if config.distill is not None:
+        theirs: UNetConfig = known.sizes(config.distill.teacher, "unet")
+        teacher = _TeacherOnMeta(theirs)
+        pairs: Any = ()
+        if config.distill.features is not None and config.distill.feature_weight > 0:
+            pairs = site_pairs(config.distill.features, known.plan(config, theirs))
+        lesson = Lesson(teacher, pairs)
+    with on_meta():
+        system = UNetSystem(
+            config, _null(tokens, sizes.text_channels, pooled), autoencoder.downscale, lesson
+        )
+        encoder = AutoencoderKL(autoencoder)
+    encoders += _encoder_flops(encoder, lambda network: network.latent_gaussian(_pixels(side)))
+    latent = (
+        autoencoder.latent_channels,
+        side // autoencoder.downscale,
+        side // autoencoder.downscale,
+    )
+    parts: Mapping[str, Tensor] = {
+        "autoencoder_mean": _empty(*latent),
+        "autoencoder_std": _empty(*latent),
+        "text_hidden": _empty(tokens, sizes.text_channels),
+        "text_pooled": _empty(pooled),
+    }
+    whole = _counted(system, _batch(**parts))
+    taught = 0.0 if teacher is None else teacher.flops / _BATCH
+    # Counters are nested: the outer one has counted the teacher as well.
+    return StepFlops(
+        _learning(system.network), whole - taught, taught, 0.0 if config.data.folder else encoders
+    )
