@@ -34,13 +34,25 @@ THEIR_IMPORT, THEIR_PICTURE = "diffusers: import", "diffusers: first picture"
 _PROMPT = "a 3D render of a red apple"
 _THEIR_MODULES = "diffusers.pipelines.stable_cascade.pipeline_stable_cascade"
 _THEIRS = """
+import json
 import sys
 from pathlib import Path
 import torch
-from diffusers import StableCascadeDecoderPipeline, StableCascadePriorPipeline
+from diffusers import (
+    DDIMScheduler, StableCascadeDecoderPipeline, StableCascadePriorPipeline, StableCascadeUNet,
+)
+from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel
 folder, prompt, px, steps_c, guidance_c, steps_b, guidance_b, out = sys.argv[1:]
+second = Path(folder) / "decoder"
 prior = StableCascadePriorPipeline.from_pretrained(Path(folder) / "prior")
-decoder = StableCascadeDecoderPipeline.from_pretrained(Path(folder) / "decoder")
+decoder = StableCascadeDecoderPipeline(  # its folder names a library that diffusers has moved
+    decoder=StableCascadeUNet.from_pretrained(second / "decoder"),
+    tokenizer=prior.tokenizer,
+    text_encoder=prior.text_encoder,
+    scheduler=DDIMScheduler.from_pretrained(second / "scheduler"),
+    vqgan=PaellaVQModel.from_pretrained(second / "vqgan"),
+    latent_dim_scale=json.loads((second / "model_index.json").read_text())["latent_dim_scale"],
+)
 for one in (prior, decoder):
     one.set_progress_bar_config(disable=True)
 told = prior(
