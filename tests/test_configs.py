@@ -302,7 +302,7 @@ def test_a_preset_is_laid_over_a_run_under_the_command_line(
     for section, keys in preset.items():
         assert {key: getattr(getattr(config, section), key) for key in keys} == keys
     assert (config.optim.lr, config.run.num_nodes) == (1.0, 2)  # type: ignore[attr-defined]
-    assert config.run.max_steps == 2400, "what the preset does not name stays"  # type: ignore[attr-defined]
+    assert config.run.max_steps == 2000, "what the preset does not name stays"  # type: ignore[attr-defined]
     batch = preset["data"]["batch_size"]
     assert f"data.batch_size is {batch} instead of 128" in caplog.text
     devices = preset["run"].get("devices", 1)
@@ -337,7 +337,7 @@ def test_the_script_trains_what_is_there_under_a_kind_that_is_known(tmp_path: Pa
     """Its last steps come after hours: every name must lead to a command that starts."""
     script = (ROOT / "configs/demo/make.sh").read_text()
     names = re.findall(r"^train (\w+)$", script, re.MULTILINE)
-    assert len(names) >= 9
+    assert len(names) >= 6
     function = re.search(r"^train\(\) \{.*?^\}", script, re.MULTILINE | re.DOTALL)
     assert function is not None
     (tmp_path / "python").write_text('#!/bin/sh\necho "$@"\n')

@@ -169,8 +169,9 @@ class Factory:
 
     def _make_shard(self, shard: int, report: FactoryReport, ledger: TeacherLedger) -> None:
         target = self._target(shard)
-        for old in target.parent.glob(f".{target.name[:32]}.*.tmp"):
-            old.unlink(missing_ok=True)  # of a process that was killed
+        for name in (target.name, done_file(target).name):
+            for old in target.parent.glob(f".{name[:32]}.*.tmp"):
+                old.unlink(missing_ok=True)  # of a process that was killed
         refused: dict[str, list[str]] = {}
         kept: dict[str, str] = {}
         with (
