@@ -51,7 +51,7 @@ _QUICK = {
     "stable_cascade_lite": [
         Case("stable_cascade_lite", 512, 1, torch.bfloat16, repeats=3, loop_steps=2)
     ],
-    "koala_700m": [Case("koala_700m", 256, 1, torch.bfloat16, repeats=3, loop_steps=1)],
+    "koala_700m": [Case("koala_700m", 256, 1, torch.bfloat16, repeats=3, loop_steps=2)],
 }
 _QUICK_START_UPS, _START_UPS = 2, 5
 _SIZE_MULTIPLE = 128
@@ -106,6 +106,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: at least 1 is needed")
+    if options.loop_steps == 1:
+        raise UserError(
+            "--loop-steps 1: the first step holds what is done once a picture; at least 2 are "
+            "needed to tell what another one takes"
+        )
     if options.start_up is not None and options.start_up < 0:
         raise UserError(f"--start-up {options.start_up}: 0 or more")
     try:

@@ -9,7 +9,7 @@ So each weight is in memory once, and one part of a model at a time.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,8 @@ class CascadeModel:
     """Its one picture size in pixels; None: it makes any."""
     folder: Path | None = None
     """Where its weights are; None: they are random."""
+    random: frozenset[str] = frozenset()
+    """Its networks that are random although it has a folder."""
 
     def builders(self) -> dict[str, Build]:
         """Return what makes each of its networks."""
@@ -76,7 +78,7 @@ class CascadeModel:
         }
         return {
             name: partial(random_network, kind, getattr(self, name))
-            if self.folder is None
+            if self.folder is None or name in self.random
             else partial(_loaded, self.folder / f"{name}.safetensors", kind)
             for name, kind in kinds.items()
         }
@@ -110,8 +112,16 @@ def _stable_cascade(title: str, stage_c: StageCConfig, stage_b: StageBConfig) ->
     return CascadeModel(title, stage_c, stage_b, StageAConfig.v3())
 
 
+def comparable(config: StageCConfig) -> StageCConfig:
+    """Return a Stage C of the same size that diffusers has as well: it knows no QK-norm."""
+    return replace(config, qk_norm=False)
+
+
 def _demo() -> CascadeModel:
-    """Return the demonstration: its networks' files say their sizes."""
+    """Return the demonstration: its networks' files say their sizes.
+
+    Where its Stage C is none that diffusers has, one of its size with random weights stands for it.
+    """
     if not (DEMO / SPEC_FILE).is_file():
         raise UserError(f"{DEMO}: the demonstration's model is not there; leave 'demo' out")
     spec = load_spec(DEMO)
@@ -120,9 +130,12 @@ def _demo() -> CascadeModel:
         name: load_network(DEMO / f"{name}.safetensors", expect=kind).config
         for name, kind in kinds.items()
     }
+    own, configs["stage_c"] = configs["stage_c"], comparable(configs["stage_c"])
+    is_own = own == configs["stage_c"]
     return CascadeModel(
-        "the demonstration",
+        "the demonstration" if is_own else "the demonstration (Stage C random, without QK-norm)",
         **configs,
+        random=frozenset() if is_own else frozenset({"stage_c"}),
         pixels_per_cell=spec.pixels_per_stage_c_cell,
         steps_c=spec.stage_c.steps,
         steps_b=spec.stage_b.steps,

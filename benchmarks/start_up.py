@@ -8,12 +8,13 @@ the same with the same weights, from the folders that ``cascade.tools convert`` 
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -97,7 +98,7 @@ def _commands(folder: Path) -> dict[str, list[str]]:
     from cascade.tools.convert import convert
 
     spec = load_spec(DEMO_MODEL)
-    convert(DEMO_MODEL, "diffusers", folder / "diffusers", torch.float32)
+    convert(_twin(folder / "twin"), "diffusers", folder / "diffusers", torch.float32)
     stages = (spec.stage_c, spec.stage_b)
     sampling = [str(value) for one in stages for value in (one.steps, one.guidance)]
     sample = str(ROOT / "sample.py")
@@ -114,6 +115,22 @@ def _commands(folder: Path) -> dict[str, list[str]]:
             *(str(spec.image_size), *sampling, str(folder / "theirs.png")),
         ],
     }
+
+
+def _twin(folder: Path) -> Path:
+    """Write the demonstration with a random Stage C of its size such as diffusers has."""
+    from benchmarks.sampling_models import comparable
+    from cascade.checkpoints.files import load_network, save_network
+    from cascade.pipelines.spec import load_spec, save_spec
+    from stages.stage_c import StageC
+
+    shutil.copytree(DEMO_MODEL, folder)
+    path = folder / "stage_c.safetensors"
+    save_network(path, StageC(comparable(load_network(path, expect=StageC).config)))
+    spec = load_spec(folder)
+    stage_c = replace(spec.stage_c, prediction="epsilon", schedule="cosine")
+    save_spec(replace(spec, stage_c=stage_c), folder)
+    return folder
 
 
 def _seconds(arguments: Sequence[str]) -> float:
