@@ -170,7 +170,8 @@ def compiled(pipeline: CascadePipeline | UNetPipeline, plan: Plan | UNetPlan) ->
     """Compile a pipeline's networks; say what that cost and saves."""
     from cascade.pipelines.compiling import compile_pipeline
 
-    print("compiling the networks; this takes minutes", file=sys.stderr, flush=True)
+    said = "compiling the networks; this takes minutes, and the first picture is made four times"
+    print(said, file=sys.stderr, flush=True)
     return compile_pipeline(pipeline, plan).describe()
 
 

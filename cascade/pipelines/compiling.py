@@ -12,30 +12,23 @@ from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 
 from cascade.compiled import check_compile, compile_blocks
-from cascade.diffusion.guidance import is_within
 from cascade.errors import UserError
 from cascade.pipelines.cascade import CascadePipeline
 from cascade.pipelines.loaded import GPU_BATCH_SIZE
 from cascade.pipelines.plan import Plan
 from cascade.pipelines.results import Picture
-from cascade.pipelines.sampling import walk_of
-from cascade.pipelines.spec import StageSampling
 from cascade.pipelines.unet import UNetPipeline
 from cascade.pipelines.unet_plan import UNetPlan
-from cascade.pipelines.unet_spec import UNetSampling
-
-_SHORT = 2
-"""Steps of a trial: of the first one some work is not what the others do."""
 
 
 @dataclass(frozen=True)
 class CompileReport:
-    """What compilation cost and what it saves, measured by pictures of few steps."""
+    """What compilation cost and what it saves, measured by the plan's first pictures."""
 
     compile_s: float
-    """Seconds that the first compiled trial took more than the second."""
+    """Seconds that the first pictures took more than the same ones again."""
     plain_s: Mapping[str, float]
-    """Seconds of a picture by stage before, scaled from the trial's steps to the plan's."""
+    """Seconds of a picture by stage before."""
     compiled_s: Mapping[str, float]
     """The same after."""
 
@@ -43,7 +36,7 @@ class CompileReport:
         """Say it in a line."""
         plain, compiled = sum(self.plain_s.values()), sum(self.compiled_s.values())
         said = (
-            f"compiled in {self.compile_s:.0f} s: a picture takes about {compiled:.2f} s, "
+            f"compiled in {self.compile_s:.0f} s: a picture takes {compiled:.2f} s, "
             f"{plain:.2f} s without"
         )
         if compiled >= plain:
@@ -62,8 +55,8 @@ def compile_pipeline(
 
     Args:
         pipeline: The pipeline; nothing of it is offloaded.
-        plan: What will be made; trials have its sizes and fewer steps, all of them guided, and
-            start from noise.
+        plan: What will be made; its first pictures, as many as run together, are made four times:
+            twice before, of which the second counts, and twice after.
 
     Returns:
         What it cost and saves.
@@ -78,14 +71,12 @@ def compile_pipeline(
     if plan.picture is not None and plan.picture.mode == "reconstruct":
         raise UserError("--compile: a reconstruction is one pass of each network; leave it out")
     pipeline.arrange(plan)  # type: ignore[arg-type]
-    trial, scales = _trial(plan)
     together = 1 if pipeline.device.type == "cpu" else GPU_BATCH_SIZE
-    trial = replace(trial, requests=plan.requests[:together])
+    trial = replace(plan, requests=plan.requests[:together])
 
-    def run() -> dict[str, float]:
+    def run() -> Mapping[str, float]:
         pictures = list(pipeline.run(trial, progress=False))  # type: ignore[arg-type]
-        seconds = cast(Picture, pictures[0]).seconds
-        return {name: scales.get(name, 1.0) * value for name, value in seconds.items()}
+        return cast(Picture, pictures[0]).seconds
 
     run()  # what is slow at first is no fault of the plain networks
     plain = run()
@@ -114,34 +105,3 @@ def _networks(pipeline: CascadePipeline | UNetPipeline) -> dict[str, nn.Module]:
         "stage_b": pipeline.stage_b,
         "stage_a": pipeline.stage_a,
     }
-
-
-def _trial(plan: Plan | UNetPlan) -> tuple[Plan | UNetPlan, dict[str, float]]:
-    """Return a plan of few steps, and by stage how many times as many the whole one has."""
-    if isinstance(plan, UNetPlan):
-        steps = min(_SHORT, plan.steps)
-        sampling = replace(plan.sampling, steps=steps, guidance_interval=(0.0, 1.0))
-        times = plan.steps / steps * _share_of_passes(plan.sampling)
-        return replace(plan, sampling=sampling, picture=None), {"unet": times}
-    stage_c, times_c = _shortened(plan.stage_c_run)
-    stage_b, times_b = _shortened(plan.stage_b)
-    short_plan = replace(plan, stage_c=stage_c, stage_b=stage_b, picture=None, control=None)
-    return short_plan, {"stage_c": times_c, "stage_b": times_b}
-
-
-def _shortened(sampling: StageSampling) -> tuple[StageSampling, float]:
-    """Return few steps, all of them guided, and how many times as many passes the whole has."""
-    if sampling.times or sampling.steps <= _SHORT:  # times of its own, of which there are few
-        return replace(sampling, guidance_interval=(0.0, 1.0)), 1.0
-    short = replace(sampling, steps=_SHORT, guidance_interval=(0.0, 1.0))
-    return short, sampling.steps / _SHORT * _share_of_passes(sampling)
-
-
-def _share_of_passes(sampling: StageSampling | UNetSampling) -> float:
-    """Return how many passes a guided sampling has, as a share of two a step."""
-    guided = sampling.guidance != 1 and getattr(sampling, "guidance_range", None) is None
-    if not guided:
-        return 1.0
-    walk = sampling.walk() if isinstance(sampling, UNetSampling) else walk_of(sampling)
-    inside = [is_within(time, sampling.guidance_interval) for time in walk.times[:-1].tolist()]
-    return (len(inside) + sum(inside)) / (2 * len(inside))

@@ -65,8 +65,7 @@ def test_each_kind_of_block_is_compiled_once_and_once_more_for_all_other_sizes(
 def test_the_report_says_from_how_many_pictures_on_it_pays() -> None:
     report = CompileReport(30.0, {"stage_c": 2.0, "stage_b": 1.0}, {"stage_c": 1.0, "stage_b": 0.5})
     assert report.describe() == (
-        "compiled in 30 s: a picture takes about 1.50 s, 3.00 s without; it pays from 20 pictures "
-        "on"
+        "compiled in 30 s: a picture takes 1.50 s, 3.00 s without; it pays from 20 pictures on"
     )
     assert replace(report, compiled_s={"stage_c": 4.0}).describe().endswith("it does not pay here")
 
