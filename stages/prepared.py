@@ -6,7 +6,9 @@ asks of it; the times of all steps are known before the first one, and so are al
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +21,19 @@ Told = Tensor | KeysValues | None
 
 Time = Tensor | Modulation
 """Embeddings, (B, 1 + num_extra, time_channels), or what a block does with them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What every stage keeps of a condition for its blocks, each as often as it runs, in order."""
+
+    asked: tuple[KeysValues | None, ...] | None = None
+    """What each block asks of the condition's tokens; None: it asks in every pass."""
+    modulations: tuple[Modulation, ...] | None = None
+    """What each block does at one time; None: any time can be told."""
+
+
+P = TypeVar("P", bound=Prepared)
 
 
 def embed_times(times: Tensor, extra_embeddings: Tensor, time_channels: int) -> Tensor:
@@ -81,3 +96,39 @@ def modulations(
         )
         for at in range(0, len(rows), count)
     ]
+
+
+def at_times(
+    blocks: Sequence[TimestepBlock],
+    prepared: P,
+    times: Tensor,
+    extra_embeddings: Tensor,
+    time_channels: int,
+) -> list[P]:
+    """Return a prepared condition at each time; other arguments are those of ``modulations``."""
+    rows = modulations(blocks, times, extra_embeddings, time_channels)
+    return [replace(prepared, modulations=row) for row in rows]
+
+
+def block_inputs(
+    prepared: Prepared,
+    tokens: Tensor,
+    times: Tensor,
+    extra_embeddings: Tensor,
+    time_channels: int,
+    count: int,
+) -> Iterator[tuple[Time, Told]]:
+    """Give each of ``count`` blocks what it is told of the time and of the condition.
+
+    Args:
+        prepared: What was computed before; the other arguments stand in for what was not.
+        tokens: The condition's, ``(B, M, C_cond)``.
+        times: ``(B,)``, float32, as the network embeds them.
+        extra_embeddings: See ``embed_times``.
+        time_channels: Size of the time's embedding.
+        count: Blocks that run.
+    """
+    known: Sequence[Time] | None = prepared.modulations
+    if known is None:
+        known = [embed_times(times, extra_embeddings, time_channels)] * count
+    return zip(known, prepared.asked or [tokens] * count, strict=True)

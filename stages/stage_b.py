@@ -9,7 +9,7 @@ Stable Cascade checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import cast, overload
 
@@ -21,16 +21,14 @@ from stages.block_features import BlockOutput, BlockSite, BlockTaps, block_sites
 from stages.embeddings import scalar_embeddings
 from stages.layers import (
     AttnBlock,
-    KeysValues,
     LayerNorm2d,
-    Modulation,
     ResBlock,
     TimestepBlock,
     init_weights,
     run,
     scale_residual_outputs,
 )
-from stages.prepared import Time, Told, embed_times, keys_values, modulations
+from stages.prepared import Prepared, Time, Told, at_times, block_inputs, keys_values
 
 TIME_CONDS = ("sca", "cfg")
 """Scalar conditions that the network can be told beside the time: scale, as published, and the
@@ -150,7 +148,7 @@ class StageBCondition:
 
 
 @dataclass(frozen=True)
-class StageBPrepared:
+class StageBPrepared(Prepared):
     """A condition after everything that does not change from step to step."""
 
     tokens: Tensor
@@ -159,11 +157,6 @@ class StageBPrepared:
     """(B, hidden_channels[0], H, W): Stage C's latent and the small picture, mapped, summed."""
     extra_embeddings: Tensor
     """(B, num_extra, time_channels), float32; one row if all pictures are told the same."""
-    asked: tuple[KeysValues | None, ...] | None = None
-    """What each block that runs asks of the tokens, in running order; None: it asks in every
-    pass."""
-    modulations: tuple[Modulation, ...] | None = None
-    """What each block that runs does at one time; None: any time can be told."""
 
 
 class StageBBlock(nn.Module):
@@ -326,8 +319,8 @@ class StageB(nn.Module):
         """
         blocks = [block.modulation for block in self._blocks]
         told = times * self.config.time_unit
-        rows = modulations(blocks, told, prepared.extra_embeddings, self.config.time_channels)
-        return [replace(prepared, modulations=row) for row in rows]
+        channels = self.config.time_channels
+        return at_times(blocks, prepared, told, prepared.extra_embeddings, channels)
 
     def _mapped(self, cond: StageBCondition, latent_size: tuple[int, int]) -> StageBPrepared:
         """Map the condition."""
@@ -449,10 +442,7 @@ class StageB(nn.Module):
     def _inputs(self, prepared: StageBPrepared, t: Tensor) -> Iterator[tuple[Time, Told]]:
         """Give each block that runs what it is told of the time and of the condition."""
         count = len(self._blocks)
-        times: Sequence[Time] | None = prepared.modulations
-        if times is None:
-            embedded = embed_times(
-                t * self.config.time_unit, prepared.extra_embeddings, self.config.time_channels
-            )
-            times = [embedded] * count
-        return zip(times, prepared.asked or [prepared.tokens] * count, strict=True)
+        channels = self.config.time_channels
+        told = t * self.config.time_unit
+        extras = prepared.extra_embeddings
+        return block_inputs(prepared, prepared.tokens, told, extras, channels, count)

@@ -9,7 +9,7 @@ checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -21,16 +21,14 @@ from stages.layers import (
     NORM_EPS,
     AttnBlock,
     Folded,
-    KeysValues,
     LayerNorm2d,
-    Modulation,
     ResBlock,
     TimestepBlock,
     init_weights,
     run,
     scale_residual_outputs,
 )
-from stages.prepared import Time, Told, embed_times, keys_values, modulations
+from stages.prepared import Prepared, Time, Told, at_times, block_inputs, keys_values
 from stages.stage_b import Resample
 
 _MIN_DIVISOR = 1e-3
@@ -106,7 +104,7 @@ class StageBV2Condition:
 
 
 @dataclass(frozen=True)
-class StageBV2Prepared:
+class StageBV2Prepared(Prepared):
     """A condition after everything that does not change from step to step."""
 
     tokens: Tensor
@@ -118,10 +116,6 @@ class StageBV2Prepared:
     folded: tuple[Folded | None, ...] | None = None
     """In place of both: the few channels that each block reads, in running order, and what it makes
     of them."""
-    asked: tuple[KeysValues | None, ...] | None = None
-    """What each block asks of the tokens, in running order; None: it asks in every pass."""
-    modulations: tuple[Modulation, ...] | None = None
-    """What each block does at one time, in running order; None: any time can be told."""
 
 
 class StageBV2Block(nn.Module):
@@ -256,8 +250,8 @@ class StageBV2(nn.Module):
             For each time the condition at it; with it ``forward`` does not look at its ``t``.
         """
         blocks = [block.modulation for block in self._blocks]
-        rows = modulations(blocks, times, self._no_extras(times), self.config.time_channels)
-        return [replace(prepared, modulations=row) for row in rows]
+        channels = self.config.time_channels
+        return at_times(blocks, prepared, times, self._no_extras(times), channels)
 
     def _no_extras(self, times: Tensor) -> Tensor:
         return times.new_empty(1, 0, self.config.time_channels)
@@ -375,12 +369,10 @@ class StageBV2(nn.Module):
     ) -> Iterator[tuple[Folded | None, Time, Told]]:
         """Give each block what it is told beside the skip."""
         count = 2 * sum(self.config.num_blocks)
-        times: Sequence[Time] | None = prepared.modulations
-        if times is None:
-            embedded = embed_times(t, self._no_extras(t), self.config.time_channels)
-            times = [embedded] * count
-        told = prepared.asked or [prepared.tokens] * count
-        return zip(prepared.folded or [None] * count, times, told, strict=True)
+        channels = self.config.time_channels
+        inputs = block_inputs(prepared, prepared.tokens, t, self._no_extras(t), channels, count)
+        folded = prepared.folded or [None] * count
+        return ((one, time, told) for one, (time, told) in zip(folded, inputs, strict=True))
 
 
 def _joined(skip: Tensor | None, mapped: Tensor | None) -> Tensor | None:

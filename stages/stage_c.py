@@ -9,7 +9,7 @@ Stable Cascade checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import cast, overload
 
@@ -21,16 +21,14 @@ from stages.block_features import BlockOutput, BlockSite, BlockTaps, block_sites
 from stages.embeddings import scalar_embeddings
 from stages.layers import (
     AttnBlock,
-    KeysValues,
     LayerNorm2d,
-    Modulation,
     ResBlock,
     TimestepBlock,
     init_weights,
     run,
     scale_residual_outputs,
 )
-from stages.prepared import Time, Told, embed_times, keys_values, modulations
+from stages.prepared import Prepared, Time, Told, at_times, block_inputs, keys_values
 
 TIME_CONDS = ("sca", "crp", "cfg")
 """Scalar conditions that the network can be told beside the time: scale and crop, as published, and
@@ -157,7 +155,7 @@ class StageCCondition:
 
 
 @dataclass(frozen=True)
-class StageCPrepared:
+class StageCPrepared(Prepared):
     """A condition after everything that does not change from step to step."""
 
     tokens: Tensor
@@ -166,10 +164,6 @@ class StageCPrepared:
     """(B, num_extra, time_channels), float32; one row if all pictures are told the same."""
     control: tuple[Tensor | None, ...] | None = None
     """As in the condition, with one entry for every residual block."""
-    asked: tuple[KeysValues | None, ...] | None = None
-    """What each block asks of the tokens, in running order; None: it asks in every pass."""
-    modulations: tuple[Modulation, ...] | None = None
-    """What each block does at one time, in running order; None: any time can be told."""
 
 
 class StageCBlock(nn.Module):
@@ -314,8 +308,8 @@ class StageC(nn.Module):
         """
         blocks = [block.modulation for block in self._blocks]
         told = times * self.config.time_unit
-        rows = modulations(blocks, told, prepared.extra_embeddings, self.config.time_channels)
-        return [replace(prepared, modulations=row) for row in rows]
+        channels = self.config.time_channels
+        return at_times(blocks, prepared, told, prepared.extra_embeddings, channels)
 
     def _mapped(self, cond: StageCCondition) -> StageCPrepared:
         """Map and norm the condition's tokens."""
@@ -447,10 +441,7 @@ class StageC(nn.Module):
     def _inputs(self, prepared: StageCPrepared, t: Tensor) -> Iterator[tuple[Time, Told]]:
         """Give each block, in running order, what it is told of the time and of the condition."""
         count = len(self.config.block_channels)
-        times: Sequence[Time] | None = prepared.modulations
-        if times is None:
-            embedded = embed_times(
-                t * self.config.time_unit, prepared.extra_embeddings, self.config.time_channels
-            )
-            times = [embedded] * count
-        return zip(times, prepared.asked or [prepared.tokens] * count, strict=True)
+        channels = self.config.time_channels
+        told = t * self.config.time_unit
+        extras = prepared.extra_embeddings
+        return block_inputs(prepared, prepared.tokens, told, extras, channels, count)

@@ -9,7 +9,7 @@ checkpoint, which differ from the paper's text.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -19,16 +19,14 @@ from torch.nn import functional as F
 
 from stages.layers import (
     AttnBlock,
-    KeysValues,
     LayerNorm2d,
-    Modulation,
     ResBlock,
     TimestepBlock,
     init_weights,
     run,
     scale_residual_outputs,
 )
-from stages.prepared import Time, Told, embed_times, keys_values, modulations
+from stages.prepared import Prepared, Time, Told, at_times, block_inputs, keys_values
 
 _MIN_DIVISOR = 1e-5
 _LEAKY_SLOPE = 0.2
@@ -81,15 +79,11 @@ class StageCV2Condition:
 
 
 @dataclass(frozen=True)
-class StageCV2Prepared:
+class StageCV2Prepared(Prepared):
     """A condition after everything that does not change from step to step."""
 
     tokens: Tensor
     """(B, L, hidden_channels)."""
-    asked: tuple[KeysValues | None, ...] | None = None
-    """What each block asks of the tokens, in running order; None: it asks in every pass."""
-    modulations: tuple[Modulation, ...] | None = None
-    """What each block does at one time, in running order; None: any time can be told."""
 
 
 class StageCV2Block(nn.Module):
@@ -155,8 +149,8 @@ class StageCV2(nn.Module):
             For each time the condition at it; with it ``forward`` does not look at its ``t``.
         """
         blocks = [block.modulation for block in self._blocks]
-        rows = modulations(blocks, times, self._no_extras(times), self.config.time_channels)
-        return [replace(prepared, modulations=row) for row in rows]
+        channels = self.config.time_channels
+        return at_times(blocks, prepared, times, self._no_extras(times), channels)
 
     def _no_extras(self, times: Tensor) -> Tensor:
         return times.new_empty(1, 0, self.config.time_channels)
@@ -190,8 +184,6 @@ class StageCV2(nn.Module):
     def _inputs(self, prepared: StageCV2Prepared, t: Tensor) -> Iterator[tuple[Time, Told]]:
         """Give each block what it is told of the time and of the condition."""
         count = len(self.blocks)
-        times: Sequence[Time] | None = prepared.modulations
-        if times is None:
-            embedded = embed_times(t, self._no_extras(t), self.config.time_channels)
-            times = [embedded] * count
-        return zip(times, prepared.asked or [prepared.tokens] * count, strict=True)
+        channels = self.config.time_channels
+        extras = self._no_extras(t)
+        return block_inputs(prepared, prepared.tokens, t, extras, channels, count)
