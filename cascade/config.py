@@ -27,18 +27,27 @@ def nearest(word: str, choices: Iterable[str]) -> str | None:
     return matches[0] if matches else None
 
 
-def from_dict(cls: type[T], data: Mapping[str, object], where: str) -> T:
+def from_dict(cls: type[T], data: Mapping[str, object], where: str, told: Sequence[str] = ()) -> T:
     """Build the dataclass ``cls`` from plain values.
 
     Args:
         cls: A dataclass; its fields may be dataclasses, tuples, Literals, unions and scalars.
         data: What YAML or JSON gave.
         where: Where ``data`` is from, such as ``"configs/x.yaml"``; errors begin with it.
+        told: ``"a.b.c=value"`` strings of the command line among them; errors in their keys begin
+            with ``--a.b.c``.
 
     Raises:
         UserError: Unknown or missing key, wrong type, or a value the dataclass refuses.
     """
-    return _dataclass(cls, data, where, "")
+    try:
+        return _dataclass(cls, data, where, "")
+    except UserError as error:
+        for name in (one.partition("=")[0] for one in told):
+            start = f"{where}: {name}: "
+            if str(error).startswith(start):
+                raise UserError(f"--{name}: {str(error)[len(start) :]}") from error
+        raise
 
 
 def to_dict(config: object) -> dict[str, object]:
@@ -58,7 +67,7 @@ def load_yaml(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> 
     """
     data = read_yaml(path)
     apply_overrides(data, overrides)
-    return from_dict(cls, data, str(path))
+    return from_dict(cls, data, str(path), overrides)
 
 
 def read_yaml(path: str | Path) -> dict[str, object]:

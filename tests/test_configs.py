@@ -294,7 +294,7 @@ def test_a_preset_is_laid_over_a_run_under_the_command_line(
     path: Path, started: list[tuple[str, object, bool]], caplog: pytest.LogCaptureFixture
 ) -> None:
     run = ROOT / "configs" / "demo" / "stage_c.yaml"
-    arguments = ["stage_c", "--config", str(run), "--preset", str(path), "--optim.lr", "1"]
+    arguments = ["stage_c", "--config", str(run), "--preset", path.stem, "--optim.lr", "1"]
     with caplog.at_level("INFO"):
         assert command.main([*arguments, "--run.num_nodes", "2"]) == 0
     [(_, config, _)] = started

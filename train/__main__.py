@@ -15,6 +15,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from cascade.command import Parser
@@ -24,6 +25,7 @@ from cascade.errors import UserError, run_main
 _log = logging.getLogger(__name__)
 
 _PRESET_SECTIONS = ("run", "data", "optim")
+_PRESETS = Path(__file__).parents[1] / "configs" / "presets"
 KINDS = (
     "clip",
     "stage_a",
@@ -51,7 +53,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("kind", choices=KINDS, help="which network")
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument(
-        "--preset", help="YAML file laid over it, such as configs/presets/24gb.yaml"
+        "--preset", help="what is laid over it: a name of configs/presets, as 24gb, or a YAML file"
     )
     parser.add_argument(
         "--resume",
@@ -62,13 +64,22 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, parse_overrides(rest)
 
 
+def _preset_file(preset: str) -> Path:
+    own = {one.stem: one for one in sorted(_PRESETS.glob("*.yaml"))}
+    if preset in own:
+        return own[preset]
+    if not Path(preset).is_file():
+        raise UserError(f"--preset {preset}: no such file; there are {', '.join(own)}")
+    return Path(preset)
+
+
 def lay_over(data: dict[str, object], preset: str) -> None:
     """Let a preset's keys take the place of a run's own, and say which.
 
     Raises:
         UserError: The preset names what a network is or learns.
     """
-    for section, keys in read_yaml(preset).items():
+    for section, keys in read_yaml(_preset_file(preset)).items():
         own = data.setdefault(section, {})
         if section not in _PRESET_SECTIONS or not isinstance(keys, dict):
             raise UserError(f"{preset}: {section}: a preset has the sections run, data and optim")
@@ -108,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lay_over(data, options.preset)
         where = f"{options.config} with {options.preset}"
     apply_overrides(data, overrides)
-    start(from_dict(run_class, data, where), resume=options.resume)
+    start(from_dict(run_class, data, where, told=overrides), resume=options.resume)
     return 0
 
 

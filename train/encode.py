@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.nn import functional as F
 
-from cascade.checkpoints.files import CLASS_KEY, read_metadata
+from cascade.checkpoints.files import CLASS_KEY
 from cascade.checkpoints.found import FoundNetwork
 from cascade.checkpoints.load import build
 from cascade.checkpoints.part_files import (
@@ -68,8 +68,8 @@ class FrozenPaths:
     stage_a_scale: float | None = None
     """What its latents are divided by, where its file does not say it."""
     compressor: str | None = None
-    """Semantic compressor; or the file of a KL autoencoder, written here, whose latents (the mean)
-    a Stage C learns in its place."""
+    """Semantic compressor; or a KL autoencoder, such as SDXL's, whose latents (the mean) a Stage C
+    learns in its place."""
     compressor_input: tuple[float, float] | None = None
     """Range of the fraction of a picture's size that it sees, drawn once a step; None: its own."""
     image: str | None = None
@@ -159,14 +159,18 @@ def find_stage_a(name: str, scale: float | None) -> FoundNetwork:
 def find_compressor(name: str) -> FoundNetwork:
     """Find a semantic compressor, or the autoencoder that stands in its place.
 
+    Of a model that has both, the compressor is meant.
+
     Raises:
         UserError: Nothing is there, or it is neither.
     """
-    path = Path(name)
-    if path.suffix == ".safetensors" and path.is_file():
-        if read_metadata(path).get(CLASS_KEY) == AutoencoderKL.__name__:
+    try:
+        return find_network(name, "compressor")
+    except UserError as error:
+        try:
             return find_network(name, "autoencoder_kl")
-    return find_network(name, "compressor")
+        except UserError:
+            raise error from None
 
 
 def stage_a_hash(name: str, scale: float | None) -> str:

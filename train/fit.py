@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -36,14 +36,16 @@ from train.callbacks.ledger import Ledger
 from train.callbacks.progress import Progress
 from train.callbacks.rehearsal import Rehearsal
 from train.callbacks.stall import Stall
-from train.callbacks.stop import Stop
+from train.callbacks.stop import Stop, StopAtOnce
 from train.clock import PhaseClock
 from train.data.pictures import BOMB_WARNING
 from train.draws import SeedLayers
 from train.environment import note_start
+from train.launch import check_processes, cluster_environment, global_rank
 from train.memory import keep_freed_memory
 from train.optim import require_low_bit
 from train.rank_errors import RankErrors
+from train.run_lock import check_free, held
 from train.settings import OptimConfig, RunConfig
 from train.sharding import ShardedStrategy, check_can_shard
 from train.steps import steps_done
@@ -66,6 +68,7 @@ _FIXED = (
     "lora",
     "guidance",
     "adversarial",
+    "align",  # its projection learns too
 )
 _FIXED_WHOLE = ("lora", "teacher", "time_unit", "adaptive_weight")
 _FIXED_OPTIM = ("name", "lr", "muon_lr", "betas", "weight_decay")
@@ -110,12 +113,14 @@ def prepare(run: RunConfig, config: object, *, resume: bool) -> Prepared:
     """
     _quiet()
     check_trainer_options(run.trainer)
-    _check_processes(run)
+    check_processes(run)
     clock = PhaseClock()
     out = Path(run.out)
-    newest = newest_checkpoint(out, tidy=_global_rank() == 0)
+    newest = newest_checkpoint(out, tidy=global_rank() == 0)
     if not resume and newest is not None:
         raise UserError(f"{out} holds a run already; go on with --resume or choose another run.out")
+    if global_rank() == 0:
+        check_free(out)
     values = to_dict(config)
     if newest is not None and (out / "config.yaml").is_file():
         earlier = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))
@@ -129,31 +134,9 @@ def prepare(run: RunConfig, config: object, *, resume: bool) -> Prepared:
     except OSError as error:
         raise UserError(f"run.out {out}: can't be made: {error.strerror}") from error
     atomic_write_text(out / "config.yaml", yaml.safe_dump(values, sort_keys=False))
-    if _global_rank() == 0:
+    if global_rank() == 0:
         note_start(out)
     return Prepared(out, newest, clock)
-
-
-def _check_processes(run: RunConfig) -> None:
-    """Refuse a launcher's processes that the run does not know of: each would train by itself.
-
-    Raises:
-        UserError: They are more or fewer than the run's devices.
-    """
-    started = int(os.environ.get("WORLD_SIZE", run.devices * run.num_nodes))
-    if started != run.devices * run.num_nodes:
-        raise UserError(
-            f"{started} processes were started but run.devices is {run.devices} and run.num_nodes "
-            f"{run.num_nodes}; set them to what torchrun has (--nproc_per_node, --nnodes)"
-        )
-
-
-def _global_rank() -> int:
-    """Return the rank that a launcher has given this process; 0 where there is none."""
-    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):  # the last is what Lightning's own sets
-        if name in os.environ:
-            return int(os.environ[name])
-    return 0
 
 
 def _quiet() -> None:
@@ -203,8 +186,8 @@ def fit(
 
     Raises:
         UserError: A broken checkpoint, a device that is not there, a loss that is not finite.
-        KeyboardInterrupt: Ctrl-C. After SIGTERM, a system's notice that it takes the machine back,
-            ``fit`` returns: all is saved, and the same command goes on.
+        KeyboardInterrupt: Ctrl-C. After SIGTERM or SIGUSR1, a system's notice that it takes the
+            machine back, ``fit`` returns: all is saved, and the same command goes on.
     """
     out, newest = prepared.out, prepared.newest
     require_low_bit(optim)
@@ -218,17 +201,21 @@ def fit(
     errors = RankErrors()
     stop, ledger = Stop(run.max_minutes, errors), Ledger(prepared.clock, out, run.log_every_steps)
     trainer = _trainer(system, run, optim, stop, ledger, callbacks, last)
-    with stop.listening():
-        trainer.fit(
-            system,
-            train_dataloaders=loader_from(
-                start_step * run.accumulate, trainer.global_rank, trainer.world_size
-            ),
-            ckpt_path=newest,
-            weights_only=True,
-        )
-        trainer.save_checkpoint(checkpoint_path(out, trainer.global_step))
-        ledger.write_row(trainer)
+    mine = held(out) if trainer.global_rank == 0 else contextlib.nullcontext()
+    try:
+        with mine, stop.listening():
+            trainer.fit(
+                system,
+                train_dataloaders=loader_from(
+                    start_step * run.accumulate, trainer.global_rank, trainer.world_size
+                ),
+                ckpt_path=newest,
+                weights_only=True,
+            )
+            trainer.save_checkpoint(checkpoint_path(out, trainer.global_step))
+            ledger.write_row(trainer)
+    except StopAtOnce:
+        raise KeyboardInterrupt from None
     if errors.message is not None:  # of the last writes
         errors.raise_for_all()
     _log.info(
@@ -239,8 +226,11 @@ def fit(
         ledger.samples,
         ledger.total_seconds(),
     )
-    if stop.interrupted_by == "SIGTERM":
-        _log.info("stopped by SIGTERM: all is saved, the same command with --resume goes on")
+    if stop.interrupted_by in ("SIGTERM", "SIGUSR1"):
+        _log.info(
+            "stopped by %s: all is saved, the same command with --resume goes on",
+            stop.interrupted_by,
+        )
     elif stop.interrupted_by is not None:
         raise KeyboardInterrupt(stop.interrupted_by)
     elif trainer.is_global_zero and steps_done(system, trainer) >= run.max_steps:
@@ -331,6 +321,7 @@ def _trainer(
             "optim.fused: with run.precision 16-mixed the fused step undoes the loss scale itself, "
             "too late to clip; set optim.fused false, or use bf16-mixed"
         )
+    place = cluster_environment()
     terminal = sys.stderr.isatty()
     arguments: dict[str, Any] = dict(
         accelerator=run.accelerator,
@@ -346,7 +337,10 @@ def _trainer(
         gradient_clip_val=None if manual or optim.grad_clip == 0 else optim.grad_clip,
         logger=_loggers(out, run),
         log_every_n_steps=run.log_every_steps,
-        plugins=[RunCheckpoints(run.keep_checkpoints, ledger.clock, stop.errors)],
+        plugins=[
+            RunCheckpoints(run.keep_checkpoints, ledger.clock, stop.errors),
+            *([] if place is None else [place]),
+        ],
         callbacks=[
             *first,
             SeedLayers(run.seed),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cascade.checkpoints.detect import Published, num_parameters
+from cascade.checkpoints.files import CLASS_KEY, CONFIG_KEY
 from cascade.checkpoints.hub import ModelFiles
 from cascade.checkpoints.load import identify
 from cascade.checkpoints.readers import (
@@ -32,6 +33,12 @@ class FoundNetwork:
     published: Published
     path: Path
     """The file, or the index of shards."""
+
+    @property
+    def told(self) -> dict[str, str]:
+        """What a file says of itself beside its class and sizes, such as what its training cost."""
+        own = ("format", CLASS_KEY, CONFIG_KEY)
+        return {key: value for key, value in self.opened.metadata.items() if key not in own}
 
     @property
     def values(self) -> int:

@@ -101,12 +101,12 @@ def measure(options: argparse.Namespace) -> int:
             raise UserError(f"--{name.replace('_', '-')} is for --model, not for --pictures")
     # Not before the command line is read: torch takes seconds.
     from cascade.evaluate.drawn import draw_pictures, maker_of
-    from cascade.evaluate.generate import Part
     from cascade.evaluate.measure import Judge
     from cascade.evaluate.picture_sets import open_set
     from cascade.evaluate.protocol import PROMPTED, load_protocol
     from cascade.evaluate.results import append_rows, table
     from cascade.evaluate.yardsticks import load_yardsticks
+    from cascade.launchers import Part
     from cascade.pipelines.placement import pick_device
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")

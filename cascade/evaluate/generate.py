@@ -16,19 +16,17 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-
 from cascade.checkpoints.hub import resolve
 from cascade.errors import UserError
 from cascade.images import save_png
+from cascade.launchers import Part
 from cascade.pipelines.cascade import CascadePipeline
 from cascade.pipelines.finite import BlankPictureError, NonFiniteError
 from cascade.pipelines.latent import LatentPipeline, is_latent
@@ -50,23 +48,6 @@ T = TypeVar("T")
 _TELL_EVERY_S = 20.0
 _CHUNK = 8
 """Batches that are planned together; a prompt's text states are kept no longer."""
-_LAUNCHERS = (
-    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
-)
-"""Variables of accelerate's and torch's launchers, and of SLURM. ``SLURM_NTASKS`` is not among
-them: sbatch sets it for its script as well, which is one process whatever the job may start."""
-RANK_VARIABLES = (
-    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK"),
-    *("ROLE_RANK", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
-    *("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"),
-    *("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_ERROR_FILE"),
-    *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_NTASKS", "SLURM_NPROCS"),
-    *("SLURM_NTASKS_PER_NODE", "SLURM_TASKS_PER_NODE"),
-    *("SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_ID", "SLURM_STEPID"),
-)
-"""All by which a launcher tells a process that it is one of several. Whoever starts one process
-that is to work alone leaves them out of its environment: :func:`alone`."""
 
 
 @dataclass(frozen=True)
@@ -86,56 +67,6 @@ def item_seed(seed: int, prompt: str, number: int) -> int:
     """
     digest = hashlib.sha256(f"item:{seed}:{number}:{prompt}".encode()).digest()
     return int.from_bytes(digest[:4], "big")
-
-
-def alone(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of a process that is one of one, whatever started this one."""
-    return {key: value for key, value in environment.items() if key not in RANK_VARIABLES}
-
-
-@dataclass(frozen=True)
-class Part:
-    """Which share of the work is this process's."""
-
-    number: int = 0
-    count: int = 1
-    local: int = 0
-    """Number of the process on its machine, and of its GPU."""
-
-    def __post_init__(self) -> None:
-        """Refuse what is no share."""
-        if not 0 <= self.number < self.count:
-            raise UserError(f"part {self.number}/{self.count}: parts are numbered from 0")
-
-    @classmethod
-    def of_environment(cls) -> Part:
-        """Return what ``accelerate launch``, ``torchrun`` or ``srun`` told this process.
-
-        Raises:
-            UserError: What they told is no share.
-        """
-        for number, count, local in _LAUNCHERS:
-            if os.environ.get(count, "1") == "1":
-                continue
-            # Without a number every process would take the first share, and nobody the others.
-            values = [os.environ.get(number), os.environ.get(count), os.environ.get(local, "0")]
-            if not all(value is not None and value.isdecimal() for value in values):
-                raise UserError(
-                    f"{number}, {count} and {local} are {', '.join(map(str, values))}: the "
-                    f"launcher sets them; start with it, or unset {count}"
-                )
-            return cls(*(int(value) for value in values if value is not None))
-        return cls()
-
-    def of(self, whole: Sequence[T]) -> Sequence[T]:
-        """Return this process's share of a list."""
-        return whole[self.number :: self.count]
-
-    def device(self, name: str) -> str:
-        """Return the name of this process's device: of several GPUs its own."""
-        if self.count == 1 or name not in ("auto", "cuda") or not torch.cuda.is_available():
-            return name
-        return f"cuda:{self.local % torch.cuda.device_count()}"
 
 
 @dataclass(frozen=True)

@@ -181,6 +181,13 @@ def test_a_run_goes_on_where_it_stopped_with_its_projection(make_taught):
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
+def test_a_term_with_a_projection_is_not_switched_midway(make_taught):
+    run = make_taught("align", align=ALL["align"])
+    assert run.start("--run.max_steps", 1) == 0
+    with pytest.raises(UserError, match=r"--resume: align\.weight is 0\.0 but the run was started"):
+        run.start("--resume", "--align.weight", "0.0")
+
+
 @pytest.mark.parametrize("option", ["activation_checkpointing", "compile"])
 def test_neither_recomputing_nor_compiling_changes_what_the_teacher_says(
     option, make_taught, monkeypatch

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cascade.evaluate.generate import Part
+from cascade.launchers import Part
 from train.callbacks.stop import Stop
 from train.data.precompute import precompute
 from train.distill.factory import Factory

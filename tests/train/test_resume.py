@@ -209,5 +209,5 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew_in_silence(
     for path in (run.out / "checkpoints").iterdir():
         cut(path)
     for _ in range(2):  # nor when somebody tries again
-        with pytest.raises(UserError, match=r"no whole checkpoint is left \(step="):
+        with pytest.raises(UserError, match=r"no whole checkpoint is left \(damaged: step="):
             run.start("--resume")

@@ -135,11 +135,12 @@ def newest_checkpoint(out: Path, *, tidy: bool = True) -> Path | None:
         damaged.append(path.with_suffix(".damaged"))
         if tidy:
             path.rename(damaged[-1])
-            _log.warning("%s is damaged (%s): going on from the one before", path, damage)
+            _log.warning("%s is damaged (%s): looking at the one before", path, damage)
     if damaged:
+        names = sorted({one.name for one in damaged})
         raise UserError(
-            f"{folder}: no whole checkpoint is left ({damaged[-1].name} is damaged); restore "
-            "one, or start anew in another run.out (init_from takes exported weights over)"
+            f"{folder}: no whole checkpoint is left (damaged: {', '.join(names)}); restore one, or "
+            "start anew in another run.out (init_from takes exported weights over)"
         )
     return None
 
@@ -172,6 +173,7 @@ def _check_space(path: Path, checkpoint: dict[str, Any]) -> None:
     free = shutil.disk_usage(path.parent).free
     if free < needed:
         raise UserError(
-            f"{path}: needs {needed / 1e6:,.0f} MB and the disk has {free / 1e6:,.0f} MB left; "
-            "free some, then go on with --resume: earlier checkpoints are untouched"
+            f"{path}: {needed / 1e6:,.0f} MB must be free ({_SPARE_BYTES / 1e6:,.0f} MB of it for "
+            f"logs and exports), and the disk has {free / 1e6:,.0f} MB left; free some, then go on "
+            "with --resume: earlier checkpoints, if any, are untouched"
         )

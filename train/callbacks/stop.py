@@ -19,7 +19,16 @@ from train.steps import ends_step
 
 _log = logging.getLogger(__name__)
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    # sbatch --signal=USR1@120 announces the end of a job so; Windows has none.
+    *((signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()),
+)
+
+
+class StopAtOnce(BaseException):
+    """A second Ctrl-C: Lightning would make exit code 1, as of a crash, of a KeyboardInterrupt."""
 
 
 class Stop(Callback):
@@ -94,7 +103,7 @@ class Stop(Callback):
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         # Only a second Ctrl-C is impatience: systems send SIGTERM more than once.
         if self.interrupted_by == "SIGINT" and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            raise StopAtOnce
         if self.interrupted_by is None:
             again = "; Ctrl-C again to stop at once" if number == signal.SIGINT else ""
             _log.info("%s: stopping after this step%s", signal.Signals(number).name, again)

@@ -165,6 +165,15 @@ CACHE_FILES = {
     "teacher": ("teacher_features",),
 }
 """File of a cache folder -> tensors in it."""
+_PRECOMPUTE = {
+    "text": "--text FOLDER",
+    "stage_a": "--stage-a FILE",
+    "stage_c": "--compressor FILE",
+    "autoencoder": "--autoencoder FILE",
+    "image": "--image FOLDER",
+    "teacher": "--teacher-of CONFIG",
+}
+"""Part -> option of precompute that makes it."""
 
 
 def load_cache(config: DataConfig, expect: dict[str, str]) -> Cache:
@@ -184,7 +193,11 @@ def load_cache(config: DataConfig, expect: dict[str, str]) -> Cache:
             raise UserError("data.folder: this run trains on a cache; name its folder")
         path = Path(config.folder) / f"{part}.safetensors"
         if not path.is_file():
-            raise UserError(f"{path}: not there; make it with: python -m train.data precompute")
+            raise UserError(
+                f"{path}: not there; make it with: python -m train.data precompute --shards "
+                f"'{config.shards}' --out {config.folder} {_PRECOMPUTE[part]} (the weights that "
+                "this run names)"
+            )
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
         found = (metadata.get("pictures"), metadata.get("weights"))

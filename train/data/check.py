@@ -76,7 +76,9 @@ class Checked:
         met = [f"{count:>8}  {remark}" for remark, count in report.remarks.most_common()]
         yield from _section("met, and no harm", met)
         damage = [f"          {note}" for note in (*self.unreadable, *report.notes)]
-        yield from _section("damaged shards", damage)
+        yield from _section(
+            "damaged shards (streams leave out their ends; data.mode memory refuses them)", damage
+        )
         yield from _section(f"shapes of size {data.size}", self._shapes())
         if report.enlarged:
             yield f"{report.enlarged:>10}  pictures are smaller than their shape and are enlarged"
@@ -107,6 +109,11 @@ class Checked:
             more = len(self.unreadable) - 1
             others = f", and {more} more" if more else ""
             raise UserError(f"{self.unreadable[0]}{others}; no run can read it")
+        if self.options.one_size and self.report.notes:
+            raise UserError(
+                f"{self.report.notes[0]}; data.mode memory reads whole shards alone: write it "
+                "again, leave it out, or use data.mode exact"
+            )
         self.report.require_any(data.shards)
         sizes = {pair for sides in self.report.sides for pair in zip(*sides.tolist(), strict=True)}
         if self.options.one_size and len(sizes) > 1:

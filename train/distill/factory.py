@@ -31,12 +31,12 @@ from cascade.checkpoints.files import atomic_path, atomic_write_text
 from cascade.errors import UserError
 from cascade.evaluate.generate import (
     Item,
-    Part,
     PictureMaker,
     Refused,
     item_seed,
 )
 from cascade.evaluate.training_cost import LEDGER_FILE
+from cascade.launchers import Part
 from cascade.pipelines.results import CascadePicture, Picture, UNetPicture
 from train.data.members import CAPTION_KEY, DRAWN_KEY, LATENT_KEYS, METADATA_KEY, array_bytes
 from train.data.shards import shard_name

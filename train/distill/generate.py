@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cascade.config import from_dict, read_yaml
 from cascade.errors import UserError
-from cascade.evaluate.generate import Part
+from cascade.launchers import Part
 from train.distill.factory import Factory
 from train.distill.generate_config import GenerateConfig
 from train.distill.generate_options import COMMAND_ONLY

@@ -17,8 +17,8 @@ from pathlib import Path
 from cascade.command import Parser
 from cascade.config import load_yaml, parse_overrides, read_yaml
 from cascade.errors import UserError, run_main
-from cascade.evaluate.generate import Part
 from cascade.evaluate.protocol import load_protocol
+from cascade.launchers import Part
 
 _log = logging.getLogger(__name__)
 

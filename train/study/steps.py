@@ -19,7 +19,7 @@ from typing import Any
 
 from cascade.checkpoints.files import atomic_write_text
 from cascade.errors import UserError
-from cascade.evaluate.generate import alone
+from cascade.launchers import alone
 from train.fit import DONE_FILE
 from train.study.settings import ArmConfig, ModelConfig, Option, StepConfig
 

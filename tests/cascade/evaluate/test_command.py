@@ -12,11 +12,12 @@ from cascade.checkpoints.files import save_network
 from cascade.errors import UserError, run_main
 from cascade.evaluate.__main__ import main
 from cascade.evaluate.drawn import Drawn, check_weights_kind, draw_pictures, maker_of
-from cascade.evaluate.generate import Item, Part, file_of
+from cascade.evaluate.generate import Item, file_of
 from cascade.evaluate.prompts import inline_prompts
 from cascade.evaluate.protocol import Protocol, load_protocol
 from cascade.evaluate.results import read_rows
 from cascade.images import open_image, read_png_metadata
+from cascade.launchers import Part
 from stages.previewer import Previewer, PreviewerConfig
 
 CONTENT = {

@@ -116,3 +116,15 @@ def test_a_run_section_that_is_none_is_one_line(run, several_shapes, tmp_path, c
     code, _, error = check(capsys, "--config", path)
     assert code == 2 and "devices, a whole number, is needed" in error
     assert error.count("\n") == 1
+
+
+def test_a_shard_that_was_cut_off_is_refused_for_a_set_in_memory_alone(tmp_path, capsys):
+    rows = [(f"{n}.{kind}", encoded(colored(3, (60, 60))) if kind == "png" else b"x")
+            for n in range(4) for kind in ("png", "txt")]  # fmt: skip
+    path = write_members(tmp_path / "a.tar", rows)
+    path.write_bytes(path.read_bytes()[:5820])
+    code, table, _ = check(capsys, path)
+    assert code == 0 and "damaged shards (streams leave out their ends" in table
+    (tmp_path / "run.yaml").write_text(f"data: {{shards: {path}, batch_size: 1}}\n")
+    code, _, line = check(capsys, "--config", tmp_path / "run.yaml")
+    assert code == 2 and "not a whole tar file" in line and "use data.mode exact" in line

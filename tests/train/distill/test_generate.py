@@ -22,13 +22,12 @@ from cascade.errors import UserError
 from cascade.evaluate.generate import (
     Item,
     MakerOptions,
-    Part,
     PictureMaker,
     Refused,
-    alone,
     item_seed,
     make_files,
 )
+from cascade.launchers import Part, alone
 from cascade.pipelines.finite import BlankPictureError, NonFiniteError
 from tests.unet_models import save_tiny
 from train.data.config import DataConfig

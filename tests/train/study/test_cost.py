@@ -138,14 +138,14 @@ def test_the_full_sized_arms_learn_the_published_numbers_of_parameters():
 @pytest.mark.slow
 def test_the_table_of_a_full_sized_sweep_has_a_row_for_each_training(capsys):
     path = STUDIES / "sdxl_compression.yaml"
-    assert len(load_compression(path).study.arms) == 6
+    assert len(load_compression(path).study.arms) == 6 + 1
     words = ["cost", "--config", str(path), "--rates", str(STUDIES / "sdxl" / "rates.yaml")]
     assert run_main(lambda: main(words)) == 0
     printed = " ".join(capsys.readouterr().out.split())  # columns are padded
-    assert printed.count("| stage_c |") == 6 * 3
+    assert printed.count("| stage_c |") == (6 + 1) * 3
     # 1,600 GPU hours an arm: the rate says how many samples, the budget how many hours.
-    assert printed.count("| the arm | | 1,600 |") == 12
-    assert "All of it, 1 seeds: 9,600 device hours" in printed
+    assert printed.count("| the arm | | 1,600 |") == 14
+    assert "All of it, 1 seeds: 11,200 device hours" in printed
     assert "Rate: measured on one H200" in printed and "Price" not in printed
 
 

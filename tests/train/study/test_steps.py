@@ -11,7 +11,7 @@ import pytest
 
 from cascade.config import from_dict
 from cascade.errors import run_main
-from cascade.evaluate.generate import Part
+from cascade.launchers import Part
 from train.study.__main__ import main
 from train.study.settings import ArmConfig
 from train.study.steps import Commands, Places, StudyStoppedError
