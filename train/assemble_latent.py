@@ -14,12 +14,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cascade.checkpoints.files import atomic_folder, load_network, read_metadata
+from cascade.checkpoints.files import atomic_folder, load_network, read_metadata, save_network
+from cascade.checkpoints.part_files import find_network
 from cascade.command import Parser
 from cascade.config import load_yaml, parse_overrides
 from cascade.errors import UserError, run_main
-from cascade.pipelines.latent import NETWORKS, LatentPipeline, LatentSpec, save_latent_spec
+from cascade.pipelines.latent import LatentPipeline, LatentSpec, save_latent_spec
+from stages.stage_c import StageC
 from train.assemble import text_sources
+from train.encode import load_frozen
 from train.losses.denoising import DIFFUSION_KEY
 
 _log = logging.getLogger(__name__)
@@ -33,6 +36,7 @@ class AssembleLatentConfig:
     """Becomes ``latent.json``."""
     stage_c: str
     autoencoder_kl: str
+    """A file, a folder, or a model here or on the hub: written in float32."""
     text: str
     """Folder of the text encoder."""
 
@@ -46,13 +50,13 @@ def assemble_latent(config: AssembleLatentConfig, out: Path) -> None:
     """
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out}: not empty; name a new folder")
-    sources = {f"{name}.safetensors": Path(getattr(config, name)) for name in NETWORKS}
+    sources = {"stage_c.safetensors": Path(config.stage_c)}
     sources |= text_sources(config.text)
     for path in sources.values():
         if not path.is_file():
             raise UserError(f"{path}: not there; train it first")
-    for name, network in NETWORKS.items():
-        load_network(getattr(config, name), expect=network)
+    load_network(config.stage_c, expect=StageC)
+    autoencoder = find_network(config.autoencoder_kl, "autoencoder_kl")
     trained = json.loads(read_metadata(Path(config.stage_c)).get(DIFFUSION_KEY, "{}"))
     for key, value in trained.items():
         if getattr(config.spec.stage_c, key) != value:
@@ -64,6 +68,9 @@ def assemble_latent(config: AssembleLatentConfig, out: Path) -> None:
         (temporary / "text").mkdir()
         for name, path in sources.items():
             shutil.copyfile(path, temporary / name)
+        network = load_frozen(autoencoder, "cpu")
+        path = temporary / "autoencoder_kl.safetensors"
+        save_network(path, network, metadata=autoencoder.told)
         save_latent_spec(config.spec, temporary)
         LatentPipeline(temporary, device="cpu")
 
