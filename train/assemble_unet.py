@@ -16,8 +16,7 @@ from typing import Literal, cast
 
 import torch
 
-from cascade.checkpoints.files import CLASS_KEY, CONFIG_KEY, atomic_folder, save_network
-from cascade.checkpoints.found import FoundNetwork
+from cascade.checkpoints.files import atomic_folder, save_network
 from cascade.checkpoints.load import build
 from cascade.checkpoints.part_files import find_network
 from cascade.command import Parser
@@ -33,8 +32,6 @@ from stages.unet.unet import UNet
 from train.encode import load_text
 
 _log = logging.getLogger(__name__)
-
-_OWN_KEYS = ("format", CLASS_KEY, CONFIG_KEY)
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,7 @@ def assemble_unet(config: AssembleUNetConfig, out: Path) -> float:
     check_unet_fit(parts, config.unet)
     spec = replace(spec, told_sizes=parts.unet.config.text_pooled_channels is not None)
     with atomic_folder(out) as temporary:
-        notes = {"unet": _kept(unet), "vae": _kept(autoencoder)}
+        notes = {"unet": unet.told, "vae": autoencoder.told}
         write_unet_folder(spec, parts, temporary, dtype, notes)
         for name, source in config.beside.items():
             beside = find_network(source, "unet")
@@ -96,17 +93,12 @@ def assemble_unet(config: AssembleUNetConfig, out: Path) -> float:
             network = cast(UNet, build(beside.opened, beside.published, dtype=torch.float32))
             check_unet_fit(replace(parts, unet=network), source)
             path = temporary / f"{name}.safetensors"
-            save_network(path, network, dtype=dtype, metadata=_kept(beside))
+            save_network(path, network, dtype=dtype, metadata=beside.told)
         total_mb = sum(path.stat().st_size for path in temporary.rglob("*.safetensors")) / 1e6
         if config.max_mb is not None and total_mb > config.max_mb:
             raise UserError(f"the weights are {total_mb:.1f} MB; max_mb allows {config.max_mb:g}")
         UNetPipeline(temporary, device="cpu")
     return total_mb
-
-
-def _kept(found: FoundNetwork) -> dict[str, str]:
-    """Return what a file says of itself beside its sizes, such as what its training cost."""
-    return {key: value for key, value in found.opened.metadata.items() if key not in _OWN_KEYS}
 
 
 def _check_sampling(spec: UNetSpec, path: str, metadata: Mapping[str, str]) -> None:

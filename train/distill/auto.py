@@ -60,6 +60,10 @@ class Bench:
     """Calls of which the median counts as a duration."""
 
 
+_IDLE_ERROR, _IDLE_KEPT = 1e-3, 0.75
+"""A student of less than three quarters that answers as its teacher does, before any training."""
+
+
 @dataclass(frozen=True)
 class Saving:
     """What is saved, and how tables show it."""
@@ -156,12 +160,24 @@ def choose_recipe(teacher: UNet, budget: Budget, bench: Bench) -> AutoChoice:
     summary = [
         f"chosen by importance, on {calibration.described}; {format_name} on {bench.device}",
         f"output error before any training: {own_error:.4f} (squared, as a share of the teacher's)",
+        *_idle(own_error, parameters(plan) / parameters(plan_student(config, Recipe()))),
         *_hand_made(
             config, parameters, plan, lambda one: output_error(predict_without(one), expected)
         ),
         *lines,
     ]
     return AutoChoice(recipe, tuple(summary), tuple(_table(config, measured, saving, plan)))
+
+
+def _idle(error: float, kept: float) -> list[str]:
+    """Return a warning of a teacher that has learned without what went."""
+    if error >= _IDLE_ERROR or kept > _IDLE_KEPT:
+        return []
+    return [
+        f"the teacher hardly uses the {1 - kept:.0%} that went: was it trained well? With too high "
+        "a rate or too little weight decay the streams of the inner levels outgrow what their "
+        "layers add"
+    ]
 
 
 def _parameters(config: UNetConfig, state: Mapping[str, Tensor]) -> Cost:

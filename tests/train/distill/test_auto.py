@@ -12,6 +12,7 @@ from torch import Tensor
 from cascade.checkpoints.files import load_network, save_network
 from cascade.diffusion.discrete import DiscreteSchedule, time_of
 from cascade.errors import UserError
+from stages.unet.attention import TransformerBlock
 from stages.unet.compress import Recipe, StudentPlan, plan_student
 from stages.unet.unet import UNet
 from tests.train.distill.conftest import MIDDLING
@@ -50,6 +51,18 @@ def test_a_block_that_adds_nothing_is_removed_first(middling):
     assert choice.importance[1].split()[0] == BLOCK
     assert choice.importance[1].split()[-1] == "removed"
     assert "output error before any training: 0.0000" in choice.summary[1]
+
+
+def test_a_teacher_that_uses_little_of_itself_is_told(middling, monkeypatch):
+    """A student of a part of it answers the same: the teacher was not trained well."""
+    names = [name for name, one in middling.named_modules() if isinstance(one, TransformerBlock)]
+    for name in names:
+        _silence(middling, name)
+    monkeypatch.setattr(auto, "_IDLE_KEPT", 0.95)  # these blocks are a small share of the toy
+    budget = Budget(parameters=round(0.95 * _count(middling)))
+    choice = choose_recipe(middling, budget, _bench())
+    [warning] = [line for line in choice.summary if "hardly uses" in line]
+    assert "was it trained well?" in warning
 
 
 def test_the_budget_is_met_by_the_file_and_the_choice_is_the_same_again(middling_file, tmp_path):
