@@ -20,6 +20,7 @@ from typing import Any
 
 from cascade.command import Parser
 from cascade.config import apply_overrides, from_dict, parse_overrides, read_yaml
+from cascade.config_help import describe_keys
 from cascade.errors import UserError, run_main
 
 _log = logging.getLogger(__name__)
@@ -43,12 +44,12 @@ KINDS = (
 )
 
 
-def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Split the command line into our options and overrides of the configuration."""
+def _parser() -> Parser:
     parser = Parser(
         prog="python -m train",
         description="Train one network of a cascade, or a U-Net.",
-        epilog="Any key of the configuration is an option too: --optim.lr 3e-4 --run.max_steps 10",
+        epilog="Any key of the configuration is an option too: --optim.lr 3e-4 --run.max_steps 10. "
+        "After a network, --help lists them: python -m train stage_c --help",
     )
     parser.add_argument("kind", choices=KINDS, help="which network")
     parser.add_argument("--config", required=True, help="YAML file of the run")
@@ -60,7 +61,12 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         action="store_true",
         help="go on from the run's newest checkpoint; start if there is none",
     )
-    options, rest = parser.parse_known_args(argv)
+    return parser
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Split the command line into our options and overrides of the configuration."""
+    options, rest = _parser().parse_known_args(argv)
     return options, parse_overrides(rest)
 
 
@@ -91,14 +97,12 @@ def lay_over(data: dict[str, object], preset: str) -> None:
             own[key] = value
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, build, fit."""
-    options, overrides = parse(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    # Lightning and transformers take seconds to import: only when a run really starts.
+def _kinds() -> dict[str, tuple[type[Any], Callable[..., None]]]:
+    """Return each kind's configuration and what trains it."""
+    # Lightning and transformers take seconds to import: only when a kind is known.
     from train import cascade_kd_runs, runs, stage_kd_runs, step_runs, unet_runs
 
-    kinds: dict[str, tuple[type[Any], Callable[..., None]]] = {
+    return {
         "clip": (runs.ClipRun, runs.train_clip),
         "stage_a": (runs.StageARun, runs.train_stage_a),
         "autoencoder_kl": (runs.AutoencoderKLRun, runs.train_autoencoder_kl),
@@ -113,7 +117,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         "stage_b_kd": (stage_kd_runs.StageBKDRun, stage_kd_runs.train_stage_b_kd),
         "stage_a_decoder": (stage_kd_runs.StageADecoderRun, stage_kd_runs.train_stage_a_decoder),
     }
-    run_class, start = kinds[options.kind]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, build, fit."""
+    argv = sys.argv[1:] if argv is None else argv
+    asked = [kind for kind in KINDS if kind in argv]
+    if asked and ("--help" in argv or "-h" in argv):
+        _parser().print_help()
+        print(f"\nkeys of {asked[0]}:\n{describe_keys(_kinds()[asked[0]][0])}")
+        return 0
+    options, overrides = parse(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    run_class, start = _kinds()[options.kind]
     data, where = read_yaml(options.config), options.config
     if options.preset is not None:
         lay_over(data, options.preset)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ import pytest
 import yaml
 
 from cascade.errors import run_main
-from train.__main__ import KINDS
+from train.__main__ import KINDS, main
 
 ROOT = Path(__file__).parents[2]
 
@@ -173,3 +174,18 @@ def test_weights_and_biases_without_its_package_is_one_line(make_run, capsys, mo
     monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", False)
     line = refusal(make_run("stage_c"), capsys, "--run.wandb_project", "mine")
     assert "pip install wandb" in line
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_help_after_a_network_lists_its_keys_and_what_each_means(
+    kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([kind, "--help"]) == 0
+    lines = capsys.readouterr().out.split(f"keys of {kind}:\n")[1].splitlines()
+    assert "  --run.max_steps int" in lines
+    silent = [
+        name.split()[0]
+        for name, meaning in itertools.pairwise(lines)
+        if name.startswith("  --") and meaning.startswith("      (")
+    ]
+    assert silent == []

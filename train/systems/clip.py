@@ -30,20 +30,31 @@ class ClipModelConfig:
     """Sizes of the two towers (transformers' ``CLIPModel``)."""
 
     vocab_size: int = 4096
+    """Most entries of the tokenizer that is learned from the captions."""
     max_tokens: int = 32
     """Context length, with the two special tokens."""
     text_width: int = 192
+    """Channels of the text tower."""
     text_layers: int = 4
+    """Layers of the text tower."""
     text_heads: int = 3
+    """Attention heads of the text tower; they divide its channels."""
     vision_width: int = 192
+    """Channels of the vision tower."""
     vision_layers: int = 6
+    """Layers of the vision tower."""
     vision_heads: int = 3
+    """Attention heads of the vision tower; they divide its channels."""
     image_size: int = 96
     """Pixels that the vision tower sees; pictures are resized to it."""
     patch_size: int = 16
+    """Side in pixels of a patch; it divides ``image_size``."""
     projection: int = 192
+    """Channels of the space in which texts and pictures are compared."""
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Of red, green and blue in [0, 1]; taken off a picture first."""
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Of red, green and blue in [0, 1]; what is left is divided by it."""
 
     def build(self, tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
         """Return a model with fresh weights."""
