@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
 import select
 import sys
@@ -71,6 +72,8 @@ def run_main(main: Callable[[], int | None]) -> int:
         # A prompt or a path that the terminal has no letters for must not end in an error.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    # Where it is installed, torchmetrics imports it, and it tells of its cache of fonts.
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
     try:
         return main() or 0
     except UserError as error:
