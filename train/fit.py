@@ -81,7 +81,7 @@ _NO_NEWS = (
     ".*Checkpoint directory .* exists and is not empty.*",
     ".*resuming from a checkpoint that ended before the epoch ended.*",
     ".*The number of training batches .* is smaller than the logging interval.*",
-    ".*Grad strides do not match bucket view strides.*",  # of 1 x 1 kernels, where they mean nothing
+    ".*Grad strides do not match bucket view strides.*",  # 1 x 1 kernels: no matter
     ".*ModelCheckpoint with manual optimization.*",  # after the step is what we want
     BOMB_WARNING,
 )

@@ -59,7 +59,7 @@ class MemoryPlan:
     tile: int | None = None
     """Side of the autoencoder's tiles in latent cells; None: the picture as a whole."""
     encoder_tile: int | None = None
-    """The same of Stage A's encoder."""
+    """The same of its encoder."""
     batch_size: int | None = None
     """Pictures that may run together; None: as many as the pipeline likes."""
     peaks: Mapping[str, int] = field(default_factory=dict)
@@ -188,7 +188,9 @@ def pick_plan(
                         offload=mode,
                         ways=ways,
                         tile=fit.tiles.get("stage_a", fit.tiles.get("autoencoder")),
-                        encoder_tile=fit.tiles.get("stage_a_encoder"),
+                        encoder_tile=next(
+                            (fit.tiles[one] for one in _ENCODERS if one in fit.tiles), None
+                        ),
                         batch_size=batch,
                         peaks=fit.peaks,
                     )
@@ -358,11 +360,13 @@ def _describe(
         chosen += f", {' and '.join(visiting)} only to read the picture"
     if blamed:
         chosen += f", for what {' and '.join(_TITLES[step] for step in blamed)} needs"
-    decoder = _TITLES["stage_a" if "stage_a" in sizes else "autoencoder"]
-    for tile, title in ((plan.tile, decoder), (plan.encoder_tile, "Stage A's encoder")):
+    autoencoder = "stage_a" if "stage_a" in sizes else "autoencoder"
+    decoder, encoder = _TITLES[autoencoder], _TITLES[f"{autoencoder}_encoder"]
+    for tile, title in ((plan.tile, decoder), (plan.encoder_tile, encoder)):
         if tile is not None:
             chosen += f", {title} in tiles of {tile * cell} px"
-    if plan.tile is not None and any(size.tiles_differ for size in sizes.values()):
+    tiled = plan.tile is not None or plan.encoder_tile is not None
+    if tiled and any(size.tiles_differ for size in sizes.values()):
         chosen += " (the picture differs a little from the whole one's)"
     if plan.batch_size is not None and plan.batch_size > 1:
         chosen += f", up to {plan.batch_size} pictures together"

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from cascade.pipelines.finite import check_finite
-from stages.autoencoder_kl import AutoencoderKL
+from stages.autoencoder_kl import AutoencoderKL, DiagonalGaussian
 from stages.stage_a import StageA
 
 TILE_CELLS = (256, 128, 64, 32)
@@ -98,21 +98,43 @@ def decode_blended(autoencoder: AutoencoderKL, latents: Tensor, tile: int) -> Te
     scale, (count, _, height, width) = autoencoder.downscale, latents.shape
     pixels = torch.zeros(count, 3, height * scale, width * scale)
     shares = torch.zeros(height * scale, width * scale)
-    margin = blended_margin(tile)
-    for rows in _even_spans(height, tile):
-        for columns in _even_spans(width, tile):
-            tiled = _Tile(rows, columns, margin)
-            down, across = (
-                _ramp(span, side, margin, scale)
-                for span, side in ((rows, height), (columns, width))
-            )
-            share = down[:, None] * across
-            where = tiled.window(scale)
-            shares[where] += share
-            for row in range(count):
-                decoded = autoencoder.decode(latents[row : row + 1][tiled.window()])
-                pixels[row][where] += share * decoded[0].to("cpu", torch.float32)
+    for tiled, share in _blended_tiles((height, width), tile, scale):
+        where = tiled.window(scale)
+        shares[where] += share
+        for row in range(count):
+            decoded = autoencoder.decode(latents[row : row + 1][tiled.window()])
+            pixels[row][where] += share * decoded[0].to("cpu", torch.float32)
     return pixels / shares
+
+
+def encode_blended(
+    autoencoder: AutoencoderKL, pixels: Tensor, device: torch.device, tile: int
+) -> DiagonalGaussian:
+    """Encode a picture for a U-Net in tiles that overlap, one at a time.
+
+    Args:
+        autoencoder: Its weights are on ``device``.
+        pixels: ``(1, 3, H, W)`` in [0, 1], both sides multiples of its ``downscale``; they come to
+            the device with their tile.
+        device: Where to compute.
+        tile: Side of a tile in latent cells, without its margin.
+
+    Returns:
+        The Gaussian of the latents, ``(1, 4, h, w)``, on ``device``: where tiles overlap, means
+        and log variances of both are mixed. Of a picture no larger than a tile the very one of
+        ``posterior``.
+    """
+    scale = autoencoder.downscale
+    height, width = (side // scale for side in pixels.shape[-2:])
+    sums = torch.zeros(2, autoencoder.config.latent_channels, height, width, device=device)
+    shares = torch.zeros(height, width, device=device)
+    for tiled, share in _blended_tiles((height, width), tile, 1):
+        share = share.to(device)
+        part = autoencoder.posterior(pixels[tiled.window(scale)].to(device))
+        shares[tiled.window()] += share
+        sums[tiled.window()] += share * torch.cat([part.mean, part.log_variance])
+    mean, log_variance = (sums / shares).split(1)
+    return DiagonalGaussian(mean, log_variance)
 
 
 def blended_margin(tile: int) -> int:
@@ -222,6 +244,18 @@ def _tiles(size: tuple[int, int], tile: int, reach: int) -> Iterator[_Tile]:
             yield _Tile(rows, columns, reach)
 
 
+def _blended_tiles(size: tuple[int, int], tile: int, scale: int) -> Iterator[tuple[_Tile, Tensor]]:
+    """Yield tiles and their shares of their windows, ``(rows, columns)`` in parts of a cell."""
+    margin = blended_margin(tile)
+    for rows in _even_spans(size[0], tile):
+        for columns in _even_spans(size[1], tile):
+            down, across = (
+                _ramp(span, side, margin, scale)
+                for span, side in zip((rows, columns), size, strict=True)
+            )
+            yield _Tile(rows, columns, margin), down[:, None] * across
+
+
 def _even_spans(side: int, tile: int) -> Iterator[tuple[int, int]]:
     """Cut a side into as few spans of at most ``tile`` as there can be, all about of one length."""
     count = -(-side // tile)
@@ -230,7 +264,7 @@ def _even_spans(side: int, tile: int) -> Iterator[tuple[int, int]]:
 
 
 def _ramp(span: tuple[int, int], side: int, margin: int, scale: int) -> Tensor:
-    """Return a tile's share of each row or column of its window, in pixels.
+    """Return a tile's share of each row or column of its window, in parts of a cell.
 
     It rises across the margin on both sides of the tile's edge, as its neighbour's falls; it is 1
     up to the picture's own edge.

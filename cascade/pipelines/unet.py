@@ -36,7 +36,7 @@ from cascade.pipelines.results import (
     text_of,
 )
 from cascade.pipelines.sampling import Start
-from cascade.pipelines.tiles import decode_blended
+from cascade.pipelines.tiles import decode_blended, encode_blended
 from cascade.pipelines.unet_fit import check_unet_fit
 from cascade.pipelines.unet_lora import LoraChoice
 from cascade.pipelines.unet_memory import UNetMemory
@@ -282,7 +282,7 @@ class UNetPipeline:
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> DiagonalGaussian:
-        """Return the Gaussian of a picture's latents.
+        """Return the Gaussian of a picture's latents; in tiles as ``decode``.
 
         Args:
             pixels: ``(1, 3, H, W)`` in [0, 1], of a size that the model makes.
@@ -290,8 +290,12 @@ class UNetPipeline:
         Raises:
             NonFiniteError: If a value is not finite.
         """
+        tile = self.memory.plan.encoder_tile
         with self.memory.on("autoencoder"):
-            posterior = self.autoencoder.posterior(pixels.to(self.device))
+            if tile is None:
+                posterior = self.autoencoder.posterior(pixels.to(self.device))
+            else:
+                posterior = encode_blended(self.autoencoder, pixels, self.device, tile)
         check_finite(posterior.mean, "the autoencoder's encoder", self.dtypes.autoencoder)
         return posterior
 
@@ -402,8 +406,10 @@ class UNetPipeline:
             settings["sizes"] = list(plan.sizes.values())
         if self._source.loras:
             settings["loras"] = [one.described for one in self._source.loras]
-        if self.memory.plan.tile is not None:  # the picture is another one than without
-            settings["tile"] = self.memory.plan.tile * self.autoencoder.downscale
+        tiles = {"tile": self.memory.plan.tile, "encoder_tile": self.memory.plan.encoder_tile}
+        for name, tile in tiles.items():
+            if tile is not None:  # the picture is another one than without
+                settings[name] = tile * self.autoencoder.downscale
         return text_of(
             plan,
             index,

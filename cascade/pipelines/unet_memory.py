@@ -129,25 +129,40 @@ def unet_footprints(
     if workload.from_picture:
         sizes["autoencoder_encoder"] = Footprint(
             *weight_bytes(parts.autoencoder),
-            _encoding(autoencoder, workload.latent_shape),
+            _encoding(autoencoder, workload.latent_shape, None),
+            {
+                tile: _encoding(autoencoder, workload.latent_shape, tile)
+                for tile in BLENDED_TILE_CELLS
+                if tile < max(height, width)
+            },
+            tiles_differ=True,
             of="autoencoder",
         )
     return sizes
 
 
-def _encoding(twin: AutoencoderKL, latent_shape: tuple[int, int, int]) -> int:
-    """Bytes of one picture's encoding, its pixels among them."""
-    height, width = (twin.downscale * side for side in latent_shape[1:])
-    return peak_bytes(lambda: twin.encode(torch.empty(1, 3, height, width, device="meta")))
+def _encoding(twin: AutoencoderKL, latent_shape: tuple[int, int, int], tile: int | None) -> int:
+    """Bytes of one picture's encoding, its pixels among them; with tiles those of a tile."""
+    sides = _window(latent_shape, tile)
+    window = (1, 3, *(twin.downscale * side for side in sides))
+    of_window = peak_bytes(lambda: twin.posterior(torch.empty(window, device="meta")))
+    # Of tiles: the sums of both moments, and what they are divided by.
+    put_together = 0 if tile is None else 4 * 3 * math.prod(latent_shape)
+    return of_window + put_together
+
+
+def _window(latent_shape: tuple[int, int, int], tile: int | None) -> tuple[int, int]:
+    """Return the latent cells that the autoencoder sees at once."""
+    _, height, width = latent_shape
+    if tile is None:
+        return height, width
+    side = tile + 2 * blended_margin(tile)
+    return min(side, height), min(side, width)
 
 
 def _decoding(twin: AutoencoderKL, latent_shape: tuple[int, int, int], tile: int | None) -> int:
     """Bytes of one picture's decoding; what tiles are put together in is on the CPU."""
-    channels, height, width = latent_shape
-    if tile is not None:
-        side = tile + 2 * blended_margin(tile)
-        height, width = min(side, height), min(side, width)
-    window = (1, channels, height, width)
+    window = (1, latent_shape[0], *_window(latent_shape, tile))
     of_window = peak_bytes(lambda: twin.decode(torch.empty(window, device="meta")))
     return of_window if tile is None else of_window + 4 * math.prod(latent_shape)
 

@@ -113,6 +113,7 @@ class TeacherLedger:
         if if_due and self._since_s - self._row_s < self.every_s:
             return
         made = self._samples + self._refused
+        seconds = {part: round(value, 4) for part, value in self._seconds.items()}
         row = {
             "at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "phase": TEACHER_PHASE,
@@ -120,8 +121,8 @@ class TeacherLedger:
             "shard": shard,
             "samples": self._samples,
             "refused": self._refused,
-            "seconds": {part: round(value, 4) for part, value in self._seconds.items()},
-            "device_seconds": round(sum(self._seconds.values()), 4),
+            "seconds": seconds,
+            "device_seconds": round(sum(seconds.values()), 4),  # so that a row adds up
             "flops": made * self._flops_per_picture + self._extra_flops,
             "energy_j": self._energy.spent_j(),
             "peak_memory_mib": round(peak_memory_bytes(self._device) / 2**20),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from cascade.errors import UserError
 from cascade.images import image_to_pixels, pixels_to_images
 from cascade.pipelines import unet as pipeline_module
 from cascade.pipelines.finite import NonFiniteError
-from cascade.pipelines.memory_plan import RESERVE
+from cascade.pipelines.memory_plan import RESERVE, pick_plan
 from cascade.pipelines.picture_input import PictureInput
 from cascade.pipelines.results import Interrupted
 from cascade.pipelines.unet import UNetPipeline
@@ -110,6 +111,39 @@ def test_a_picture_of_another_size_is_scaled_cut_and_told(sdxl: UNetPipeline) ->
     assert sdxl.image_to_image(picture(33, 21), PROMPT, None, named).pixels.shape[2:] == (16, 24)
     own = sdxl.image_to_image(picture(20, 16), PROMPT, None, UNetSettings(seed=1))
     assert own.pixels.shape[2:] == (16, 20) and not own.notices
+
+
+def test_a_picture_read_in_tiles_is_near_the_whole_one_and_says_so(
+    sdxl: UNetPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = UNetSettings(seed=1, width=64, height=40)
+    whole = sdxl.image_to_image(picture(64, 40), PROMPT, 0.7, settings)
+    in_tiles = replace(sdxl.memory.plan, encoder_tile=16)
+    monkeypatch.setattr(type(sdxl.memory), "plan", property(lambda _: in_tiles))
+    tiled = sdxl.image_to_image(picture(64, 40), PROMPT, 0.7, settings)
+    away = (tiled.latents - whole.latents).abs().mean() / whole.latents.std()
+    assert 0 < float(away) < 0.2
+    told = json.loads(tiled.metadata[0]["settings"])
+    assert told["encoder_tile"] == 16 * sdxl.autoencoder.downscale and "tile" not in told
+    assert "encoder_tile" not in json.loads(whole.metadata[0]["settings"])
+
+
+@pytest.mark.slow
+def test_the_plan_reads_in_tiles_where_the_whole_does_not_fit(sdxl: UNetPipeline) -> None:
+    plan = make_unet_plan(sdxl.spec, PROMPT, UNetSettings(seed=1))
+    work = UNetWorkload(plan.sampling, (4, 160, 160), 16, True)
+    sizes = unet_footprints(sdxl._parts, sdxl.dtypes, work)
+    reader = sizes["autoencoder_encoder"]
+    assert reader.tiled is not None and set(reader.tiled) == {128, 96, 64}
+    assert reader.tiled[64] < 0.5 * reader.working
+    # Everything but the reading fits; of it, the smallest tile.
+    sizes |= {name: replace(sizes[name], working=1000) for name in ("text", "text_2", "unet")}
+    sizes["autoencoder"] = replace(sizes["autoencoder"], working=1000)
+    weights = sum(sizes[name].weights for name in ("text", "text_2", "unet", "autoencoder"))
+    chosen = pick_plan(sizes, RESERVE + weights + reader.tiled[64], [1])
+    assert chosen.encoder_tile == 64 and chosen.tile is None
+    assert "the autoencoder's encoder in tiles of" in chosen.describe()
+    assert "differs a little" in chosen.describe()
 
 
 @pytest.mark.parametrize("mode", ["model", "sequential"])
