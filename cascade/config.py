@@ -43,10 +43,16 @@ def from_dict(cls: type[T], data: Mapping[str, object], where: str, told: Sequen
     try:
         return _dataclass(cls, data, where, "")
     except UserError as error:
+        blamed = str(error)[len(f"{where}: ") :]
+        key, _, message = blamed.partition(": ")
         for name in (one.partition("=")[0] for one in told):
-            start = f"{where}: {name}: "
-            if str(error).startswith(start):
-                raise UserError(f"--{name}: {str(error)[len(start) :]}") from error
+            if key == name:
+                raise UserError(f"--{name}: {message}") from error
+            if key.startswith((f"{name}.", f"{name}[")):  # a part of the value
+                raise UserError(f"--{name}: {blamed}") from error
+        if any(name.partition("=")[0].startswith(f"{key}.") for name in told):
+            # A section as a whole, of the file and of the command line together.
+            raise UserError(f"{where} and the command line: {blamed}") from error
         raise
 
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
-import re
 import textwrap
-from collections.abc import Iterator
-from typing import get_args, get_type_hints
+import types
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from cascade.config import to_dict
 
 _WIDTH = 96
-_CHOICES = re.compile(r"Literal\[([^]]*)\]")
-_NO_QUOTES = str.maketrans("", "", "'\"")
+_UNIONS = (Union, types.UnionType)
 
 
 def describe_keys(cls: type) -> str:
@@ -38,31 +38,42 @@ def _keys(cls: type, prefix: str) -> Iterator[tuple[str, str, str]]:
     for field in dataclasses.fields(cls):
         if not field.init:
             continue
-        name = f"{prefix}{field.name}"
-        kinds = (hints[field.name], *get_args(hints[field.name]))
-        sections = [
-            kind for kind in kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind)
-        ]
+        name, hint = f"{prefix}{field.name}", hints[field.name]
         meaning = f"{meanings.get(field.name, '')} {_default(field)}".strip()
-        if sections:
-            if type(None) in kinds:
-                yield name, "section, or null", meaning
-            for section in sections:
-                yield from _keys(section, f"{name}.")
-        else:
-            yield name, _type(field.type), meaning
+        sections = _sections(hint)
+        if not sections:
+            yield name, _type(hint), meaning
+            continue
+        if type(None) in get_args(hint):
+            yield name, "section | null", meaning
+        for section in sections:
+            yield from _keys(section, f"{name}.")
 
 
-def _type(annotation: object) -> str:
-    """Return an annotation as it stands in the source, which says more than its object."""
-    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
-    text = _CHOICES.sub(lambda choices: choices[1].replace(", ", " | "), text)
-    return (
-        text.replace("None", "null")
-        .replace("tuple[", "list[")
-        .replace(", ...]", "]")
-        .translate(_NO_QUOTES)
-    )
+def _sections(hint: object) -> list[type]:
+    """Return the dataclasses that a key may be; of a list of them it is none."""
+    kinds = get_args(hint) if get_origin(hint) in _UNIONS else (hint,)
+    return [kind for kind in kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
+
+
+def _type(hint: object) -> str:
+    """Return what may be written for a key, in words of YAML."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if hint is type(None):
+        return "null"
+    if origin in _UNIONS:
+        return " | ".join(dict.fromkeys(_type(kind) for kind in inner))
+    if origin is Literal:
+        return " | ".join(str(choice) for choice in inner)
+    if origin is tuple:
+        same = len(inner) == 2 and inner[1] is Ellipsis
+        return f"[{_type(inner[0])}, ...]" if same else f"[{', '.join(map(_type, inner))}]"
+    if origin in (dict, Mapping):
+        return f"{{{_type(inner[0])}: {_type(inner[1])}}}"
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        keys = ", ".join(f"{key}: {kind}" for key, kind, _ in _keys(hint, ""))
+        return f"{{{keys}}}"
+    return {Path: "path"}.get(hint, getattr(hint, "__name__", str(hint)))  # type: ignore[call-overload, no-any-return]
 
 
 def _default(field: dataclasses.Field[object]) -> str:

@@ -16,6 +16,10 @@ class UserError(ValueError):
     """Anything that a user can cause; ``str(error)`` is one line: what, where, how to fix."""
 
 
+class HoldsNone(UserError):
+    """A model is there, and holds no network of the kind that was asked for."""
+
+
 _DISK = {
     errno.ENOSPC: "the disk is full; free some space or choose another folder",
     errno.EDQUOT: "your disk quota is used up; free some space or choose another folder",

@@ -15,6 +15,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -122,10 +123,10 @@ def _kinds() -> dict[str, tuple[type[Any], Callable[..., None]]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, build, fit."""
     argv = sys.argv[1:] if argv is None else argv
-    asked = [kind for kind in KINDS if kind in argv]
-    if asked and ("--help" in argv or "-h" in argv):
+    kind = next(iter(argv), "")
+    if kind in KINDS and ("--help" in argv or "-h" in argv):
         _parser().print_help()
-        print(f"\nkeys of {asked[0]}:\n{describe_keys(_kinds()[asked[0]][0])}")
+        print(f"\nkeys of {kind}:\n{describe_keys(_kinds()[kind][0])}")
         return 0
     options, overrides = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -135,7 +136,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         lay_over(data, options.preset)
         where = f"{options.config} with {options.preset}"
     apply_overrides(data, overrides)
-    start(from_dict(run_class, data, where, told=overrides), resume=options.resume)
+    config = from_dict(run_class, data, where, told=overrides)
+    from train.launch import check_processes, global_rank
+    from train.run_lock import held
+
+    check_processes(config.run)
+    # From before the first look at what is there to after the last write.
+    with held(Path(config.run.out)) if global_rank() == 0 else nullcontext():
+        start(config, resume=options.resume)
     return 0
 
 

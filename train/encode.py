@@ -24,7 +24,7 @@ from cascade.checkpoints.part_files import (
     find_text,
     weights_hash,
 )
-from cascade.errors import UserError
+from cascade.errors import HoldsNone, UserError
 from cascade.text.encoder import TextConfig, TextEncoder
 from cascade.text.picture_encoder import PictureEncoder, centre_square
 from stages.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
@@ -159,17 +159,17 @@ def find_stage_a(name: str, scale: float | None) -> FoundNetwork:
 def find_compressor(name: str) -> FoundNetwork:
     """Find a semantic compressor, or the autoencoder that stands in its place.
 
-    Of a model that has both, the compressor is meant.
+    Of a model that has both, the compressor is meant, also if it is damaged.
 
     Raises:
-        UserError: Nothing is there, or it is neither.
+        UserError: Nothing is there, it is neither, or it can't be read.
     """
     try:
         return find_network(name, "compressor")
-    except UserError as error:
+    except HoldsNone as error:
         try:
             return find_network(name, "autoencoder_kl")
-        except UserError:
+        except HoldsNone:
             raise error from None
 
 

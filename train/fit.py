@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -41,11 +41,11 @@ from train.clock import PhaseClock
 from train.data.pictures import BOMB_WARNING
 from train.draws import SeedLayers
 from train.environment import note_start
-from train.launch import check_processes, cluster_environment, global_rank
+from train.launch import cluster_environment, global_rank
 from train.memory import keep_freed_memory
 from train.optim import require_low_bit
 from train.rank_errors import RankErrors
-from train.run_lock import check_free, held
+from train.run_lock import make_folder
 from train.settings import OptimConfig, RunConfig
 from train.sharding import ShardedStrategy, check_can_shard
 from train.steps import steps_done
@@ -114,14 +114,11 @@ def prepare(run: RunConfig, config: object, *, resume: bool) -> Prepared:
     """
     _quiet()
     check_trainer_options(run.trainer)
-    check_processes(run)
     clock = PhaseClock()
     out = Path(run.out)
     newest = newest_checkpoint(out, tidy=global_rank() == 0)
     if not resume and newest is not None:
         raise UserError(f"{out} holds a run already; go on with --resume or choose another run.out")
-    if global_rank() == 0:
-        check_free(out)
     values = to_dict(config)
     if newest is not None and (out / "config.yaml").is_file():
         earlier = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))
@@ -130,10 +127,7 @@ def prepare(run: RunConfig, config: object, *, resume: bool) -> Prepared:
     keep_freed_memory()
     if run.threads is not None:
         torch.set_num_threads(run.threads)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"run.out {out}: can't be made: {error.strerror}") from error
+    make_folder(out)
     atomic_write_text(out / "config.yaml", yaml.safe_dump(values, sort_keys=False))
     if global_rank() == 0:
         note_start(out)
@@ -202,9 +196,8 @@ def fit(
     errors = RankErrors()
     stop, ledger = Stop(run.max_minutes, errors), Ledger(prepared.clock, out, run.log_every_steps)
     trainer = _trainer(system, run, optim, stop, ledger, callbacks, last)
-    mine = held(out) if trainer.global_rank == 0 else contextlib.nullcontext()
     try:
-        with mine, stop.listening():
+        with stop.listening():
             trainer.fit(
                 system,
                 train_dataloaders=loader_from(
@@ -216,6 +209,9 @@ def fit(
             trainer.save_checkpoint(checkpoint_path(out, trainer.global_step))
             ledger.write_row(trainer)
     except StopAtOnce:
+        launcher = trainer.strategy.launcher
+        if launcher is not None:  # the processes that this one has started, as Lightning does it
+            launcher.kill(signal.SIGKILL)
         raise KeyboardInterrupt from None
     if errors.message is not None:  # of the last writes
         errors.raise_for_all()

@@ -31,6 +31,23 @@ class SlurmStep(SLURMEnvironment):
         """Return the tasks of the step; those of the job may be more."""
         return _step_tasks()
 
+    @property
+    def main_address(self) -> str:
+        """Return the step's first machine, where its rank 0 is; Lightning's is that of the job."""
+        nodes = os.environ.get("SLURM_STEP_NODELIST")
+        if nodes is not None and "MASTER_ADDR" not in os.environ:
+            os.environ["MASTER_ADDR"] = self.resolve_root_node_address(nodes)
+        return str(super().main_address)
+
+    @property
+    def main_port(self) -> int:
+        """Return a port of the step's own: two steps of a job may share a machine."""
+        if "MASTER_PORT" not in os.environ:
+            told = (os.environ.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+            job, step = (int(one) if one.isdecimal() else 0 for one in told)
+            os.environ["MASTER_PORT"] = str(15_000 + (job + 1_009 * step) % 10_000)
+        return int(super().main_port)
+
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:
         """Nothing is left to check: :func:`check_processes` has counted."""
 
@@ -49,23 +66,22 @@ def check_processes(run: RunConfig) -> None:
     asked = run.devices * run.num_nodes
     counts = f"run.devices is {run.devices} and run.num_nodes {run.num_nodes}"
     if "WORLD_SIZE" in os.environ:  # of torchrun, or of Lightning for those that it starts
-        if int(os.environ["WORLD_SIZE"]) != asked:
+        started, here = _number("WORLD_SIZE"), _number("LOCAL_WORLD_SIZE", run.devices)
+        if (started, here) != (asked, run.devices):
             raise UserError(
-                f"{os.environ['WORLD_SIZE']} processes were started but {counts}; set them to "
-                "what torchrun has (--nproc_per_node, --nnodes)"
+                f"{started} processes were started, {here} of them here, but {counts}; set them "
+                "to what torchrun has (--nproc_per_node, --nnodes)"
             )
         return
     tasks = _step_tasks()
-    if tasks > 1 and tasks != asked:
-        raise UserError(
-            f"srun has started {tasks} tasks but {counts}; set them to what the job has "
-            "(--ntasks-per-node, --nodes), a task a device"
-        )
-    if tasks > 1 and not os.environ.get("SLURM_PROCID", "").isdecimal():
-        raise UserError(
-            f"SLURM_STEP_NUM_TASKS is {tasks} but SLURM_PROCID is not set: srun sets both; start "
-            "with it, or unset SLURM_STEP_NUM_TASKS"
-        )
+    if tasks > 1:
+        nodes = _number("SLURM_STEP_NUM_NODES", run.num_nodes)
+        _number("SLURM_PROCID")
+        if (tasks, nodes) != (asked, run.num_nodes) or _number("SLURM_LOCALID") >= run.devices:
+            raise UserError(
+                f"srun has started {tasks} tasks on {nodes} machine(s) but {counts}; set them to "
+                "what the step has (--ntasks-per-node, --nodes), a task a device"
+            )
     if tasks == 1 and run.num_nodes > 1 and "SLURM_JOB_ID" in os.environ:
         raise UserError(
             f"{counts}, but this is the only process of its SLURM step: it would wait for the "
@@ -74,11 +90,18 @@ def check_processes(run: RunConfig) -> None:
 
 
 def global_rank() -> int:
-    """Return the rank that a launcher has given this process; 0 where there is none."""
-    names = ["RANK", "LOCAL_RANK"]  # the last is what Lightning gives to those that it starts
+    """Return the rank that a launcher has given this process; 0 where there is none.
+
+    Of a machine where a run of several was started by hand, as Lightning takes it (``NODE_RANK``),
+    it is only told that it is not the first.
+    """
+    if "RANK" in os.environ:
+        return _number("RANK")
     if _step_tasks() > 1:
-        names.insert(1, "SLURM_PROCID")
-    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
+        return _number("SLURM_PROCID")
+    # LOCAL_RANK is what Lightning gives to those that it starts.
+    places = [_number(name, 0) for name in ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK")]
+    return next((place for place in places if place > 0), 0)
 
 
 def cluster_environment() -> ClusterEnvironment | None:
@@ -94,5 +117,22 @@ def cluster_environment() -> ClusterEnvironment | None:
 
 def _step_tasks() -> int:
     """Return how many tasks ``srun`` has started; 1 without it."""
-    told = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
-    return int(told) if told.isdecimal() else 1
+    return _number("SLURM_STEP_NUM_TASKS", 1)
+
+
+def _number(name: str, default: int | None = None) -> int:
+    """Return a launcher's variable.
+
+    Raises:
+        UserError: It is no number, or missing where the launcher has set its fellows.
+    """
+    told = os.environ.get(name)
+    if told is None and default is not None:
+        return default
+    if told is None or not told.isdecimal():
+        is_ = "not set" if told is None else f"{told!r}"
+        raise UserError(
+            f"{name} is {is_}: torchrun and srun set it, with a number, for each process; start "
+            "with one of them, or unset its variables"
+        )
+    return int(told)

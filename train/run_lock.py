@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -17,6 +18,8 @@ from cascade.errors import UserError
 
 _log = logging.getLogger(__name__)
 
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""What file systems of clusters say that know no locks."""
 _LOCK_FILE = ".lock"
 _OWNER_FILE = ".training"
 """Who holds the lock; the lock itself goes with its process, however that ends."""
@@ -24,12 +27,15 @@ _OWNER_FILE = ".training"
 
 @contextmanager
 def held(out: Path) -> Iterator[None]:
-    """Hold a run's folder until the block is left.
+    """Hold a run's folder until the block is left; it is made where it is not there.
 
     Raises:
-        UserError: Another process trains there: both would write the same checkpoints.
+        UserError: Another process trains there: both would write the same checkpoints. The folder
+            can't be made.
     """
-    lock = FileLock(out / _LOCK_FILE)
+    make_folder(out)
+    # Not the file that stands in for a lock elsewhere: it outlives a killed process.
+    lock = FileLock(out / _LOCK_FILE, fallback_to_soft=False)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -37,8 +43,10 @@ def held(out: Path) -> Iterator[None]:
             f"{out}: {_owner(out)} trains here already; wait for it, stop it, or choose another "
             "run.out"
         ) from None
-    except NotImplementedError:  # some file systems of clusters
-        _log.warning("%s: can't be locked; start no second run in it", out)
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise
+        _log.warning("%s: its file system has no locks; start no second run in it", out)
         yield
         return
     try:
@@ -50,15 +58,16 @@ def held(out: Path) -> Iterator[None]:
         lock.release()
 
 
-def check_free(out: Path) -> None:
-    """Refuse a folder that another process trains in, before anything is written.
+def make_folder(out: Path) -> None:
+    """Make a run's folder, unless it is there.
 
     Raises:
-        UserError: See :func:`held`.
+        UserError: It can't be made.
     """
-    if out.is_dir() and os.access(out, os.W_OK):  # else nobody can, and others say so
-        with held(out):
-            pass
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run.out {out}: can't be made: {error.strerror}") from error
 
 
 def _owner(out: Path) -> str:

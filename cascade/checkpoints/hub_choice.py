@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Literal
 
-from cascade.errors import UserError
+from cascade.errors import HoldsNone, UserError
 
 Part = Literal[
     "stage_a",
@@ -146,7 +146,7 @@ def choose(
             return [names]
         folders_of_part = _UNET_PARTS.get(part, ())
         if not folders_of_part:
-            raise UserError(f"{where}: a U-Net's pipeline, which has no {part}")
+            raise HoldsNone(f"{where}: a U-Net's pipeline, which has no {part}")
         return [[name for name in names if _parent(name) in folders_of_part]]
     if part in ("unet", "autoencoder_kl"):
         folder = _UNET_PARTS[part][0]
@@ -161,7 +161,7 @@ def choose(
     if part in _PART_FILES:
         name = _PART_FILES[part]
         if not any(name in files for files in repositories):
-            raise UserError(f"{where}: no {name} in it; name the file that holds the {part}")
+            raise HoldsNone(f"{where}: no {name} in it; name the file that holds the {part}")
         return [[name] if name in files else [] for files in repositories]
     folders = [_folders(files) for files in repositories]
     roles = {role for one in folders for role in one.values()}

@@ -25,7 +25,7 @@ from cascade.checkpoints.hub import ModelFiles, is_hub_name, resolve
 from cascade.checkpoints.hub_choice import Part
 from cascade.checkpoints.load import identify
 from cascade.checkpoints.readers import is_index, open_weights, read_json, weights_in
-from cascade.errors import UserError
+from cascade.errors import HoldsNone, UserError
 from cascade.text.picture_encoder import own_picture_encoder
 
 _TITLES = {
@@ -64,7 +64,7 @@ def find_network(name: str | Path, kind: Kind) -> FoundNetwork:
     chosen = choose_network(found, kind, files.lite)
     if chosen is None:
         held = ", ".join(sorted({title(one.published.kind) for one in found}))
-        raise UserError(
+        raise HoldsNone(
             f"{name}: holds no {title(kind)}, only: {held}"
             if held
             else f"{name}: holds no weights of a {title(kind)}; check the path"
@@ -140,7 +140,7 @@ def _in_file(path: Path, kind: Kind) -> FoundNetwork:
         if published.kind == kind:
             return FoundNetwork(opened, published, path)
         found.append(title(published.kind))
-    raise UserError(
+    raise HoldsNone(
         f"{path}: holds a {' and a '.join(found)}, but a {title(kind)} is needed; check the path"
     )
 

@@ -52,3 +52,11 @@ def test_what_holds_neither_compressor_nor_autoencoder_is_refused(tiny_model, tm
     assert find_compressor(str(tiny_model)).published.kind == "compressor"
     sdxl = save_tiny(tmp_path / "sdxl", "sdxl")
     assert find_compressor(str(sdxl)).published.kind == "autoencoder_kl"
+
+
+def test_a_damaged_compressor_is_not_passed_over_for_an_autoencoder(tiny_model, tmp_path):
+    sdxl = save_tiny(tmp_path / "sdxl", "sdxl")
+    whole = (tiny_model / "compressor.safetensors").read_bytes()
+    (sdxl / "compressor.safetensors").write_bytes(whole[:-1000])
+    with pytest.raises(UserError, match=r"compressor\.safetensors"):
+        find_compressor(str(sdxl))

@@ -91,8 +91,8 @@ def test_a_jobs_script_starts_its_processes_itself(make_run) -> None:
     run = make_run("stage_c", data={"batch_size": 2})
     environment = {**JOB, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
     done = start(run, environment, "--run.devices", 2, "--run.max_steps", 3)
-    assert done.wait(timeout=300) == 0, done.communicate()[1]
-    done.communicate()
+    said = done.communicate(timeout=300)[1]
+    assert done.returncode == 0, said
     rows = [json.loads(line) for line in (run.out / "ledger.jsonl").read_text().splitlines()]
     assert rows[-1]["samples"] == 3 * 2 * 2
 
@@ -102,13 +102,15 @@ def test_a_jobs_script_starts_its_processes_itself(make_run) -> None:
 def test_the_announced_end_of_a_job_saves_all(make_run) -> None:
     run = make_run("stage_c")
     one = start(run, {**JOB, "SLURM_NTASKS": "1"}, "--run.max_steps", 100_000)
-    newest = run.out / "logs"
-    begun_s = time.monotonic()
-    while not list(newest.glob("**/metrics.csv")):
-        assert one.poll() is None and time.monotonic() - begun_s < 120, one.communicate()[1]
-        time.sleep(0.2)
-    one.send_signal(signal.SIGUSR1)
-    said = one.communicate(timeout=120)[1]
+    try:
+        begun_s = time.monotonic()
+        while not list((run.out / "logs").glob("**/metrics.csv")):
+            assert one.poll() is None and time.monotonic() - begun_s < 120
+            time.sleep(0.2)
+        one.send_signal(signal.SIGUSR1)
+        said = one.communicate(timeout=120)[1]
+    finally:
+        one.kill()
     assert one.returncode == 0, said
     assert "stopped by SIGUSR1: all is saved, the same command with --resume goes on" in said
     assert list((run.out / "checkpoints").iterdir())
@@ -132,13 +134,52 @@ def test_places(monkeypatch) -> None:
     assert cluster_environment() is None and global_rank() == 1, "torchrun inside of a job"
 
 
+def test_a_second_machine_that_was_started_by_hand_is_not_the_first(monkeypatch) -> None:
+    put(monkeypatch, {"NODE_RANK": "1", "MASTER_ADDR": "first"})
+    assert global_rank() > 0
+    put(monkeypatch, {"NODE_RANK": "0"})
+    assert global_rank() == 0
+    put(monkeypatch, {"LOCAL_RANK": "1"})
+    assert global_rank() == 1
+
+
+def test_a_step_meets_on_its_own_machine_and_port(monkeypatch) -> None:
+    put(monkeypatch, JOB, task(0), {"SLURM_NODELIST": "node[1-2]", "SLURM_STEP_NODELIST": "node2"})
+    ports = set()
+    for step in ("0", "1"):
+        put(monkeypatch, {"SLURM_STEP_ID": step})
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            monkeypatch.delenv(name, raising=False)
+        place = SlurmStep()
+        assert place.main_address == "node2"
+        assert 15_000 <= place.main_port < 25_000
+        ports.add(place.main_port)
+    assert len(ports) == 2
+    put(monkeypatch, {"MASTER_ADDR": "chosen", "MASTER_PORT": "12345"})
+    assert (SlurmStep().main_address, SlurmStep().main_port) == ("chosen", 12345)
+
+
 @pytest.mark.parametrize(
     ("environment", "run", "message"),
     [
-        (task(0, of=4), {"devices": 2}, "srun has started 4 tasks but run.devices is 2 and "),
+        (task(0, of=4), {"devices": 2}, "srun has started 4 tasks on 1 machine.* run.devi"),
         ({"SLURM_PROCID": "0"}, {"num_nodes": 2}, "the only process of its SLURM step: .* start w"),
-        ({"SLURM_STEP_NUM_TASKS": "2"}, {"devices": 2}, "SLURM_STEP_NUM_TASKS is 2 but SLURM_PRO"),
-        ({"WORLD_SIZE": "3"}, {"devices": 2}, "3 processes were started but run.devices is 2 and"),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, {"devices": 2}, "SLURM_PROCID is not set: torchrun and s"),
+        ({"SLURM_STEP_NUM_TASKS": "two"}, {}, "SLURM_STEP_NUM_TASKS is 'two': torchrun and srun"),
+        (
+            {**task(0), "SLURM_STEP_NUM_NODES": "1"},
+            {"num_nodes": 2},
+            r"srun has started 2 tasks on 1 machine\(s\) but run.devices is 1 and run.num_nodes 2",
+        ),
+        (task(1), {"num_nodes": 2}, "srun has started 2 tasks on 2 machine"),
+        ({"WORLD_SIZE": "3"}, {"devices": 2}, "3 processes were started, 2 of them here, but run"),
+        (
+            {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
+            {"num_nodes": 2},
+            "2 processes were started, 2 of them here, but run.devices is 1 and run.num_nodes 2",
+        ),
+        ({"WORLD_SIZE": "two"}, {}, "WORLD_SIZE is 'two'"),
+        ({"WORLD_SIZE": ""}, {}, "WORLD_SIZE is ''"),
     ],
 )
 def test_processes_that_do_not_fit_are_refused(environment, run, message, monkeypatch) -> None:

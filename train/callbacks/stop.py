@@ -44,6 +44,8 @@ class Stop(Callback):
         self.max_minutes = max_minutes
         self.errors = RankErrors() if errors is None else errors
         self.interrupted_by: str | None = None
+        self._impatient = False
+        """Whether Ctrl-C was pressed, whatever came before it."""
         self._started_s = 0.0
         self._listens = False
 
@@ -102,9 +104,11 @@ class Stop(Callback):
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         # Only a second Ctrl-C is impatience: systems send SIGTERM more than once.
-        if self.interrupted_by == "SIGINT" and number == signal.SIGINT:
+        if number == signal.SIGINT and self._impatient:
             raise StopAtOnce
-        if self.interrupted_by is None:
+        if self.interrupted_by is None or number == signal.SIGINT:
             again = "; Ctrl-C again to stop at once" if number == signal.SIGINT else ""
             _log.info("%s: stopping after this step%s", signal.Signals(number).name, again)
+        if self.interrupted_by is None:
             self.interrupted_by = signal.Signals(number).name
+        self._impatient = self._impatient or number == signal.SIGINT

@@ -60,7 +60,9 @@ def _obey_the_parent_alone(worker: int) -> None:
 
     It ends after the step in hand, for which it needs its workers, and then ends them.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGUSR1"):  # Windows has not all of them
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_with_the_parent, daemon=True).start()

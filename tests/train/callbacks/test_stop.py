@@ -18,3 +18,7 @@ def test_a_second_ctrl_c_ends_at_once_and_a_second_sigterm_does_not():
     for _ in range(3):
         stop._on_signal(signal.SIGTERM, None)
     assert stop.interrupted_by == "SIGTERM"
+    stop._on_signal(signal.SIGINT, None)
+    assert stop.interrupted_by == "SIGTERM", "it was asked for before"
+    with pytest.raises(StopAtOnce):
+        stop._on_signal(signal.SIGINT, None)

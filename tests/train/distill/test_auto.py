@@ -55,11 +55,14 @@ def test_a_block_that_adds_nothing_is_removed_first(middling):
 
 def test_a_teacher_that_uses_little_of_itself_is_told(middling, monkeypatch):
     """A student of a part of it answers the same: the teacher was not trained well."""
+    half = Budget(parameters=round(0.5 * _count(middling)))
+    healthy = choose_recipe(middling, half, _bench())
+    assert not any("hardly uses" in line for line in healthy.summary)
+    monkeypatch.setattr(auto, "_IDLE_KEPT", 0.95)  # these blocks are a small share of the toy
+    budget = Budget(parameters=round(0.95 * _count(middling)))
     names = [name for name, one in middling.named_modules() if isinstance(one, TransformerBlock)]
     for name in names:
         _silence(middling, name)
-    monkeypatch.setattr(auto, "_IDLE_KEPT", 0.95)  # these blocks are a small share of the toy
-    budget = Budget(parameters=round(0.95 * _count(middling)))
     choice = choose_recipe(middling, budget, _bench())
     [warning] = [line for line in choice.summary if "hardly uses" in line]
     assert "was it trained well?" in warning

@@ -1,0 +1,40 @@
+"""The shipped models draw what they are asked for, and their folders hold what their cards say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cascade.evaluate.clip_scorer import ClipScorer
+from cascade.pipelines.cascade import CascadePipeline
+from cascade.pipelines.unet import UNetPipeline
+from cascade.pipelines.unet_plan import UNetSettings
+
+WEIGHTS = Path(__file__).parents[1] / "weights"
+# Unlike in style, colour and kind, as a model of any size must tell them apart.
+PROMPTS = [
+    "a 3D render of a red apple",
+    "a flat vector illustration of a blue fish",
+    "a black and white line icon of a bicycle",
+    "a photo of a banana",
+    "a 3D render of a green leaf",
+    "a photo of a t-shirt",
+    "a flat vector illustration of a yellow star",
+    "a 3D render of a purple umbrella",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["demo", "demo-koala"])
+def test_a_picture_is_found_by_its_prompt(name: str) -> None:
+    if name == "demo":
+        drawn = CascadePipeline.from_folder(WEIGHTS / name, device="cpu")(PROMPTS, seed=0)
+    else:
+        drawn = UNetPipeline(WEIGHTS / name, device="cpu")(PROMPTS, UNetSettings(seed=0))
+    assert drawn.pixels.shape == (len(PROMPTS), 3, 128, 128)
+    scorer = ClipScorer.from_folder(WEIGHTS / "demo" / "text")
+    alike = scorer.embed_pictures(drawn.pixels) @ scorer.embed_prompts(PROMPTS).T
+    found = int((alike.argmax(dim=1) == torch.arange(len(PROMPTS))).sum())
+    assert found >= 6, f"{found} of {len(PROMPTS)} are nearest to their own prompt"
