@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -223,13 +224,13 @@ def _scalar(kind: object, value: object, where: str, key: str) -> object:
         return value
     if kind is int and isinstance(value, int) and not isinstance(value, bool):
         return value
-    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if kind is float and isinstance(value, str):  # YAML reads 1e-4 (no dot) as text
+    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
-            return float(value)
+            number = float(value)  # YAML reads 1e-4 (no dot) as text
         except ValueError:
-            pass
+            number = math.nan
+        if not math.isnan(number):
+            return number
     if kind is str and isinstance(value, str):
         return value
     if kind is Path and isinstance(value, str):

@@ -71,6 +71,8 @@ _FIXED = (
     "align",  # its projection learns too
 )
 _FIXED_WHOLE = ("lora", "teacher", "time_unit", "adaptive_weight")
+_FIXED_DIFFUSION = ("prediction", "schedule", "time_input", "zero_terminal_snr")
+"""What the network's output means; how it is weighed and drawn may change."""
 _FIXED_OPTIM = ("name", "lr", "muon_lr", "betas", "weight_decay")
 DONE_FILE = "done"
 """In the folder of a run that came to its end."""
@@ -148,11 +150,12 @@ def _quiet() -> None:
 def _refuse_other_networks(earlier: dict[str, object], now: dict[str, object]) -> None:
     """Refuse to resume with what the checkpoint has fixed: sizes and the optimizer's values."""
     kept: list[tuple[str, object, object]] = []
-    for section in (*_FIXED, *_FIXED_WHOLE[1:], "optim"):
+    partly = {"optim": _FIXED_OPTIM, "diffusion": _FIXED_DIFFUSION}
+    for section in (*_FIXED, *_FIXED_WHOLE[1:], *partly):
         old, new = earlier.get(section), now.get(section)
         if isinstance(old, dict) and isinstance(new, dict):
-            keys = _FIXED_OPTIM if section == "optim" else tuple(new)
-            kept += [(f"{section}.{key}", old[key], new[key]) for key in keys if key in old]
+            keys = [key for key in partly.get(section, tuple(new)) if key in old and key in new]
+            kept += [(f"{section}.{key}", old[key], new[key]) for key in keys]
         elif section in _FIXED_WHOLE and section in earlier:
             kept.append((section, old, new))
     for name, before, wanted in kept:

@@ -15,7 +15,7 @@ from torch import nn
 
 from cascade.checkpoints.autoencoders import trunk_from_torchvision
 from cascade.checkpoints.detect import Kind
-from cascade.checkpoints.files import CLASS_KEY, assign_strictly
+from cascade.checkpoints.files import CLASS_KEY, assign_strictly, check_finite_weights
 from cascade.checkpoints.found import FoundNetwork
 from cascade.checkpoints.load import build
 from cascade.checkpoints.part_files import find_network, title
@@ -117,11 +117,12 @@ def start_from(network: nn.Module, name: str, kind: Kind, section: str = "model"
         section: The section of the run's configuration that says its sizes, for messages.
 
     Raises:
-        UserError: The weights are not there, or are of other sizes: the first that differ.
+        UserError: The weights are not there, not finite, or of other sizes: the first that differ.
     """
     found = find_network(name, kind)
     _check_sizes(found, network, name, kind, section)
     weights = build(found.opened, found.published)
+    check_finite_weights(weights, f"init_from {name}")
     network.load_state_dict(weights.state_dict())
 
 

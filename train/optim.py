@@ -53,10 +53,12 @@ def split_by_decay(parameters: Iterable[nn.Parameter]) -> tuple[list[nn.Paramete
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """Muon for hidden matrices, AdamW for everything else, as one optimizer.
+    """Muon for hidden matrices and kernels, AdamW for everything else, as one optimizer.
 
     The update of a matrix is its Nesterov momentum made orthogonal by five Newton-Schulz steps, so
-    that every direction of the matrix learns at the same rate.
+    that every direction of the matrix learns at the same rate. A convolution's kernel is the matrix
+    ``(out, in * height * width)``; depthwise kernels, and layers with fewer than 32 channels on
+    either side, such as the first and the last, are no hidden matrices.
 
     Reference: Jordan et al., 2024, "Muon: an optimizer for hidden layers in neural networks".
     """
@@ -69,7 +71,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         for parameter in parameters:
             if not parameter.requires_grad:
                 continue
-            if parameter.dim() == 2 and min(parameter.shape) >= 32:
+            if parameter.dim() in (2, 4) and min(parameter.shape[:2]) >= 32:
                 hidden.append(parameter)
             else:
                 long_axes = sum(size > 1 for size in parameter.shape)
@@ -108,10 +110,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
         state["momentum"].lerp_(grad, 1.0 - momentum)
         update = torch.lerp(grad, state["momentum"], momentum)
         if isinstance(update, DTensor):  # the products need the matrix as a whole, on every rank
-            update = part_like(orthogonalize(update.full_tensor()), update)
+            whole = update.full_tensor()
+            update = part_like(orthogonalize(whole.flatten(1)).view_as(whole), update)
         else:
-            update = orthogonalize(update)
-        rows, columns = parameter.shape
+            update = orthogonalize(update.flatten(1)).view_as(update)
+        rows, columns = len(parameter), parameter[0].numel()
         parameter.add_(update, alpha=-lr * max(1.0, rows / columns) ** 0.5)
 
     def _adam_step(self, parameter: Tensor, lr: float, eps: float = 1e-8) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,8 +19,11 @@ from train.encode import FrozenPaths
 from train.fit import prepare
 from train.initial import start_from, with_architecture
 from train.losses.distillation import site_pairs
+from train.losses.unet_denoising import learned_prediction
 from train.runs import fit_system, start, validation
 from train.systems.unet import BASE_KEY, DistillConfig, Lesson, LoadTeacher, UNetRun, UNetSystem
+
+_log = logging.getLogger(__name__)
 
 
 def train_unet_kd(config: UNetRun, *, resume: bool) -> None:
@@ -45,6 +49,7 @@ def _train(config: UNetRun, *, resume: bool) -> None:
     if config.prior is not None:
         data = _with_prior(config.prior, config, frozen, data)
     if config.init_from is not None and (config.lora is not None or prepared.newest is None):
+        _check_prediction(config.init_from, config)
         system.started_from = _said_of(config.init_from, hashed=config.lora is not None)
     if config.lora is None:
         start(system.network, config.init_from, "unet", prepared)
@@ -98,6 +103,23 @@ def _said_of(name: str, *, hashed: bool) -> dict[str, str]:
     return kept | {BASE_KEY: weights_hash(found.path)} if hashed else kept
 
 
+def _check_prediction(name: str, config: UNetRun) -> None:
+    """Compare what the weights of ``init_from`` have learned to predict with what the run teaches.
+
+    Raises:
+        UserError: It is another thing, and a LoRA leaves them as they are.
+    """
+    learned = learned_prediction(find_network(name, "unet").opened.metadata)
+    if learned in (None, config.diffusion.prediction):
+        return
+    told = f"init_from {name} has learned to predict {learned}"
+    if config.lora is not None:
+        raise UserError(
+            f"{told}, which a LoRA does not change; set diffusion.prediction to {learned}"
+        )
+    _log.warning("%s; this run teaches it %s instead", told, config.diffusion.prediction)
+
+
 def _with_prior(
     prior: PriorConfig, config: UNetRun, frozen: FrozenPaths, data: TrainingData
 ) -> TrainingData:
@@ -127,6 +149,13 @@ def _lesson(distill: DistillConfig, config: UNetRun) -> Lesson:
                 f"distill.teacher {distill.teacher}: its {name} is {getattr(theirs, name)}, the "
                 f"student's {getattr(ours, name)}: they are not told the same"
             )
+    learned = learned_prediction(teacher.metadata)
+    if learned not in (None, config.diffusion.prediction):
+        raise UserError(
+            f"distill.teacher {distill.teacher}: it predicts {learned}, the student "
+            f"{config.diffusion.prediction}: their outputs can't be compared; set "
+            f"diffusion.prediction to {learned}"
+        )
     if distill.features is None or distill.feature_weight == 0:
         return Lesson(teacher)
     plan = plan_of(config.init_from, distill.recipe, student=ours, teacher=theirs)

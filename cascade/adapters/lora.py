@@ -196,9 +196,14 @@ def attach_lora(
 
     Raises:
         ValueError: If a target is no layer's, naming some that are, or is of something else than
-            linear layers and convolutions.
+            linear layers and convolutions; if no layer is as wide as the rank.
     """
     chosen = _targeted(network, config.targets)
+    widest = max(min(len(layer.weight), layer.weight[0].numel()) for layer in chosen.values())
+    if config.rank > widest:
+        raise ValueError(
+            f"rank is {config.rank}, but no layer that it updates has a rank above {widest}"
+        )
     updates = {}
     for path, layer in chosen.items():
         down_shape, up_shape = lora_shapes(layer, config.rank)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from cascade.adapters.lora import Layer, LowRank, layers_of, lora_shapes
-from cascade.adapters.lora_metadata import alphas_of
+from cascade.adapters.lora_metadata import METADATA_KEY, alphas_of
 from cascade.adapters.lora_names import (
     PARTS,
     TITLES,
@@ -29,6 +29,7 @@ from cascade.adapters.lora_names import (
     published_path,
 )
 from cascade.checkpoints.files import first_keys, sides
+from cascade.checkpoints.found import told_by
 from cascade.checkpoints.readers import Opened, open_weights, weights_in
 from cascade.checkpoints.unet import unet_original_layers
 from cascade.errors import UserError
@@ -79,6 +80,15 @@ class LoraFile:
         raw = any(one.name.is_raw for one in self._entries)
         folder = self.path.parent if raw else None
         self._alphas = alphas_of(self._opened.metadata, folder, self.where)
+
+    @property
+    def told(self) -> dict[str, str]:
+        """How it was trained, by whatever names: all that it says beside its naming's own words."""
+        return {
+            key: value
+            for key, value in told_by(self._opened).items()
+            if key != METADATA_KEY and not key.startswith("ss_")  # PEFT's, kohya's
+        }
 
     @property
     def parts(self) -> tuple[Part, ...]:

@@ -193,6 +193,20 @@ def finite_in(value: Tensor, dtype: torch.dtype | None, what: str) -> Tensor:
     return cast
 
 
+def check_finite_weights(network: nn.Module, where: object) -> None:
+    """Refuse weights that hold a number that is not finite: all that they compute would be lost.
+
+    Raises:
+        UserError: The first tensor that does.
+    """
+    for name, value in network.state_dict().items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            count = int((~value.isfinite()).sum())
+            raise UserError(
+                f"{where}: {count} numbers of {name} are not finite; train or fetch it again"
+            )
+
+
 def read_metadata(path: str | Path) -> dict[str, str]:
     """Return a safetensors file's metadata without reading its tensors."""
     return _opened(path).metadata

@@ -25,6 +25,12 @@ from cascade.errors import UserError
 _SAFETY_CHECKER = "StableDiffusionSafetyChecker"
 
 
+def told_by(opened: Opened) -> dict[str, str]:
+    """Return what a file says of a network beside its class and sizes: how it was trained."""
+    own = ("format", CLASS_KEY, CONFIG_KEY)
+    return {key: value for key, value in opened.metadata.items() if key not in own}
+
+
 @dataclass(frozen=True)
 class FoundNetwork:
     """One network's weights."""
@@ -36,9 +42,8 @@ class FoundNetwork:
 
     @property
     def told(self) -> dict[str, str]:
-        """What a file says of itself beside its class and sizes, such as what its training cost."""
-        own = ("format", CLASS_KEY, CONFIG_KEY)
-        return {key: value for key, value in self.opened.metadata.items() if key not in own}
+        """What its file says of it beside its class and sizes, such as what its training cost."""
+        return told_by(self.opened)
 
     @property
     def values(self) -> int:

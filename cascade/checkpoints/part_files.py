@@ -36,6 +36,10 @@ _TITLES = {
 }
 
 
+_HOMES: dict[Kind, str] = {"unet": "unet", "autoencoder_kl": "vae"}
+"""Where folders of diffusers have the networks of a U-Net's pipeline, as sampling takes them."""
+
+
 def title(kind: Kind) -> str:
     """Return a kind of network as messages call it."""
     return _TITLES.get(kind, kind)
@@ -59,6 +63,9 @@ def find_network(name: str | Path, kind: Kind) -> FoundNetwork:
     own = path / f"{kind}.safetensors"  # a run's folder, a model's folder of ours
     if own.is_file():
         return _in_file(own, kind)
+    home = path / _HOMES[kind] if kind in _HOMES else None
+    if home is not None and home.is_dir():  # whatever lies beside it, such as its teacher
+        return _in_file(weights_in(home), kind)
     files = _resolved(name, cast(Part, kind))
     found = list(networks_in(files))
     chosen = choose_network(found, kind, files.lite)

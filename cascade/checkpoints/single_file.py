@@ -14,7 +14,7 @@ from typing import Literal, TypeVar
 
 from torch import Tensor
 
-from cascade.checkpoints.files import CLASS_KEY, CONFIG_KEY, first_keys, strip_prefixes
+from cascade.checkpoints.files import first_keys, strip_prefixes
 from cascade.checkpoints.mapped import Stored, StoredTensors
 from cascade.checkpoints.weight_map import State
 from cascade.errors import UserError
@@ -100,9 +100,9 @@ def parts_of(
         if prefix == SD2_TEXT:
             part = _penultimate(part)
         own = {
-            key: metadata[f"{key}.{name}"]
-            for key in (CLASS_KEY, CONFIG_KEY)
-            if f"{key}.{name}" in metadata
+            key.removesuffix(f".{name}"): value
+            for key, value in metadata.items()
+            if key.endswith(f".{name}")
         }
         declared: dict[str, object] = {"scaling_factor": scale} if prefix == AUTOENCODER else {}
         yield Part(name, prefix, StoredTensors(part), own, declared)

@@ -15,6 +15,7 @@ from torch import nn
 
 from cascade.adapters.lora_names import Part
 from cascade.checkpoints.detect import Kind
+from cascade.checkpoints.found import told_by
 from cascade.checkpoints.hub import ModelFiles
 from cascade.checkpoints.load import build, identify
 from cascade.checkpoints.readers import (
@@ -104,7 +105,7 @@ def open_unet_source(
 
     Args:
         files: What ``resolve`` found, a folder, or a single file.
-        unet: A U-Net to run in place of the model's own: its file, or its folder.
+        unet: A U-Net to run in place of the model's own: its file, its folder, or its model's.
         loras: LoRAs to merge into its networks when they are loaded.
 
     Raises:
@@ -165,7 +166,9 @@ class UNetSource:
         self.loras = [OpenedLora(one) for one in loras]
         self._parts = self._open_single(single) if single else self._open_folder()
         if unet is not None:
-            self._parts["unet"] = open_one(unet, "unet", str(unet))
+            # Of a whole model its U-Net, as everywhere else.
+            home = unet / "unet" if (unet / "unet").is_dir() else unet
+            self._parts["unet"] = open_one(home, "unet", str(unet))
         for name in ("unet", "autoencoder"):
             if name not in self._parts:
                 raise UserError(f"{self.where}: no {name} in it, which a picture needs")
@@ -192,6 +195,11 @@ class UNetSource:
     def autoencoder_config(self) -> AutoencoderKLConfig:
         """Sizes of the autoencoder."""
         return cast(AutoencoderKLConfig, self._parts["autoencoder"].published.config)
+
+    def told(self) -> dict[str, dict[str, str]]:
+        """Return what the files say of "unet" and "vae": how they were trained, whose student."""
+        parts = {"unet": self._parts["unet"], "vae": self._parts["autoencoder"]}
+        return {name: told_by(part.opened) for name, part in parts.items()}
 
     def load(self, device: torch.device, dtypes: UNetDtypes) -> UNetParts:
         """Load the networks.

@@ -165,8 +165,12 @@ def _sizes(spec: UNetSpec, wanted: UNetSettings, own: tuple[int, int]) -> SizeCo
         whole = len(value) == 2 and all(
             isinstance(one, int) and not isinstance(one, bool) for one in value
         )
-        if not whole or not all((name != "crop") <= one <= _MAX_SIDE for one in value):
-            raise UserError(f"{name} {value!r}: two whole numbers of pixels are needed")
+        least = 0 if name == "crop" else 1
+        if not whole or not all(least <= one <= _MAX_SIDE for one in value):
+            raise UserError(
+                f"{name} {value!r}, height and width: two whole numbers of pixels, {least} to "
+                f"{_MAX_SIDE}, are needed"
+            )
     return SizeCondition(
         original=wanted.original_size or own,
         crop=wanted.crop or (0, 0),

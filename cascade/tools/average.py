@@ -24,6 +24,7 @@ from cascade.checkpoints.load import identify
 from cascade.checkpoints.part_files import title, weights_hash
 from cascade.checkpoints.readers import Opened, open_weights
 from cascade.errors import UserError
+from cascade.tools.written import check_new
 
 AVERAGE_KEY = "averaged_from"
 """Metadata: what a file is the mean of, a JSON list of {file, hash, weight}."""
@@ -38,8 +39,8 @@ def average(paths: Sequence[Path], weights: Sequence[float], out: Path) -> None:
     batch norm, are the first file's.
 
     Raises:
-        UserError: The weights do not sum to 1, or the files do not hold the same network: the
-            first difference is named.
+        UserError: The weights do not sum to 1, ``out`` is there, or the files do not hold the same
+            network: the first difference is named.
     """
     if len(paths) < 2:
         raise UserError("average: name at least two files")
@@ -48,6 +49,7 @@ def average(paths: Sequence[Path], weights: Sequence[float], out: Path) -> None:
     if not all(map(math.isfinite, weights)) or abs(math.fsum(weights) - 1.0) > 1e-6:
         told = " ".join(f"{weight:g}" for weight in weights)
         raise UserError(f"--weights {told}: they sum to {math.fsum(weights):g}, not to 1")
+    check_new(out)
     opened = [_open(path) for path in paths]
     first = opened[0]
     network = identify(first)

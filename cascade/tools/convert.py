@@ -98,7 +98,7 @@ def _convert_unet(source: UNetSource, target: Target, out: Path, dtype: torch.dt
     parts = source.load(torch.device("cpu"), UNetDtypes(dtype, dtype, torch.float32))
     write = write_unet_file if target == "original" else write_unet_folder
     with atomic_folder(out) as temporary:
-        written = write(source.spec, parts, temporary, dtype)
+        written = write(source.spec, parts, temporary, dtype, source.told())
     files = tuple(out / path.relative_to(temporary) for path in written.files)
     return Written(files, (*source.spec.notices, *written.notices))
 

@@ -15,6 +15,7 @@ from cascade.checkpoints.files import on_meta
 from cascade.errors import UserError
 from cascade.pipelines.unet_parts import open_unet_source
 from cascade.text.towers import TextTowerConfig, build_text_tower
+from cascade.tools.written import check_new
 from stages.unet.config import UNetConfig
 from stages.unet.unet import UNet
 
@@ -42,13 +43,15 @@ def convert_lora(path: Path, naming: Naming, out: Path, model: Path | None = Non
         model: The model that it is for; None: a published one, if its names tell which.
 
     Raises:
-        UserError: If it is no plain LoRA, or fits neither the model nor one published one alone.
+        UserError: If ``out`` is there, ``path`` is no plain LoRA, or it fits neither the model nor
+            one published one alone.
     """
     if out.suffix != ".safetensors":
         raise UserError(f"{out}: name a .safetensors file to write")
+    check_new(out)
     file = LoraFile(path)
     config, updates = _fit(file, naming, model)
-    write_lora(out, updates, naming, unet=config)
+    write_lora(out, updates, naming, unet=config, metadata=file.told)
 
 
 def _fit(

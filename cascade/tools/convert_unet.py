@@ -74,7 +74,7 @@ def write_unet_folder(
         parts: The networks.
         out: A folder that is there.
         dtype: Number format of all weights.
-        notes: Further metadata of the networks "unet" and "vae", such as what they cost.
+        notes: Further metadata of the networks "unet" and "vae": what they cost, how they predict.
 
     Raises:
         UserError: For a student that diffusers can't build, or numbers too large for the format.
@@ -112,7 +112,13 @@ def write_unet_folder(
     return Written(tuple(out / name for name in names), ())
 
 
-def write_unet_file(spec: UNetSpec, parts: UNetParts, out: Path, dtype: torch.dtype) -> Written:
+def write_unet_file(
+    spec: UNetSpec,
+    parts: UNetParts,
+    out: Path,
+    dtype: torch.dtype,
+    notes: Mapping[str, Mapping[str, str]] | None = None,
+) -> Written:
     """Write a single file, with the tokenizers beside it, for which it has no place.
 
     The arguments and errors are those of ``write_unet_folder``.
@@ -128,6 +134,8 @@ def write_unet_file(spec: UNetSpec, parts: UNetParts, out: Path, dtype: torch.dt
         ),
     ]
     metadata = {"format": "pt", SPEC_KEY: json.dumps(to_dict(replace(spec, notices=())))}
+    for noted, name in (("unet", "unet"), ("vae", "autoencoder")):
+        metadata |= {f"{key}.{name}": text for key, text in (notes or {}).get(noted, {}).items()}
     tensors: dict[str, Tensor] = {}
     for name, prefix, network, state in networks:
         metadata[f"{CLASS_KEY}.{name}"] = type(network).__name__

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from cascade.checkpoints.files import finite_in
+from cascade.errors import UserError
 from cascade.text.encoder import TextEncoder
 
 
@@ -18,6 +19,16 @@ class Written:
 
     files: tuple[Path, ...]
     notices: tuple[str, ...]
+
+
+def check_new(out: Path) -> None:
+    """Refuse to write over a file.
+
+    Raises:
+        UserError: It is there.
+    """
+    if out.exists():
+        raise UserError(f"{out} is there already; name another file, or remove it first")
 
 
 def write_text(encoder: TextEncoder, folder: Path, tokens: Path, dtype: torch.dtype) -> None:

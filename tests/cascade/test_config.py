@@ -46,6 +46,12 @@ def _error(data: object) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize("told", [float("nan"), "nan", "NaN"])
+def test_what_is_no_number_is_no_value(told: object) -> None:
+    assert _error({**LEAST, "limit": told}).startswith("run.yaml: limit: expected float, got ")
+    assert from_dict(Outer, {**LEAST, "limit": "inf"}, "run.yaml").limit == float("inf")
+
+
 def test_values_become_the_fields_types_through_all_levels() -> None:
     data = {
         **LEAST,

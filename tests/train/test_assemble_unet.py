@@ -13,6 +13,7 @@ import yaml
 
 import sample
 from cascade.checkpoints.files import load_network, save_network
+from cascade.checkpoints.part_files import find_network
 from cascade.errors import UserError
 from cascade.images import open_image
 from cascade.pipelines.unet import UNetPipeline
@@ -20,8 +21,11 @@ from cascade.pipelines.unet_parts import open_unet_source
 from cascade.pipelines.unet_plan import UNetSettings
 from cascade.rng import PictureNoise
 from cascade.tools.convert import convert
+from stages.unet.compress import Recipe, plan_student
+from stages.unet.inherit import inherit
 from stages.unet.unet import UNet
 from train.assemble_unet import main
+from train.distill.plans import plan_metadata, read_plan
 from train.losses.unet_denoising import UNetDiffusionConfig
 
 
@@ -143,3 +147,40 @@ def test_a_unet_is_not_put_together_to_be_sampled_otherwise_than_it_was_trained(
         main(arguments)
     assert not (tmp_path / "v").exists()
     assert main([*arguments, "--spec.sampling.prediction", "v"]) == 0
+
+
+def test_a_models_u_net_is_not_the_larger_one_beside_it(config, tiny_unet, tmp_path):
+    """Whoever trains from a folder gets the network that sampling takes."""
+    teacher = load_network(tiny_unet / "unet.safetensors", expect=UNet)
+    plan = plan_student(teacher.config, Recipe(("mid_block",)))
+    student = UNet(plan.student)
+    student.load_state_dict(inherit(teacher.state_dict(), plan)[0])
+    diffusion = UNetDiffusionConfig(prediction="v").metadata()
+    path = tmp_path / "student.safetensors"
+    save_network(path, student, metadata={**plan_metadata(plan), **diffusion})
+    out = tmp_path / "pair"
+    changed = ["--unet", str(path), "--spec.sampling.prediction", "v"]
+    assert main(["--config", str(config), "--out", str(out), *changed]) == 0
+    sampled = open_unet_source(out).unet_config
+    for name in (out, out / "unet"):
+        assert find_network(name, "unet").published.config == sampled == plan.student
+    assert find_network(out / "teacher.safetensors", "unet").published.config == teacher.config
+    assert open_unet_source(out, out).unet_config == plan.student
+
+
+@pytest.mark.parametrize("target", ["original", "diffusers"])
+def test_a_conversion_keeps_how_a_u_net_predicts_and_whose_student_it_is(
+    target, config, tiny_unet, tmp_path
+):
+    teacher = load_network(tiny_unet / "unet.safetensors", expect=UNet)
+    plan = plan_student(teacher.config, Recipe())
+    diffusion = UNetDiffusionConfig(prediction="v").metadata()
+    path = tmp_path / "student.safetensors"
+    save_network(path, teacher, metadata={**plan_metadata(plan), **diffusion, "train_steps": "7"})
+    out = tmp_path / "model"
+    changed = ["--unet", str(path), "--spec.sampling.prediction", "v"]
+    assert main(["--config", str(config), "--out", str(out), *changed]) == 0
+    convert(out, target, tmp_path / "converted", torch.float32)
+    found = find_network(tmp_path / "converted", "unet")
+    assert read_plan(found.told, "it") == plan
+    assert diffusion.items() <= found.told.items() and found.told["train_steps"] == "7"

@@ -93,6 +93,29 @@ def test_muon_takes_the_hidden_matrices_and_adamw_the_rest():
     assert sum(len(g["params"]) for g in optimizer.param_groups) == 8
 
 
+def test_a_hidden_kernel_steps_as_the_matrix_that_it_is():
+    torch.manual_seed(0)
+    kernel, depthwise = (
+        nn.Conv2d(32, 48, 3, bias=False),
+        nn.Conv2d(48, 48, 3, groups=48, bias=False),
+    )
+    first = nn.Conv2d(4, 48, 3, bias=False)
+    matrix = nn.Linear(32 * 9, 48, bias=False)
+    matrix.weight.data.copy_(kernel.weight.flatten(1))
+    config = OptimConfig(name="muon", warmup_steps=0)
+    layers = nn.ModuleList([kernel, depthwise, first, matrix])
+    optimizer, _ = make_optimizer(layers.parameters(), config, 10)
+    [muon] = [group["params"] for group in optimizer.param_groups if group["muon"]]
+    assert {id(one) for one in muon} == {id(kernel.weight), id(matrix.weight)}
+    before = kernel.weight.detach().clone()
+    for _ in range(3):
+        grad = torch.randn(kernel.weight.shape)
+        kernel.weight.grad, matrix.weight.grad = grad, grad.flatten(1).clone()
+        optimizer.step()
+    assert torch.equal(kernel.weight.flatten(1), matrix.weight)
+    assert not torch.equal(kernel.weight, before)
+
+
 @pytest.mark.parametrize("shape", [(32, 32), (32, 96), (96, 32)])
 def test_orthogonalize_keeps_directions_and_evens_out_their_sizes(shape):
     generator = torch.Generator().manual_seed(0)

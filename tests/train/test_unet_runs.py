@@ -522,6 +522,10 @@ def test_dreambooth_trains_on_a_subject_beside_its_kind(make_run):
     [
         ({"lora": {"rank": 2}}, "init_from is missing"),
         ({"lora": {"rank": 2, "targets": ["to_x"]}, "init_from": "TEACHER"}, "'to_x'"),
+        (
+            {"lora": {"rank": 5000, "alpha": 4.0, "targets": ["to_q"]}, "init_from": "TEACHER"},
+            "lora: rank is 5000, but no layer that it updates has a rank above",
+        ),
         ({"prior": {"shards": "/none/*.tar"}}, "/none/"),
     ],
     ids=str,
@@ -561,3 +565,51 @@ def test_a_u_net_is_drawn_with_and_judged_while_it_learns(
     assert rows[0]["val_loss"] > 0 and rows[0]["val_loss"] != rows[1]["val_loss"]
     raw, ema = (open_image(run.out / "pictures" / f"step_0000004_{kind}.png") for kind in KINDS)
     assert raw.size == ema.size and raw.tobytes() != ema.tobytes()
+
+
+@pytest.fixture
+def v_unet(tiny_unet: Path, tmp_path: Path) -> str:
+    """The tiny U-Net, which says that it predicts v."""
+    network = load_network(tiny_unet / "unet.safetensors", expect=UNet)
+    path = tmp_path / "v.safetensors"
+    save_network(path, network, metadata=UNetDiffusionConfig(prediction="v").metadata())
+    return str(path)
+
+
+def test_a_teacher_and_its_student_predict_the_same(make_run, v_unet):
+    run = make_run("unet_kd", distill={"teacher": v_unet})
+    with pytest.raises(UserError, match=r"it predicts v, the student epsilon: .* to v$"):
+        run.start("--run.max_steps", 1)
+    assert run.start("--run.max_steps", 1, "--diffusion.prediction", "v") == 0
+
+
+def test_weights_that_learn_another_prediction_are_told_and_a_lora_can_t(make_run, v_unet, caplog):
+    run = make_run("unet", model=None, init_from=v_unet)
+    with caplog.at_level("WARNING"):
+        assert run.start("--run.max_steps", 1) == 0
+    assert "has learned to predict v; this run teaches it epsilon instead" in caplog.text
+    lora = make_run("unet", "lora", model=None, init_from=v_unet, lora={"rank": 2})
+    with pytest.raises(UserError, match=r"set diffusion\.prediction to v"):
+        lora.start("--run.max_steps", 1)
+
+
+def test_a_run_goes_on_with_the_prediction_that_it_was_started_with(make_run):
+    run = make_run("unet")
+    assert run.start("--run.max_steps", 1) == 0
+    message = r"diffusion\.prediction is v but the run was started with epsilon"
+    with pytest.raises(UserError, match=message):
+        run.start("--run.max_steps", 2, "--resume", "--diffusion.prediction", "v")
+    # How its loss is weighed may change.
+    assert run.start("--run.max_steps", 2, "--resume", "--diffusion.weight", "min_snr") == 0
+
+
+@pytest.mark.parametrize("kind", ["unet", "unet_kd"])
+def test_weights_that_are_not_finite_are_named(kind, make_run, tiny_unet, tmp_path):
+    network = load_network(tiny_unet / "unet.safetensors", expect=UNet)
+    with torch.no_grad():
+        network.conv_in.weight[0, 0, 0, 0] = float("nan")
+    path = str(tmp_path / "broken.safetensors")
+    save_network(path, network)
+    own = {"init_from": path, "model": None} if kind == "unet" else {"distill": {"teacher": path}}
+    with pytest.raises(UserError, match=r"broken.*: 1 numbers of conv_in\.weight are not finite"):
+        make_run(kind, **own).start("--run.max_steps", 1)

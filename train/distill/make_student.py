@@ -18,6 +18,7 @@ from cascade.checkpoints.files import (
     atomic_folder,
     atomic_write_text,
     build_on_meta,
+    check_finite_weights,
     save_network,
 )
 from cascade.checkpoints.found import FoundNetwork
@@ -78,10 +79,12 @@ def load_teacher(name: str) -> Teacher:
         name: A file, a folder of diffusers or a model's, or a hub id, as ``find_network`` takes it.
 
     Raises:
-        UserError: Nothing is there, or no U-Net.
+        UserError: Nothing is there, no U-Net, or one whose weights are not finite.
     """
     found = find_network(name, "unet")
-    return Teacher(name, found, cast(UNet, build(found.opened, found.published)))
+    network = cast(UNet, build(found.opened, found.published))
+    check_finite_weights(network, name)
+    return Teacher(name, found, network)
 
 
 def make_student(teacher: Teacher, named: NamedRecipe) -> Student:

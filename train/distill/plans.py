@@ -107,5 +107,9 @@ def plan_of(
         ("teacher", teacher, plan.teacher),
     ):
         if wanted != found:
-            raise UserError(f"{where}: its {which} has other sizes than this run's {which}")
+            raise UserError(
+                f"{where}: cut out of another network: its {which} has other sizes than this run's "
+                f"{which}; name the teacher that it was made of as distill.teacher, or a recipe "
+                "that fits as distill.recipe"
+            )
     return plan

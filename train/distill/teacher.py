@@ -12,6 +12,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
+from cascade.checkpoints.files import check_finite_weights
 from cascade.checkpoints.found import FoundNetwork
 from cascade.checkpoints.load import build
 from cascade.checkpoints.part_files import find_network
@@ -59,8 +60,13 @@ class FrozenTeacher:
         self._network = None
 
     def load(self, device: torch.device) -> None:
-        """Load the weights onto a device."""
+        """Load the weights onto a device.
+
+        Raises:
+            UserError: They are not finite in its number format.
+        """
         network = build(self._found.opened, self._found.published, device=device, dtype=self.dtype)
+        check_finite_weights(network, f"distill.teacher {self.name}, as {self.dtype}")
         self._network = cast(UNet, network.eval().requires_grad_(False))
 
     # Not inference_mode, whose tensors no loss could be made of.

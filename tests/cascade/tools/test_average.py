@@ -73,6 +73,15 @@ def test_counts_of_batch_norms_stay_whole(tiny_model: Path, tmp_path: Path) -> N
     assert all(torch.equal(value, load_file(first)[key]) for key, value in load_file(out).items())
 
 
+def test_a_file_that_is_there_is_not_replaced(
+    tiny_model: Path, other: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = other.read_bytes()
+    words = (tiny_model / "stage_c.safetensors", other, "--weights", 0.5, 0.5, "--out", other)
+    assert average(*words) == 2
+    assert "is there already" in capsys.readouterr().err and other.read_bytes() == before
+
+
 def test_what_is_no_pair_is_one_line_and_writes_nothing(
     tiny_model: Path, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

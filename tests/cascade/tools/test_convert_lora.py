@@ -28,7 +28,8 @@ def test_a_models_lora_goes_there_and_back(tmp_path: Path, capsys: Any) -> None:
     model = save_tiny(tmp_path / "model", "sdxl")
     parts = tiny_model("sdxl")[1]
     first, second, third = (tmp_path / f"{number}.safetensors" for number in range(3))
-    write_lora(first, lora_of(parts), "peft", unet=parts.unet.config)
+    said = {"train_steps": "7"}
+    write_lora(first, lora_of(parts), "peft", unet=parts.unet.config, metadata=said)
     assert convert(first, "kohya", second, "--model", str(model)) == 0
     assert convert(second, "peft", third, "--model", str(model)) == 0
     assert capsys.readouterr().out.splitlines() == [str(second), str(third)]
@@ -37,6 +38,7 @@ def test_a_models_lora_goes_there_and_back(tmp_path: Path, capsys: Any) -> None:
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert read_metadata(first) == read_metadata(third)
+    assert said.items() <= read_metadata(second).items()
 
 
 @pytest.mark.parametrize("name", ["sdxl", "bk_tiny"])
@@ -79,6 +81,7 @@ def test_slips_are_one_line(tmp_path: Path, capsys: Any) -> None:
     save_file({f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}, path)
     for arguments, message in (
         ((path, "kohya", out), "fits no published U-Net; name its model with --model"),
+        ((path, "kohya", path), "is there already; name another file"),
         ((path, "kohya", tmp_path), "name a .safetensors file to write"),
         ((out, "kohya", out), "no such file"),
         ((path, "lycoris", out), "invalid choice: 'lycoris'"),
