@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cascade.checkpoints.part_files import find_network, find_text, weights_hash
 from cascade.errors import UserError
+from cascade.pipelines.unet_spec import UNET_TEACHER_KEY
 from stages.unet.config import UNetConfig
 from train.data.open import TrainingData, open_data
 from train.data.paired import PairedLoader, PriorConfig
@@ -99,7 +100,7 @@ def _said_of(name: str, *, hashed: bool) -> dict[str, str]:
     """
     found = find_network(name, "unet")
     said = found.opened.metadata
-    kept = {STUDENT_KEY: said[STUDENT_KEY]} if STUDENT_KEY in said else {}
+    kept = {key: said[key] for key in (STUDENT_KEY, UNET_TEACHER_KEY) if key in said}
     return kept | {BASE_KEY: weights_hash(found.path)} if hashed else kept
 
 

@@ -36,6 +36,8 @@ from cascade.text.encoder import TextConfig
 UNET_SPEC_FILE = "pipeline.json"
 UNET_DIFFUSION_KEY = "cascade_unet_diffusion"
 """Metadata of a file that was trained here: what its U-Net predicts, and on which schedule."""
+UNET_TEACHER_KEY = "cascade_student_teacher"
+"""Metadata of a student that was made here: its teacher's name and the hash of its weights."""
 UNetSampler = Literal["euler", "euler_ancestral", "ddim", "dpmpp_2m", "lcm"]
 UNET_SAMPLERS: tuple[UNetSampler, ...] = ("euler", "euler_ancestral", "ddim", "dpmpp_2m", "lcm")
 SPACINGS: tuple[Spacing, ...] = ("leading", "trailing", "linspace")

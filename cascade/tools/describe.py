@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,13 @@ from cascade.errors import UserError
 from cascade.pipelines.spec import CONVERTED_SPEC_FILE, SPEC_FILE, CascadeSpec, load_spec
 from cascade.pipelines.unet_parts import written_in
 from cascade.pipelines.unet_published import advice_for
-from cascade.pipelines.unet_spec import UNET_SPEC_FILE, UNetSpec, load_unet_spec
+from cascade.pipelines.unet_spec import (
+    UNET_DIFFUSION_KEY,
+    UNET_SPEC_FILE,
+    UNET_TEACHER_KEY,
+    UNetSpec,
+    load_unet_spec,
+)
 from cascade.tools.average import AVERAGE_KEY
 from stages.autoencoder_kl import AutoencoderKLConfig
 from stages.semantic_compressor import CompressorConfig
@@ -92,6 +99,8 @@ class Description:
     """Of 10^6 bytes."""
     origin: str
     licence: str
+    predicts: str = ""
+    """What a U-Net that was trained or cut here outputs; empty if its file does not say."""
     problem: str = ""
     """Why it can't be loaded; empty if it can."""
 
@@ -104,6 +113,8 @@ class Description:
         yield f"  sizes       {self.sizes}"
         if self.compression:
             yield f"  compression {self.compression}"
+        if self.predicts:
+            yield f"  predicts    {self.predicts}"
         yield f"  origin      {self.origin}"
         yield f"  licence     {self.licence}"
         if self.problem:
@@ -154,6 +165,10 @@ def _describe(opened: Opened) -> Description:
     if published.kind == "unet" and (advice := advice_for(published.config, opened.where)):
         origin = f"the published shape: {advice.title}"
         licence = advice.licence or licence
+    if UNET_TEACHER_KEY in opened.metadata:
+        teacher = json.loads(opened.metadata[UNET_TEACHER_KEY])
+        cut = f"a student of {teacher['name']} (weights {teacher['weights_hash']})"
+        origin = cut if origin == "unknown" else f"{cut}, {origin}"
     spec = _spec_of(opened)
     if spec is not None:
         origin = spec.name if origin == "unknown" else f"{spec.name}, {origin}"
@@ -170,6 +185,7 @@ def _describe(opened: Opened) -> Description:
         megabytes=sum(one.num_bytes for one in opened.tensors.stored.values()) / 1e6,
         origin=origin,
         licence=licence,
+        predicts=json.loads(opened.metadata.get(UNET_DIFFUSION_KEY, "{}")).get("prediction", ""),
         problem=_problem(opened, published) or unknown,
     )
 

@@ -18,8 +18,9 @@ from cascade.checkpoints.files import load_network, read_metadata, save_network
 from cascade.config import from_dict, load_yaml
 from cascade.errors import UserError
 from cascade.images import open_image
-from cascade.pipelines.unet_spec import UNET_DIFFUSION_KEY
+from cascade.pipelines.unet_spec import UNET_DIFFUSION_KEY, UNET_TEACHER_KEY
 from cascade.text.encoder import TextConfig
+from cascade.tools.describe import describe_path
 from stages.unet.compress import PUBLISHED, Recipe, plan_student
 from stages.unet.config import UNetConfig
 from stages.unet.inherit import inherit
@@ -230,7 +231,8 @@ def test_a_students_file_says_which_features_it_imitates(make_run, tiny_unet, tm
     student = UNet(plan.student)
     student.load_state_dict(inherit(teacher.state_dict(), plan)[0])
     path = tmp_path / "student.safetensors"
-    save_network(path, student, metadata=plan_metadata(plan))
+    cut = {UNET_TEACHER_KEY: json.dumps({"name": "it", "weights_hash": "0123456789ab"})}
+    save_network(path, student, metadata={**plan_metadata(plan), **cut})
     run = make_run("unet_kd", model=None, init_from=str(path), distill={"recipe": None})
     assert run.start("--run.max_steps", 2) == 0
     by_recipe = make_run("unet_kd", "named", model=None, init_from=str(path))
@@ -241,6 +243,10 @@ def test_a_students_file_says_which_features_it_imitates(make_run, tiny_unet, tm
         said = read_metadata(trained.out / "unet.safetensors")
         assert read_plan(said, "unet") == plan
         assert json.loads(said[UNET_DIFFUSION_KEY])["prediction"] == "epsilon"
+        assert cut.items() <= said.items()
+        [described] = describe_path(trained.out / "unet.safetensors")
+        assert described.predicts == "epsilon"
+        assert described.origin == "a student of it (weights 0123456789ab), trained with Cascade"
     # So does what was trained on without a teacher, also when that run goes on without the file.
     alone = make_run("unet", "alone", model=None, init_from=str(path))
     assert alone.start("--run.max_steps", 2) == 0

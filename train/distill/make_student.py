@@ -26,7 +26,7 @@ from cascade.checkpoints.load import build
 from cascade.checkpoints.part_files import find_network, weights_hash
 from cascade.config import to_dict
 from cascade.errors import UserError
-from cascade.pipelines.unet_spec import UNET_DIFFUSION_KEY
+from cascade.pipelines.unet_spec import UNET_DIFFUSION_KEY, UNET_TEACHER_KEY
 from stages.unet.compress import StudentPlan, plan_student
 from stages.unet.inherit import InheritanceReport, inherit
 from stages.unet.unet import UNet
@@ -34,8 +34,6 @@ from train.distill.plans import NamedRecipe, plan_metadata
 from train.distill.student_report import report_lines, summary_lines
 
 RECIPE_KEY = "cascade_student_recipe"
-TEACHER_KEY = "cascade_student_teacher"
-"""The teacher's name and the hash of its weights."""
 STUDENT_FILE = "student.safetensors"
 REPORT_FILE = "report.txt"
 RECIPE_FILE = "recipe.yaml"
@@ -122,7 +120,7 @@ def metadata_of(teacher: Teacher, named: NamedRecipe, plan: StudentPlan) -> dict
         **{key: said[key] for key in (UNET_DIFFUSION_KEY,) if key in said},
         **plan_metadata(plan),
         RECIPE_KEY: json.dumps(to_dict(named.recipe)),
-        TEACHER_KEY: json.dumps(source),
+        UNET_TEACHER_KEY: json.dumps(source),
     }
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from cascade.adapters.lora import LoraConfig
 from cascade.checkpoints.files import save_network
 from cascade.errors import UserError
+from cascade.pipelines.unet_spec import UNET_TEACHER_KEY
 from cascade.text.encoder import TextConfig
 from stages.unet.compress import StudentPlan
 from stages.unet.config import NUM_SIZES, UNetConfig
@@ -272,11 +273,10 @@ class UNetSystem(LightningModule):
 
     def export_metadata(self, name: str) -> dict[str, str]:
         """Return what the network's file says beside its sizes."""
-        said = self.config.diffusion.metadata()
-        if self.lesson is None or self.lesson.plan is None:
-            kept = {key: text for key, text in self.started_from.items() if key == STUDENT_KEY}
-            return said | kept
-        return said | plan_metadata(self.lesson.plan)
+        cut = (STUDENT_KEY, UNET_TEACHER_KEY)
+        kept = {key: text for key, text in self.started_from.items() if key in cut}
+        plan = None if self.lesson is None else self.lesson.plan
+        return self.config.diffusion.metadata() | kept | (plan_metadata(plan) if plan else {})
 
     def clean_latents(self, batch: CachedBatch, draws: StepDraws) -> Tensor:
         """Draw latents ``(B, 4, h, w)`` from the autoencoder's Gaussians."""

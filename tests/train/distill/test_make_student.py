@@ -13,7 +13,7 @@ from cascade.checkpoints.load import load_any
 from cascade.errors import UserError, run_main
 from cascade.pipelines.unet import UNetPipeline
 from cascade.pipelines.unet_plan import UNetSettings
-from cascade.pipelines.unet_spec import UNET_DIFFUSION_KEY
+from cascade.pipelines.unet_spec import UNET_DIFFUSION_KEY, UNET_TEACHER_KEY
 from stages.unet.compress import PUBLISHED, plan_student
 from stages.unet.unet import UNet, UNetCondition
 from tests.reference.unet_toys import SDXL
@@ -21,7 +21,6 @@ from tests.unet_models import save_tiny
 from train.distill.__main__ import main
 from train.distill.make_student import (
     RECIPE_KEY,
-    TEACHER_KEY,
 )
 from train.distill.plans import STUDENT_KEY, read_plan, read_recipe
 
@@ -68,7 +67,7 @@ def test_a_student_is_written_with_its_plan_and_loads_as_any_unet(sdxl_file, tmp
     metadata = read_metadata(path)
     assert read_plan(metadata, "here") == plan
     assert json.loads(metadata[RECIPE_KEY]) == {"remove": list(PUBLISHED["koala_700m"].remove)}
-    source = json.loads(metadata[TEACHER_KEY])
+    source = json.loads(metadata[UNET_TEACHER_KEY])
     assert source["name"] == str(sdxl_file) and len(source["weights_hash"]) == 12
     printed = capsys.readouterr().out
     before = sum(tensor.numel() for tensor in theirs.values())
