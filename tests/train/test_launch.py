@@ -43,7 +43,9 @@ def task(number: int, of: int = 2) -> dict[str, str]:
 @pytest.fixture(autouse=True)
 def outside_of_any_job(monkeypatch) -> None:
     for name in {*RANK_VARIABLES, *JOB}:
-        monkeypatch.delenv(name, raising=False)
+        # Set first, so that what code under test writes into the environment is taken back too.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
 
 
 def put(monkeypatch, *environments: dict[str, str]) -> None:
