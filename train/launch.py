@@ -68,9 +68,10 @@ def check_processes(run: RunConfig) -> None:
     if "WORLD_SIZE" in os.environ:  # of torchrun, or of Lightning for those that it starts
         started, here = _number("WORLD_SIZE"), _number("LOCAL_WORLD_SIZE", run.devices)
         if (started, here) != (asked, run.devices):
+            where = "" if here == run.devices else f", {here} of them here,"
             raise UserError(
-                f"{started} processes were started, {here} of them here, but {counts}; set them "
-                "to what torchrun has (--nproc_per_node, --nnodes)"
+                f"{started} processes were started{where} but {counts}; set them to what torchrun "
+                "has (--nproc_per_node, --nnodes)"
             )
         return
     tasks = _step_tasks()
