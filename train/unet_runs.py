@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from cascade.checkpoints.found import FoundNetwork
 from cascade.checkpoints.part_files import find_network, find_text, weights_hash
 from cascade.errors import UserError
-from cascade.pipelines.unet_spec import UNET_TEACHER_KEY
+from cascade.pipelines.unet_spec import UNET_TEACHER_KEY, learned_prediction
 from stages.unet.config import UNetConfig
 from train.data.open import TrainingData, open_data
 from train.data.paired import PairedLoader, PriorConfig
@@ -20,7 +21,6 @@ from train.encode import FrozenPaths
 from train.fit import prepare
 from train.initial import start_from, with_architecture
 from train.losses.distillation import site_pairs
-from train.losses.unet_denoising import learned_prediction
 from train.runs import fit_system, start, validation
 from train.systems.unet import BASE_KEY, DistillConfig, Lesson, LoadTeacher, UNetRun, UNetSystem
 
@@ -50,8 +50,9 @@ def _train(config: UNetRun, *, resume: bool) -> None:
     if config.prior is not None:
         data = _with_prior(config.prior, config, frozen, data)
     if config.init_from is not None and (config.lora is not None or prepared.newest is None):
-        _check_prediction(config.init_from, config)
-        system.started_from = _said_of(config.init_from, hashed=config.lora is not None)
+        found = find_network(config.init_from, "unet")
+        _check_prediction(found, config)
+        system.started_from = _said_of(found, hashed=config.lora is not None)
     if config.lora is None:
         start(system.network, config.init_from, "unet", prepared)
     else:  # no checkpoint holds what a LoRA updates
@@ -91,29 +92,28 @@ def open_unet_data(config: UNetRun, lesson: Lesson | None = None) -> OpenedUNet:
     return OpenedUNet(UNetSystem(config, null_text, autoencoder.downscale, lesson), data, frozen)
 
 
-def _said_of(name: str, *, hashed: bool) -> dict[str, str]:
+def _said_of(found: FoundNetwork, *, hashed: bool) -> dict[str, str]:
     """Return what a run keeps in mind of the weights that it starts from.
 
     Args:
-        name: Of the weights.
+        found: The weights.
         hashed: Read them whole to tell them from others.
     """
-    found = find_network(name, "unet")
     said = found.opened.metadata
     kept = {key: said[key] for key in (STUDENT_KEY, UNET_TEACHER_KEY) if key in said}
     return kept | {BASE_KEY: weights_hash(found.path)} if hashed else kept
 
 
-def _check_prediction(name: str, config: UNetRun) -> None:
+def _check_prediction(found: FoundNetwork, config: UNetRun) -> None:
     """Compare what the weights of ``init_from`` have learned to predict with what the run teaches.
 
     Raises:
         UserError: It is another thing, and a LoRA leaves them as they are.
     """
-    learned = learned_prediction(find_network(name, "unet").opened.metadata)
+    learned = learned_prediction(found.opened.metadata)
     if learned in (None, config.diffusion.prediction):
         return
-    told = f"init_from {name} has learned to predict {learned}"
+    told = f"init_from {config.init_from} has learned to predict {learned}"
     if config.lora is not None:
         raise UserError(
             f"{told}, which a LoRA does not change; set diffusion.prediction to {learned}"

@@ -43,6 +43,12 @@ UNET_SAMPLERS: tuple[UNetSampler, ...] = ("euler", "euler_ancestral", "ddim", "d
 SPACINGS: tuple[Spacing, ...] = ("leading", "trailing", "linspace")
 
 
+def learned_prediction(metadata: Mapping[str, str]) -> str | None:
+    """Return what a file's U-Net says that it predicts; None: it does not say."""
+    said = json.loads(metadata.get(UNET_DIFFUSION_KEY, "{}")).get("prediction")
+    return None if said is None else str(said)
+
+
 @dataclass(frozen=True)
 class UNetSampling:
     """How a U-Net is sampled unless the user says otherwise; the defaults are SDXL's."""

@@ -22,10 +22,10 @@ from cascade.pipelines.spec import CONVERTED_SPEC_FILE, SPEC_FILE, CascadeSpec, 
 from cascade.pipelines.unet_parts import written_in
 from cascade.pipelines.unet_published import advice_for
 from cascade.pipelines.unet_spec import (
-    UNET_DIFFUSION_KEY,
     UNET_SPEC_FILE,
     UNET_TEACHER_KEY,
     UNetSpec,
+    learned_prediction,
     load_unet_spec,
 )
 from cascade.tools.average import AVERAGE_KEY
@@ -185,7 +185,7 @@ def _describe(opened: Opened) -> Description:
         megabytes=sum(one.num_bytes for one in opened.tensors.stored.values()) / 1e6,
         origin=origin,
         licence=licence,
-        predicts=json.loads(opened.metadata.get(UNET_DIFFUSION_KEY, "{}")).get("prediction", ""),
+        predicts=learned_prediction(opened.metadata) or "",
         problem=_problem(opened, published) or unknown,
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -68,12 +67,6 @@ class UNetDiffusionConfig:
     def schedule(self) -> DiscreteSchedule:
         """The path from data to noise."""
         return DiscreteSchedule(self.beta_start, self.beta_end)
-
-
-def learned_prediction(metadata: Mapping[str, str]) -> str | None:
-    """Return what a file's U-Net says that it predicts; None: it does not say."""
-    said = json.loads(metadata.get(UNET_DIFFUSION_KEY, "{}")).get("prediction")
-    return None if said is None else str(said)
 
 
 def noise_unet_batch(x0: Tensor, config: UNetDiffusionConfig, draws: StepDraws) -> Noised:
