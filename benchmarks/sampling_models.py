@@ -241,7 +241,7 @@ def same_in_diffusers(ours: nn.Module) -> nn.Module:
     """
     config: Any = ours.config
     if isinstance(ours, UNet):
-        content = unet_config_of(config, UNetSpec("benchmark"))
+        content = unet_config_of(config, UNetSpec("benchmark").sample_size)
     elif isinstance(ours, AutoencoderKL):
         content = autoencoder_config_of(config, UNetSpec("benchmark"))
     else:

@@ -201,7 +201,7 @@ def same_in_diffusers(ours: UNet) -> nn.Module:
         from diffusers import UNet2DConditionModel
     except ImportError as error:
         raise UserError('diffusers is not installed; pip install -e ".[test]"') from error
-    content = unet_config_of(ours.config, UNetSpec("benchmark"))
+    content = unet_config_of(ours.config, UNetSpec("benchmark").sample_size)
     with torch.device("meta"):
         theirs: Any = UNet2DConditionModel(
             **{key: value for key, value in content.items() if key != "_class_name"}

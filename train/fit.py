@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import signal
 import sys
 import warnings
@@ -74,6 +75,8 @@ _FIXED_WHOLE = ("lora", "teacher", "time_unit", "adaptive_weight")
 _FIXED_DIFFUSION = ("prediction", "schedule", "time_input", "zero_terminal_snr")
 """What the network's output means; how it is weighed and drawn may change."""
 _FIXED_OPTIM = ("name", "lr", "muon_lr", "betas", "weight_decay")
+_KIND_LINE = "# all of a {}\n"
+"""First of a run's ``config.yaml``: whose configuration it is."""
 DONE_FILE = "done"
 """In the folder of a run that came to its end."""
 _NO_NEWS = (
@@ -122,15 +125,23 @@ def prepare(run: RunConfig, config: object, *, resume: bool) -> Prepared:
     if not resume and newest is not None:
         raise UserError(f"{out} holds a run already; go on with --resume or choose another run.out")
     values = to_dict(config)
+    own_kind = type(config).__name__
     if newest is not None and (out / "config.yaml").is_file():
-        earlier = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))
-        _refuse_other_networks(earlier, values)
+        text = (out / "config.yaml").read_text(encoding="utf-8")
+        noted = re.match(_KIND_LINE.format(r"(\w+)"), text)
+        if noted is not None and noted[1] != own_kind:
+            raise UserError(
+                f"--resume: {out} holds a run of another kind ({noted[1]}, this is {own_kind}); "
+                "choose another run.out"
+            )
+        _refuse_other_networks(yaml.safe_load(text), values)
     pl.seed_everything(run.seed, verbose=False)
     keep_freed_memory()
     if run.threads is not None:
         torch.set_num_threads(run.threads)
     make_folder(out)
-    atomic_write_text(out / "config.yaml", yaml.safe_dump(values, sort_keys=False))
+    noted_now = _KIND_LINE.format(own_kind) + yaml.safe_dump(values, sort_keys=False)
+    atomic_write_text(out / "config.yaml", noted_now)
     if global_rank() == 0:
         note_start(out)
     return Prepared(out, newest, clock)
@@ -151,6 +162,14 @@ def _refuse_other_networks(earlier: dict[str, object], now: dict[str, object]) -
     """Refuse to resume with what the checkpoint has fixed: sizes and the optimizer's values."""
     kept: list[tuple[str, object, object]] = []
     partly = {"optim": _FIXED_OPTIM, "diffusion": _FIXED_DIFFUSION}
+    old_lesson, lesson = earlier.get("distill"), now.get("distill")
+    if "distill" in earlier and "distill" in now:
+        there, here = ("given" if one else "none" for one in (old_lesson, lesson))
+        kept.append(("distill", there, here))
+    if isinstance(old_lesson, dict) and isinstance(lesson, dict):
+        old_teacher, teacher = old_lesson.get("teacher"), lesson.get("teacher")
+        if old_teacher != teacher:  # the same file may lie elsewhere now
+            _log.warning("--resume: distill.teacher is %s now, and was %s", teacher, old_teacher)
     for section in (*_FIXED, *_FIXED_WHOLE[1:], *partly):
         old, new = earlier.get(section), now.get(section)
         if isinstance(old, dict) and isinstance(new, dict):

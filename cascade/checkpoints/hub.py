@@ -117,7 +117,10 @@ def _local_folder(model: str | Path) -> Path | None:
     if path.is_dir():
         return path
     if path.exists():
-        raise UserError(f"{model}: a file; name the model's folder")
+        raise UserError(
+            f"{model}: a file, but neither .safetensors nor .ckpt; name a model's folder, or a "
+            "single file of a U-Net's model"
+        )
     return None
 
 

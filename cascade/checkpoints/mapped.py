@@ -27,6 +27,8 @@ from torch import Tensor
 from cascade.errors import UserError
 
 MAX_HEADER_BYTES = 64 << 20
+_OF_PYTORCH = (b"PK\x03\x04", b"\x80\x02")
+"""What PyTorch's files begin with: a zip, and the bare pickle before it."""
 _LINUX_NORESERVE = {"x86_64": 0x4000, "aarch64": 0x4000}
 """Linux's MAP_NORESERVE by machine, which Python names only from 3.13 on."""
 _DTYPES = {
@@ -251,6 +253,11 @@ def _header_length(path: Path) -> int:
         start = file.read(8)
     header: int | None = struct.unpack("<Q", start)[0] if len(start) == 8 else None
     if header is None or header + 8 > size or header > MAX_HEADER_BYTES:
+        if start.startswith(_OF_PYTORCH):
+            raise UserError(
+                f"{path}: a PyTorch file (a pickle) by the name of safetensors; export it as "
+                "safetensors where it was made"
+            )
         claim = "is too short" if header is None else f"claims a header of {header} bytes"
         raise UserError(
             f"{path}: not a whole safetensors file (it {claim} and has {size} bytes); "

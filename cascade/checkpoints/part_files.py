@@ -33,8 +33,9 @@ _TITLES = {
     "stage_a_fast": "fast decoder of Stage A",
     "stage_b": "Stage B",
     "stage_c": "Stage C",
+    "unet": "U-Net",
+    "autoencoder_kl": "KL autoencoder",
 }
-
 
 _HOMES: dict[Kind, str] = {"unet": "unet", "autoencoder_kl": "vae"}
 """Where folders of diffusers have the networks of a U-Net's pipeline, as sampling takes them."""
@@ -77,6 +78,22 @@ def find_network(name: str | Path, kind: Kind) -> FoundNetwork:
             else f"{name}: holds no weights of a {title(kind)}; check the path"
         )
     return chosen
+
+
+def unet_alone(model: Path) -> FoundNetwork | None:
+    """Return the U-Net of a file or a folder that holds nothing else, such as a training's.
+
+    Raises:
+        UserError: If a file that has to be looked into is broken.
+    """
+    if model.is_dir():
+        kinds = {one.published.kind for one in networks_in(ModelFiles((model,)))}
+    elif model.is_file():
+        opened = open_weights(model)
+        kinds = {identify(one).kind for one in opened}
+    else:
+        return None
+    return find_network(model, "unet") if kinds == {"unet"} else None
 
 
 def find_text(name: str | Path, width: int | None = None) -> TextFolder:

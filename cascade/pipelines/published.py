@@ -26,6 +26,7 @@ from cascade.checkpoints.found import (
 )
 from cascade.checkpoints.hub import ModelFiles
 from cascade.checkpoints.load import build
+from cascade.checkpoints.part_files import title
 from cascade.errors import UserError
 from cascade.pipelines.parts import CascadeParts, Dialect
 from cascade.pipelines.placement import STABLE_CASCADE, Dtypes, refuse_overflow
@@ -89,8 +90,13 @@ class PublishedFiles:
         }
         missing = [kind for kind in _NEEDED if self._parts[kind] is None]
         if len(missing) == len(_NEEDED):
+            others = sorted({title(one.published.kind) for one in found})
             raise UserError(
-                f"{where}: not a cascade: neither model.json nor any published network in it"
+                f"{where}: no model, but {' and '.join(others)} alone; name the folder of a whole "
+                "model"
+                if others
+                else f"{where}: no model: neither model.json nor model_index.json nor any network "
+                "that is known here; check the folder"
             )
         if missing:
             raise UserError(

@@ -198,6 +198,11 @@ class UNetSpec:
             raise ValueError(f"min_size <= image_size <= max_size does not hold: {sizes}")
 
     @property
+    def sample_size(self) -> int:
+        """Latent cells per side of a picture, as diffusers' ``config.json`` has it."""
+        return self.image_size // self.size_multiple
+
+    @property
     def is_told_sizes(self) -> bool:
         """Whether the U-Net is told of sizes and of a pooled text."""
         return self.text_2 is not None if self.told_sizes is None else self.told_sizes

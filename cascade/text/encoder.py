@@ -253,12 +253,12 @@ def load_tokenizer(folder: Path) -> Any:
     """Load a tokenizer from its one file, or from CLIP's vocabulary and merges.
 
     Raises:
-        UserError: If the folder has neither.
+        UserError: If the folder has neither, or they can't be read.
     """
     if (folder / "tokenizer.json").is_file():
         from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
 
-        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        return _read_tokenizer(PreTrainedTokenizerFast, folder)
     for name in ("vocab.json", "merges.txt"):
         if not (folder / name).is_file():
             raise UserError(
@@ -267,4 +267,14 @@ def load_tokenizer(folder: Path) -> Any:
             )
     from transformers import CLIPTokenizerFast  # type: ignore[attr-defined]
 
-    return CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
+    return _read_tokenizer(CLIPTokenizerFast, folder)
+
+
+def _read_tokenizer(kind: Any, folder: Path) -> Any:
+    try:
+        return kind.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # a broken file is a bare Exception of tokenizers, or a KeyError
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        raise UserError(
+            f"{folder}: its tokenizer can't be read ({reason}); download or export it again"
+        ) from error

@@ -6,25 +6,24 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cascade.checkpoints.files import (
     CLASS_KEY,
     CONFIG_KEY,
     atomic_folder,
-    atomic_path,
     atomic_write_text,
     finite_in,
     save_network,
 )
+from cascade.checkpoints.found import FoundNetwork
 from cascade.checkpoints.hub import ModelFiles
-from cascade.checkpoints.load import FAMILIES, Family
+from cascade.checkpoints.load import FAMILIES, Family, build
+from cascade.checkpoints.part_files import unet_alone
 from cascade.checkpoints.readers import open_weights
-from cascade.config import to_dict
 from cascade.diffusion.schedules import CosineSchedule
 from cascade.errors import UserError
 from cascade.pipelines.parts import CascadeParts, Source, open_source
@@ -32,13 +31,14 @@ from cascade.pipelines.placement import Dtypes, UNetDtypes
 from cascade.pipelines.spec import CONVERTED_SPEC_FILE, StageSampling, save_spec
 from cascade.pipelines.unet_parts import UNetSource, is_unet, open_unet_source
 from cascade.text.picture_encoder import PictureEncoder
-from cascade.tools.convert_unet import write_unet_file, write_unet_folder
-from cascade.tools.written import Written, write_text
+from cascade.tools.convert_unet import write_unet_alone, write_unet_file, write_unet_folder
+from cascade.tools.written import Written, save_state, write_text
 from stages.stage_a import StageA, StageAConfig
 from stages.stage_b import StageB, StageBConfig
 from stages.stage_b_v2 import StageBV2, StageBV2Config
 from stages.stage_c import StageC, StageCConfig
 from stages.stage_c_v2 import StageCV2, StageCV2Config
+from stages.unet.unet import UNet
 
 StageConfig = StageAConfig | StageBConfig | StageBV2Config | StageCConfig | StageCV2Config
 Target = Literal["ours", "original", "diffusers"]
@@ -60,7 +60,7 @@ _CONV, _TIME, _ATTENTION = "SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCas
 
 
 def convert(model: Path, target: Target, out: Path, dtype: torch.dtype) -> Written:
-    """Write a model to the folder ``out``, in another layout and number format.
+    """Write a model, or a U-Net alone, to the folder ``out``, in another layout and number format.
 
     The folder appears when all of it is written, or not at all.
 
@@ -73,6 +73,8 @@ def convert(model: Path, target: Target, out: Path, dtype: torch.dtype) -> Writt
     found = _files_of(model)
     if found is not None and is_unet(found):
         return _convert_unet(open_unet_source(found), target, out, dtype)
+    if (alone := unet_alone(model)) is not None:
+        return _convert_unet_alone(alone, target, out, dtype)
     if model.is_file():
         raise UserError(f"{model}: a file; name the folder of the whole cascade")
     source = open_source(model)
@@ -101,6 +103,25 @@ def _convert_unet(source: UNetSource, target: Target, out: Path, dtype: torch.dt
         written = write(source.spec, parts, temporary, dtype, source.told())
     files = tuple(out / path.relative_to(temporary) for path in written.files)
     return Written(files, (*source.spec.notices, *written.notices))
+
+
+def _convert_unet_alone(
+    found: FoundNetwork, target: Target, out: Path, dtype: torch.dtype
+) -> Written:
+    """Write a U-Net without a pipeline; our layout of one is diffusers'."""
+    unet = cast(UNet, build(found.opened, found.published, dtype=dtype))
+    size = found.opened.declared.get("sample_size")
+    with atomic_folder(out) as temporary:
+        written = write_unet_alone(
+            unet,
+            temporary,
+            dtype,
+            original=target == "original",
+            sample_size=size if isinstance(size, int) else None,
+            notes=found.told,
+        )
+    files = tuple(out / path.relative_to(temporary) for path in written.files)
+    return Written(files, written.notices)
 
 
 def _networks(parts: CascadeParts) -> Iterator[tuple[str, nn.Module]]:
@@ -166,7 +187,7 @@ def _write_original(source: Source, parts: CascadeParts, out: Path, dtype: torch
         marks = "_lite" if config in _LITE else ""
         marks += "_bf16" if dtype == torch.bfloat16 and name in ("stage_b", "stage_c") else ""
         path = out / f"{ORIGINAL_NAMES[name]}{marks}.safetensors"
-        _save(path, state, dtype, network, _carried(source, name))
+        save_state(path, network, state, dtype, _carried(source, name))
         files.append(path)
     encoder = type(parts.text.model).__name__
     save_spec(source.spec, out, CONVERTED_SPEC_FILE)
@@ -175,28 +196,6 @@ def _write_original(source: Source, parts: CascadeParts, out: Path, dtype: torch
         f"opens these files brings them; {CONVERTED_SPEC_FILE} holds the settings for Cascade"
     )
     return Written((*files, out / CONVERTED_SPEC_FILE), (notice,))
-
-
-def _save(
-    path: Path,
-    state: dict[str, Tensor],
-    dtype: torch.dtype,
-    network: nn.Module,
-    carried: Mapping[str, str],
-) -> None:
-    """Write published names; the metadata tells our readers what shapes do not."""
-    tensors = {
-        key: finite_in(value, dtype, f"{path.name}, {key}").contiguous().clone()
-        for key, value in state.items()
-    }
-    metadata = {
-        **carried,
-        "format": "pt",
-        CLASS_KEY: type(network).__name__,
-        CONFIG_KEY: json.dumps(to_dict(network.config)),
-    }
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
 
 
 # Folders of diffusers
@@ -273,7 +272,7 @@ def _write_network(
     content = diffusers_config(network.config)
     folder.mkdir(parents=True)
     state = family_for(network).to_layout["diffusers"](network.state_dict(), network.config)
-    _save(folder / "diffusion_pytorch_model.safetensors", state, dtype, network, carried)
+    save_state(folder / "diffusion_pytorch_model.safetensors", network, state, dtype, carried)
     atomic_write_text(folder / "config.json", json.dumps(content, indent=2) + "\n")
 
 

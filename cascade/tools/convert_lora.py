@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import cast
 
 from torch import nn
 
@@ -12,6 +13,7 @@ from cascade.adapters.lora_files import LoraFile
 from cascade.adapters.lora_names import Part
 from cascade.adapters.lora_write import Naming, named, write_lora
 from cascade.checkpoints.files import on_meta
+from cascade.checkpoints.part_files import unet_alone
 from cascade.errors import UserError
 from cascade.pipelines.unet_parts import open_unet_source
 from cascade.text.towers import TextTowerConfig, build_text_tower
@@ -40,7 +42,8 @@ def convert_lora(path: Path, naming: Naming, out: Path, model: Path | None = Non
         path: The LoRA.
         naming: Whose names it gets.
         out: The ``.safetensors`` file to write.
-        model: The model that it is for; None: a published one, if its names tell which.
+        model: The model that it is for, or its U-Net alone; None: a published one, if its names
+            tell which.
 
     Raises:
         UserError: If ``out`` is there, ``path`` is no plain LoRA, or it fits neither the model nor
@@ -58,6 +61,11 @@ def _fit(
     file: LoraFile, naming: Naming, model: Path | None
 ) -> tuple[UNetConfig, dict[Part, dict[str, LowRank]]]:
     if model is not None:
+        if (alone := unet_alone(model)) is not None:
+            config = cast(UNetConfig, alone.published.config)
+            with on_meta():
+                unet = UNet(config)
+            return config, file.fit({"unet": unet})
         parts = open_unet_source(model).load_as_stored()
         return parts.unet.config, file.fit(parts.updatable)
     found = []

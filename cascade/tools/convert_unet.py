@@ -46,9 +46,10 @@ from cascade.pipelines.unet_spec import (
 )
 from cascade.text.encoder import TextEncoder
 from cascade.text.towers import TextTowerConfig
-from cascade.tools.written import Written, write_text
+from cascade.tools.written import Written, save_state, write_text
 from stages.autoencoder_kl import AutoencoderKLConfig
 from stages.unet.config import NUM_SIZES, UNetConfig
+from stages.unet.unet import UNet
 
 _SCHEDULERS: Mapping[UNetSampler, str] = {
     "euler": "EulerDiscreteScheduler",
@@ -80,7 +81,9 @@ def write_unet_folder(
         UserError: For a student that diffusers can't build, or numbers too large for the format.
     """
     unet, autoencoder, notes = parts.unet, parts.autoencoder, notes or {}
-    unet_config = unet_config_of(unet.config, spec)
+    (out / "unet").mkdir()
+    (out / "vae").mkdir()
+    unet_config = unet_config_of(unet.config, spec.sample_size)
     _write_network(out / "unet", unet, unet_config, dtype, notes.get("unet", {}))
     vae = autoencoder_config_of(autoencoder.config, spec)
     _write_network(out / "vae", autoencoder, vae, dtype, notes.get("vae", {}))
@@ -161,6 +164,46 @@ def write_unet_file(
     return Written((path, *folders), ())
 
 
+def write_unet_alone(
+    unet: UNet,
+    out: Path,
+    dtype: torch.dtype,
+    *,
+    original: bool,
+    sample_size: int | None,
+    notes: Mapping[str, str],
+) -> Written:
+    """Write a U-Net without the rest of its pipeline.
+
+    Args:
+        unet: The network.
+        out: A folder that is there.
+        dtype: Number format of all weights.
+        original: The authors' names without a prefix, in ``unet.safetensors``; else a folder of
+            diffusers.
+        sample_size: Latent cells per side of its pictures; None: SDXL's 128, or SD's 64.
+        notes: Further metadata: what it cost, how it predicts.
+
+    Raises:
+        UserError: For a student that diffusers can't build, or numbers too large for the format.
+    """
+    if original:
+        path = out / "unet.safetensors"
+        state = unet_to_original(unet.state_dict(), unet.config)
+        save_state(path, unet, state, dtype, notes)
+        return Written((path,), ())
+    notices = []
+    if sample_size is None:
+        sample_size = 64 if unet.config.text_pooled_channels is None else 128
+        notices.append(
+            f"its file does not tell the size of its pictures: config.json has {sample_size} "
+            "latent cells per side, diffusers' default for it"
+        )
+    _write_network(out, unet, unet_config_of(unet.config, sample_size), dtype, notes)
+    files = (out / "diffusion_pytorch_model.safetensors", out / "config.json")
+    return Written(files, tuple(notices))
+
+
 def _encoders(parts: UNetParts) -> list[tuple[PartName, str, TextEncoder]]:
     """Return each text encoder's place, its tokenizer's, and itself."""
     if parts.text_2 is not None:
@@ -194,24 +237,17 @@ def _write_network(
     dtype: torch.dtype,
     notes: Mapping[str, str],
 ) -> None:
-    folder.mkdir()
-    tensors = {
-        key: finite_in(one, dtype, f"{folder.name}, {key}").contiguous().clone()
-        for key, one in network.state_dict().items()
-    }
-    metadata = {
-        **notes,
-        "format": "pt",
-        CLASS_KEY: type(network).__name__,
-        CONFIG_KEY: json.dumps(to_dict(network.config)),
-    }
-    with atomic_path(folder / "diffusion_pytorch_model.safetensors") as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+    path = folder / "diffusion_pytorch_model.safetensors"
+    save_state(path, network, network.state_dict(), dtype, notes)
     atomic_write_text(folder / "config.json", json.dumps(content, indent=2) + "\n")
 
 
-def unet_config_of(config: UNetConfig, spec: UNetSpec) -> dict[str, Any]:
+def unet_config_of(config: UNetConfig, sample_size: int) -> dict[str, Any]:
     """Return what diffusers' ``config.json`` says of a U-Net.
+
+    Args:
+        config: Its sizes.
+        sample_size: Latent cells per side of the pictures that it is for.
 
     Raises:
         UserError: For a student whose depths diffusers has no words for.
@@ -227,7 +263,7 @@ def unet_config_of(config: UNetConfig, spec: UNetSpec) -> dict[str, Any]:
     middle = "UNetMidBlock2D" if config.mid_depth == 0 else "UNetMidBlock2DCrossAttn"
     content: dict[str, Any] = {
         "_class_name": "UNet2DConditionModel",
-        "sample_size": spec.image_size // spec.size_multiple,
+        "sample_size": sample_size,
         "in_channels": config.in_channels,
         "out_channels": config.out_channels,
         "block_out_channels": list(config.channels),

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
-from cascade.checkpoints.files import finite_in
+from cascade.checkpoints.files import CLASS_KEY, CONFIG_KEY, atomic_path, finite_in
+from cascade.config import to_dict
 from cascade.errors import UserError
 from cascade.text.encoder import TextEncoder
 
@@ -29,6 +34,35 @@ def check_new(out: Path) -> None:
     """
     if out.exists():
         raise UserError(f"{out} is there already; name another file, or remove it first")
+
+
+def save_state(
+    path: Path,
+    network: Any,
+    state: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    notes: Mapping[str, str],
+) -> None:
+    """Write a network's weights by published names.
+
+    Args:
+        path: The file, which appears when it is whole.
+        network: One of ours, whose class and sizes tell our readers what shapes do not.
+        state: Its weights by those names.
+        dtype: Number format to write.
+        notes: What else the file says of it.
+
+    Raises:
+        UserError: If a number is not finite in that format.
+    """
+    name = type(network).__name__
+    tensors = {
+        key: finite_in(value, dtype, f"{name}, {key}").contiguous().clone()
+        for key, value in state.items()
+    }
+    own = {CLASS_KEY: name, CONFIG_KEY: json.dumps(to_dict(network.config))}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata={**notes, "format": "pt", **own})
 
 
 def write_text(encoder: TextEncoder, folder: Path, tokens: Path, dtype: torch.dtype) -> None:

@@ -405,7 +405,7 @@ def test_a_missing_part_is_named(saved: Any, tmp_path: Path) -> None:
         open_source(tmp_path)
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(UserError, match="not a cascade"):
+    with pytest.raises(UserError, match=r"no model: neither model\.json"):
         open_source(empty)
 
 

@@ -14,7 +14,7 @@ from cascade.pipelines import unet as pipeline_module
 from cascade.pipelines.unet import UNetPipeline
 from cascade.pipelines.unet_parts import open_unet_source
 from cascade.pipelines.unet_plan import UNetSettings
-from cascade.pipelines.unet_spec import UNetSampling, UNetSpec
+from cascade.pipelines.unet_spec import UNetSampling
 from cascade.tools.__main__ import main
 from cascade.tools.convert_unet import unet_config_of
 from stages.unet.unet import UNet
@@ -113,8 +113,7 @@ def test_diffusers_builds_every_student_of_our_config(name: str) -> None:
     from diffusers import UNet2DConditionModel
 
     config = toy_of(PUBLISHED[name], 40)
-    spec = UNetSpec("x", image_size=64, sampling=UNetSampling())
-    content = unet_config_of(config, spec)
+    content = unet_config_of(config, sample_size=8)
     with torch.device("meta"):
         theirs = UNet2DConditionModel.from_config(content).state_dict()
         own = UNet(config).state_dict()

@@ -122,7 +122,7 @@ def test_its_single_file_makes_the_same_picture(model, tmp_path):
     [
         ({"max_mb": 0.001}, "max_mb allows 0.001"),
         ({"unet": "/none"}, "/none: no such file or folder"),
-        ({"beside": {"teacher": "AUTOENCODER"}}, "holds a autoencoder_kl, but a unet is needed"),
+        ({"beside": {"teacher": "AUTOENCODER"}}, "holds a KL autoencoder, but a U-Net is needed"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_nothing_is_left(changes, message, config, tmp_path):

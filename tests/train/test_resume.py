@@ -166,6 +166,14 @@ def test_the_same_command_starts_a_run_and_goes_on_with_it(make_run):
     assert steps_of(run) == 3 and (run.out / "done").read_text() == "3 steps\n"
 
 
+def test_resuming_by_another_kind_of_run_is_refused(begun, make_run):
+    before = (begun.out / "config.yaml").read_text()
+    other = make_run("stage_a")
+    with pytest.raises(UserError, match=r"another kind \(PreviewerRun, this is StageARun\)"):
+        other.start("--resume", "--run.out", begun.out)
+    assert (begun.out / "config.yaml").read_text() == before
+
+
 def test_resuming_with_another_network_or_rate_is_refused(begun):
     with pytest.raises(UserError, match=r"model\.channels is \[8, 4\] but the run .* \[8, 8\]"):
         begun.start("--resume", "--model.channels", "[8, 4]")

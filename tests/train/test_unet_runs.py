@@ -599,6 +599,19 @@ def test_weights_that_learn_another_prediction_are_told_and_a_lora_can_t(make_ru
         lora.start("--run.max_steps", 1)
 
 
+def test_a_student_goes_on_as_a_student_and_is_told_of_another_teacher(
+    make_run, tiny_unet, tmp_path, caplog
+):
+    run = make_run("unet_kd")
+    assert run.start("--run.max_steps", 1) == 0
+    other = tmp_path / "moved.safetensors"
+    shutil.copy(tiny_unet / "unet.safetensors", other)
+    assert run.start("--run.max_steps", 2, "--resume", "--distill.teacher", other) == 0
+    assert f"distill.teacher is {other} now" in caplog.text
+    with pytest.raises(UserError, match="distill is none but the run was started with given"):
+        make_run("unet", "alone").start("--resume", "--run.out", run.out)
+
+
 def test_a_run_goes_on_with_the_prediction_that_it_was_started_with(make_run):
     run = make_run("unet")
     assert run.start("--run.max_steps", 1) == 0

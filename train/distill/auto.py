@@ -130,9 +130,11 @@ def choose_recipe(teacher: UNet, budget: Budget, bench: Bench) -> AutoChoice:
     """
     calibration, config = bench.calibration, teacher.config
     state = teacher.state_dict()
+    units, parameters = removable_units(config), _parameters(config, state)
+    if budget.parameters is not None:  # asked for too little: told before minutes of measuring
+        _choose(config, [MeasuredUnit(one, 0.0) for one in units], parameters, budget.parameters)
     predict = calibration.predictor(bench.device, bench.dtype, bench.batch_size)
     expected = predict(teacher)
-    units = removable_units(config)
     _log.info("measuring %d units of the teacher on %s", len(units), calibration.described)
 
     def predict_without(recipe: Recipe) -> Tensor:
@@ -143,7 +145,6 @@ def choose_recipe(teacher: UNet, budget: Budget, bench: Bench) -> AutoChoice:
         measured = measure(units, predict_without, expected)
     except ValueError as error:
         raise UserError(f"--recipe auto: {error}") from error
-    parameters = _parameters(config, state)
     lines: list[str] = []
     saving = Saving("parameters", "{:,.0f}", "error per 1M", 1e6, parameters)
     if budget.parameters is not None:

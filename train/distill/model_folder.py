@@ -49,7 +49,7 @@ class ModelFolder:
             if key not in _SHAPE_KEYS and not isinstance(value, list)
         }
         try:
-            return {**kept, **unet_config_of(student, self.spec)}
+            return {**kept, **unet_config_of(student, self.spec.sample_size)}
         except UserError as error:
             reason = str(error).rpartition(";")[0]
             raise UserError(f"--model-out: {reason}; leave --model-out out") from error

@@ -20,7 +20,9 @@ def summary_lines(plan: StudentPlan, report: InheritanceReport) -> list[str]:
         what = "all of it" if stage in gone else ", ".join(_ranges(inside))
         rows.append((stage, f"{theirs:,}", f"{own:,}", f"{theirs - own:,}", what))
     rows.append(("all", f"{before:,}", f"{after:,}", f"{before - after:,}", ""))
+    nothing = [] if gone else ["the recipe removes nothing: the student is its teacher", ""]
     return [
+        *nothing,
         f"{before:,} -> {after:,} parameters ({_percent(after / before)} of the teacher), "
         f"{plan.teacher.num_transformer_blocks} -> {plan.student.num_transformer_blocks} "
         f"transformer blocks, {len(report.inherited) + len(report.left_out)} -> "

@@ -54,7 +54,7 @@ def test_a_bare_pickle_is_refused_unopened(tmp_path: Path) -> None:
 
 def test_a_payload_named_safetensors_runs_nothing(tmp_path: Path) -> None:
     torch.save({"state_dict": Payload(tmp_path / "pwned")}, tmp_path / "x.safetensors")
-    refuse(tmp_path / "x.safetensors", "not a whole safetensors file")
+    refuse(tmp_path / "x.safetensors", "a pickle. by the name of safetensors")
     assert not (tmp_path / "pwned").exists()
 
 

@@ -221,7 +221,7 @@ def test_a_folder_with_something_in_it_is_left_alone(refused, sdxl_file, tmp_pat
 def test_what_is_no_teacher_is_refused(refused, tmp_path, tiny_model):
     assert "no such file or folder" in refused(tmp_path / "nowhere", "vega")
     stage_a = tiny_model / "stage_a.safetensors"
-    assert "holds a Stage A, but a unet is needed" in refused(stage_a, "vega")
+    assert "holds a Stage A, but a U-Net is needed" in refused(stage_a, "vega")
 
 
 def test_a_single_file_has_no_model_folder(refused, sdxl_file, tmp_path):
