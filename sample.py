@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from cascade.errors import UserError, run_main
 from cascade.sample_options import (
+    NOT_OF_LATENTS,
     ONLY_CASCADES,
     ONLY_UNETS,
     check_picture_options,
@@ -187,6 +188,32 @@ def steps_said(plan: Plan) -> str:
     return f" ({'; '.join(said)})"
 
 
+def latent_job(options: argparse.Namespace, prompts: list[str], folder: Path) -> Job:
+    """Settle what a Stage C on an autoencoder's latents is to make."""
+    from cascade.pipelines.latent import LatentPipeline
+    from cascade.pipelines.plan import Settings, make_plan
+
+    pipeline = LatentPipeline(folder, device=options.device, dtype=options.dtype)
+    settings = Settings(
+        negative_prompt=options.negative_prompt,
+        seed=options.seed,
+        num_images=options.num_images,
+        steps_c=options.steps_c,
+        guidance_c=options.guidance_c,
+        guidance_interval=options.guidance_interval,
+        sampler=options.sampler,
+        width=options.width,
+        height=options.height,
+    )
+    plan = make_plan(pipeline.spec, prompts, settings)
+
+    def start(_: Callable[[Preview], None] | None) -> Started:
+        title = f"{pipeline.spec.name} on {pipeline.device}"
+        return Started(title, "", (), pipeline.run(plan))
+
+    return Job(plan.requests, plan.notices, start)
+
+
 def unet_job(options: argparse.Namespace, prompts: list[str], files: ModelFiles) -> Job:
     """Settle what a U-Net is to make."""
     from cascade.pipelines.placement import pick_device, pick_unet_dtypes
@@ -245,6 +272,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # What follows costs seconds to import, so that --help and slips come first.
     from cascade.checkpoints.hub import resolve
+    from cascade.pipelines.latent import is_latent
     from cascade.pipelines.offload import check_request
     from cascade.pipelines.outputs import Outputs
     from cascade.pipelines.placement import check_dtype, pick_device
@@ -258,7 +286,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         check_compile(options.offload, options.vram)
     files = resolve(options.model, variant=options.variant)
-    if is_unet(files):
+    if is_latent(files.folders[0]):
+        refuse_options(options, NOT_OF_LATENTS, "a Stage C on an autoencoder's latents")
+        job = latent_job(options, prompts, files.folders[0])
+    elif is_unet(files):
         refuse_options(options, ONLY_CASCADES, "a U-Net")
         job = unet_job(options, prompts, files)
     else:

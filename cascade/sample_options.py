@@ -31,6 +31,12 @@ ONLY_UNETS = {
     "target_size": "",
 }
 """The same of a cascade."""
+_OF_WHOLE_CASCADES = (
+    *("steps_b", "guidance_b", "fast_decoder", "dialect", "image", "control"),
+    *("preview", "compile", "offload", "vram"),
+)
+NOT_OF_LATENTS = ONLY_UNETS | dict.fromkeys(_OF_WHOLE_CASCADES, "")
+"""The same of a Stage C on an autoencoder's latents."""
 
 
 def make_parser() -> Parser:

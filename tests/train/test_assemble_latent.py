@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from cascade.checkpoints.files import load_network, save_network
-from cascade.errors import UserError
+from cascade.errors import UserError, run_main
 from cascade.pipelines.latent import LatentPipeline
+from sample import main as sample
 from stages.stage_c import StageC
 from tests.unet_models import save_tiny
 from train.assemble_latent import main
@@ -60,3 +61,33 @@ def test_a_damaged_compressor_is_not_passed_over_for_an_autoencoder(tiny_model, 
     (sdxl / "compressor.safetensors").write_bytes(whole[:-1000])
     with pytest.raises(UserError, match=r"compressor\.safetensors"):
         find_compressor(str(sdxl))
+
+
+@pytest.fixture
+def assembled(config, tiny_model, tmp_path) -> Path:
+    stage_c_of(tiny_model, tmp_path / "stage_c.safetensors", 4)
+    found = str(save_tiny(tmp_path / "sdxl", "sdxl"))
+    assert main([*config, "--autoencoder_kl", found, "--out", str(tmp_path / "model")]) == 0
+    return tmp_path / "model"
+
+
+def test_sample_draws_with_it(assembled, tmp_path, capsys):
+    words = ["--model", str(assembled), "--prompt", "a red hat", "--steps-c", "2", "--seed", "3"]
+    words += ["--num-images", "2"]
+    for name in ("one", "two"):
+        assert run_main(lambda name=name: sample([*words, "--out", str(tmp_path / name)])) == 0
+    one, two = (sorted((tmp_path / name).glob("*.png")) for name in ("one", "two"))
+    assert [path.read_bytes() for path in one] == [path.read_bytes() for path in two]
+    assert len({path.read_bytes() for path in one}) == 2
+    assert "latents on cpu" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "option", [["--steps-b", "2"], ["--steps", "2"], ["--preview"], ["--compile"]]
+)
+def test_sample_refuses_what_it_has_no_use_for(option, assembled, tmp_path, capsys):
+    words = ["--model", str(assembled), "--prompt", "a hat", "--out", str(tmp_path / "out")]
+    assert run_main(lambda: sample([*words, *option])) == 2
+    assert f"{option[0]}: {assembled} is a Stage C on an autoencoder's latents" in (
+        capsys.readouterr().err
+    )
