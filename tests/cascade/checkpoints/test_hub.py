@@ -84,7 +84,7 @@ def test_a_slip_in_the_name_of_a_local_folder_asks_nothing_of_the_network(
 def test_a_file_is_refused_unless_it_holds_weights(tmp_path: Path) -> None:
     path = tmp_path / "model.json"
     path.touch()
-    with pytest.raises(UserError, match="name the model's folder"):
+    with pytest.raises(UserError, match=r"neither \.safetensors nor \.ckpt; name a model's folder"):
         resolve(path)
     weights_file = tmp_path / "model.safetensors"
     weights_file.touch()
