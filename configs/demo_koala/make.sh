@@ -42,4 +42,5 @@ student bk configs/distill/demo_bk.yaml
 student auto auto --max-params 32% --calibration configs/demo_koala/unet.yaml --calibration-size 32
 train unet_kd unet_kd_koala unet_kd_koala
 train unet_kd unet_kd_bk unet_kd_bk
+train unet_kd unet_kd_auto unet_kd_auto
 python -m train.assemble_unet --config configs/demo_koala/model.yaml --out "$runs/model"
