@@ -86,7 +86,9 @@ def assemble_unet(config: AssembleUNetConfig, out: Path) -> float:
     spec = replace(spec, told_sizes=parts.unet.config.text_pooled_channels is not None)
     with atomic_folder(out) as temporary:
         notes = {"unet": unet.told, "vae": autoencoder.told}
-        write_unet_folder(spec, parts, temporary, dtype, notes)
+        written = write_unet_folder(spec, parts, temporary, dtype, notes, theirs=False)
+        for notice in written.notices:
+            _log.warning("notice: %s", notice)
         for name, source in config.beside.items():
             beside = find_network(source, "unet")
             _check_sampling(spec, source, beside.opened.metadata)

@@ -96,11 +96,15 @@ def _files_of(model: Path) -> ModelFiles | None:
 
 
 def _convert_unet(source: UNetSource, target: Target, out: Path, dtype: torch.dtype) -> Written:
-    """Write a U-Net's pipeline; our layout of one is diffusers'."""
+    """Write a U-Net's pipeline; our layout of one is diffusers', for students that it can build."""
     parts = source.load(torch.device("cpu"), UNetDtypes(dtype, dtype, torch.float32))
-    write = write_unet_file if target == "original" else write_unet_folder
+    spec, told = source.spec, source.told()
     with atomic_folder(out) as temporary:
-        written = write(source.spec, parts, temporary, dtype, source.told())
+        if target == "original":
+            written = write_unet_file(spec, parts, temporary, dtype, told)
+        else:
+            theirs = target == "diffusers"
+            written = write_unet_folder(spec, parts, temporary, dtype, told, theirs=theirs)
     files = tuple(out / path.relative_to(temporary) for path in written.files)
     return Written(files, (*source.spec.notices, *written.notices))
 

@@ -67,6 +67,8 @@ def write_unet_folder(
     out: Path,
     dtype: torch.dtype,
     notes: Mapping[str, Mapping[str, str]] | None = None,
+    *,
+    theirs: bool = True,
 ) -> Written:
     """Write folders of diffusers, and ``pipeline.json``, which says what they have no place for.
 
@@ -76,14 +78,24 @@ def write_unet_folder(
         out: A folder that is there.
         dtype: Number format of all weights.
         notes: Further metadata of the networks "unet" and "vae": what they cost, how they predict.
+        theirs: Whether diffusers must be able to open it. If not, a student that it can't build is
+            written without the two files that would say it could, and with a notice.
 
     Raises:
         UserError: For a student that diffusers can't build, or numbers too large for the format.
     """
     unet, autoencoder, notes = parts.unet, parts.autoencoder, notes or {}
+    unet_config: Mapping[str, Any] | None = None
+    notices: tuple[str, ...] = ()
+    try:
+        unet_config = unet_config_of(unet.config, spec.sample_size)
+    except UserError as error:
+        if theirs:
+            raise
+        reason = str(error).rpartition(";")[0]
+        notices = (f"{reason}: the folder is for Cascade alone, without {INDEX_FILE}",)
     (out / "unet").mkdir()
     (out / "vae").mkdir()
-    unet_config = unet_config_of(unet.config, spec.sample_size)
     _write_network(out / "unet", unet, unet_config, dtype, notes.get("unet", {}))
     vae = autoencoder_config_of(autoencoder.config, spec)
     _write_network(out / "vae", autoencoder, vae, dtype, notes.get("vae", {}))
@@ -109,10 +121,12 @@ def write_unet_folder(
     (out / "scheduler").mkdir()
     scheduler = json.dumps(scheduler_of(spec.sampling), indent=2) + "\n"
     atomic_write_text(out / "scheduler" / "scheduler_config.json", scheduler)
-    atomic_write_text(out / INDEX_FILE, json.dumps(index, indent=2, sort_keys=True) + "\n")
+    names = (*folders, UNET_SPEC_FILE)
+    if unet_config is not None:
+        atomic_write_text(out / INDEX_FILE, json.dumps(index, indent=2, sort_keys=True) + "\n")
+        names = (*names, INDEX_FILE)
     save_unet_spec(spec, out)
-    names = (*folders, INDEX_FILE, UNET_SPEC_FILE)
-    return Written(tuple(out / name for name in names), ())
+    return Written(tuple(out / name for name in names), notices)
 
 
 def write_unet_file(
@@ -233,13 +247,14 @@ def _text_of(
 def _write_network(
     folder: Path,
     network: Any,
-    content: Mapping[str, Any],
+    content: Mapping[str, Any] | None,
     dtype: torch.dtype,
     notes: Mapping[str, str],
 ) -> None:
     path = folder / "diffusion_pytorch_model.safetensors"
     save_state(path, network, network.state_dict(), dtype, notes)
-    atomic_write_text(folder / "config.json", json.dumps(content, indent=2) + "\n")
+    if content is not None:
+        atomic_write_text(folder / "config.json", json.dumps(content, indent=2) + "\n")
 
 
 def unet_config_of(config: UNetConfig, sample_size: int) -> dict[str, Any]:
