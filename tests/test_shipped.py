@@ -11,6 +11,7 @@ from cascade.evaluate.clip_scorer import ClipScorer
 from cascade.pipelines.cascade import CascadePipeline
 from cascade.pipelines.unet import UNetPipeline
 from cascade.pipelines.unet_parts import open_unet_source
+from cascade.pipelines.unet_plan import UNetSettings
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
 DEMO, KOALA = WEIGHTS / "demo", WEIGHTS / "demo-koala"
@@ -37,7 +38,7 @@ def test_a_picture_is_found_by_its_prompt() -> None:
 @pytest.mark.parametrize("unet", [None, KOALA / "teacher.safetensors"], ids=["student", "teacher"])
 def test_a_picture_of_a_unet_is_found_by_its_prompt(unet: Path | None) -> None:
     pipeline = UNetPipeline(open_unet_source(KOALA, unet), device="cpu")
-    _check(pipeline(PROMPTS, seed=0).pixels)
+    _check(pipeline(PROMPTS, UNetSettings(seed=0)).pixels)
 
 
 def _check(pixels: torch.Tensor) -> None:

@@ -184,3 +184,29 @@ def test_a_conversion_keeps_how_a_u_net_predicts_and_whose_student_it_is(
     found = find_network(tmp_path / "converted", "unet")
     assert read_plan(found.told, "it") == plan
     assert diffusion.items() <= found.told.items() and found.told["train_steps"] == "7"
+
+
+def test_a_student_that_diffusers_has_no_words_for_is_a_folder_of_ours(config, tiny_unet, tmp_path):
+    """Of its attentions some are gone, as the automatic recipe has it."""
+    teacher = load_network(tiny_unet / "unet.safetensors", expect=UNet)
+    plan = plan_student(teacher.config, Recipe(("up_blocks.0.attentions.2",)))
+    student = UNet(plan.student)
+    student.load_state_dict(inherit(teacher.state_dict(), plan)[0])
+    path = tmp_path / "student.safetensors"
+    save_network(path, student, metadata=plan_metadata(plan))
+    out = tmp_path / "mixed"
+    assert main(["--config", str(config), "--out", str(out), "--unet", str(path)]) == 0
+    assert not (out / "model_index.json").exists() and not (out / "unet/config.json").exists()
+    pipeline = UNetPipeline(out, device="cpu")
+    assert pipeline.unet.config == plan.student
+    drawn = pipeline("a blue fish", UNetSettings(seed=5)).latents
+    again, original = tmp_path / "ours", tmp_path / "original"
+    [notice] = convert(out, "ours", again, torch.float32).notices
+    assert "diffusers can't build this U-Net" in notice and "for Cascade alone" in notice
+    convert(out, "original", original, torch.float32)
+    for other in (again, original / f"{pipeline.spec.name}.safetensors"):
+        found = UNetPipeline(other, device="cpu")("a blue fish", UNetSettings(seed=5)).latents
+        assert torch.equal(found, drawn)
+    with pytest.raises(UserError, match="diffusers can't build this U-Net"):
+        convert(out, "diffusers", tmp_path / "theirs", torch.float32)
+    assert not (tmp_path / "theirs").exists()
