@@ -137,7 +137,7 @@ def test_another_scale_than_the_initial_weights_is_refused(make_run, start, tmp_
     save_network(other, AutoencoderKL(replace(SIZES, channels=(8, 8))))
     wide = make_run("autoencoder_kl", "wide", init_from=str(other))
     line = refusal(wide, capsys, "--model.scale", 0.7)
-    assert "another autoencoder_kl than model says: channels is (8, 8) there and (8, 16)" in line
+    assert "another KL autoencoder than model says: channels is (8, 8) there and (8, 16)" in line
 
 
 def test_the_decoder_sees_a_sample_of_the_posterior_and_not_its_mean(make_run, monkeypatch):
