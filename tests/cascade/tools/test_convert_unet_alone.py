@@ -15,6 +15,7 @@ from cascade.checkpoints.files import read_metadata, save_network
 from cascade.errors import run_main
 from cascade.pipelines.unet_spec import UNET_DIFFUSION_KEY
 from cascade.tools.__main__ import main
+from sample import main as sample
 from tests.lora_toys import lora_of
 from tests.unet_models import tiny_model
 
@@ -84,3 +85,11 @@ def test_another_network_alone_is_refused(tmp_path: Path, capsys: Any) -> None:
     assert convert(path, "diffusers", tmp_path / "out") == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_sample_names_what_a_folder_of_one_network_holds(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "vae").mkdir()
+    save_network(tmp_path / "vae" / "it.safetensors", tiny_model("sdxl")[1].autoencoder)
+    words = ["--model", str(tmp_path / "vae"), "--prompt", "a hat"]
+    assert run_main(lambda: sample([*words, "--out", str(tmp_path / "out")])) == 2
+    assert "no model, but KL autoencoder alone" in capsys.readouterr().err

@@ -116,6 +116,15 @@ def test_the_example_recipe_makes_a_student(sdxl_file, tmp_path):
     assert config.up_depths == ((5, 5), (2, 2), (0, 0)) and config.mid_depth == 0
 
 
+def test_a_recipe_that_removes_nothing_says_so(sdxl_file, tmp_path, capsys):
+    (tmp_path / "none.yaml").write_text("remove: []\n")
+    out = str(tmp_path / "out")
+    recipe = str(tmp_path / "none.yaml")
+    words = ["make-student", "--teacher", str(sdxl_file), "--recipe", recipe, "--out", out]
+    assert main(words) == 0
+    assert "the recipe removes nothing" in capsys.readouterr().out
+
+
 def test_a_student_of_half_precision_stays_so(middling, tmp_path):
     teacher = tmp_path / "half.safetensors"
     save_network(teacher, middling, dtype=torch.float16)
