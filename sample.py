@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from cascade.pipelines.cascade import CascadePipeline
     from cascade.pipelines.control_input import ControlInput
     from cascade.pipelines.picture_input import PictureInput
-    from cascade.pipelines.plan import Plan, Request
+    from cascade.pipelines.plan import Plan, Request, Settings
     from cascade.pipelines.results import Picture, Preview
     from cascade.pipelines.unet import UNetPipeline
     from cascade.pipelines.unet_plan import UNetPlan
@@ -120,18 +120,11 @@ def read_control(options: argparse.Namespace) -> ControlInput | None:
     return ControlInput(options.control, image, strength)
 
 
-def cascade_job(options: argparse.Namespace, prompts: list[str], files: ModelFiles) -> Job:
-    """Settle what a cascade is to make."""
-    from cascade.pipelines.parts import open_source
-    from cascade.pipelines.placement import pick_device, pick_dtypes
-    from cascade.pipelines.plan import Settings, make_plan
+def cascade_settings(options: argparse.Namespace) -> Settings:
+    """Return what the command line sets of a cascade, or of its Stage C alone."""
+    from cascade.pipelines.plan import Settings
 
-    pick_dtypes(options.dtype, pick_device(options.device))
-    given, control = read_picture(options), read_control(options)
-    source = open_source(
-        files, dialect=options.dialect or "official", fast_decoder=bool(options.fast_decoder)
-    )
-    settings = Settings(
+    return Settings(
         negative_prompt=options.negative_prompt,
         seed=options.seed,
         num_images=options.num_images,
@@ -144,6 +137,20 @@ def cascade_job(options: argparse.Namespace, prompts: list[str], files: ModelFil
         width=options.width,
         height=options.height,
     )
+
+
+def cascade_job(options: argparse.Namespace, prompts: list[str], files: ModelFiles) -> Job:
+    """Settle what a cascade is to make."""
+    from cascade.pipelines.parts import open_source
+    from cascade.pipelines.placement import pick_device, pick_dtypes
+    from cascade.pipelines.plan import make_plan
+
+    pick_dtypes(options.dtype, pick_device(options.device))
+    given, control = read_picture(options), read_control(options)
+    source = open_source(
+        files, dialect=options.dialect or "official", fast_decoder=bool(options.fast_decoder)
+    )
+    settings = cascade_settings(options)
     plan = make_plan(source.spec, prompts, settings, picture=given, control=control)
 
     def start(on_preview: Callable[[Preview], None] | None) -> Started:
@@ -191,21 +198,10 @@ def steps_said(plan: Plan) -> str:
 def latent_job(options: argparse.Namespace, prompts: list[str], folder: Path) -> Job:
     """Settle what a Stage C on an autoencoder's latents is to make."""
     from cascade.pipelines.latent import LatentPipeline
-    from cascade.pipelines.plan import Settings, make_plan
+    from cascade.pipelines.plan import make_plan
 
     pipeline = LatentPipeline(folder, device=options.device, dtype=options.dtype)
-    settings = Settings(
-        negative_prompt=options.negative_prompt,
-        seed=options.seed,
-        num_images=options.num_images,
-        steps_c=options.steps_c,
-        guidance_c=options.guidance_c,
-        guidance_interval=options.guidance_interval,
-        sampler=options.sampler,
-        width=options.width,
-        height=options.height,
-    )
-    plan = make_plan(pipeline.spec, prompts, settings)
+    plan = make_plan(pipeline.spec, prompts, cascade_settings(options))
 
     def start(_: Callable[[Preview], None] | None) -> Started:
         title = f"{pipeline.spec.name} on {pipeline.device}"

@@ -82,8 +82,7 @@ def convert(model: Path, target: Target, out: Path, dtype: torch.dtype) -> Writt
     writers = {"ours": _write_ours, "original": _write_original, "diffusers": _write_diffusers}
     with atomic_folder(out) as temporary:
         written = writers[target](source, parts, temporary, dtype)
-    files = tuple(out / path.relative_to(temporary) for path in written.files)
-    return Written(files, written.notices)
+    return written.moved(temporary, out)
 
 
 def _files_of(model: Path) -> ModelFiles | None:
@@ -105,8 +104,7 @@ def _convert_unet(source: UNetSource, target: Target, out: Path, dtype: torch.dt
         else:
             theirs = target == "diffusers"
             written = write_unet_folder(spec, parts, temporary, dtype, told, theirs=theirs)
-    files = tuple(out / path.relative_to(temporary) for path in written.files)
-    return Written(files, (*source.spec.notices, *written.notices))
+    return written.moved(temporary, out, source.spec.notices)
 
 
 def _convert_unet_alone(
@@ -124,8 +122,7 @@ def _convert_unet_alone(
             sample_size=size if isinstance(size, int) else None,
             notes=found.told,
         )
-    files = tuple(out / path.relative_to(temporary) for path in written.files)
-    return Written(files, written.notices)
+    return written.moved(temporary, out)
 
 
 def _networks(parts: CascadeParts) -> Iterator[tuple[str, nn.Module]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,11 @@ class Written:
 
     files: tuple[Path, ...]
     notices: tuple[str, ...]
+
+    def moved(self, before: Path, after: Path, notices: Sequence[str] = ()) -> Written:
+        """Return it with its folder's new place, and further notices ahead of its own."""
+        files = tuple(after / path.relative_to(before) for path in self.files)
+        return Written(files, (*notices, *self.notices))
 
 
 def check_new(out: Path) -> None:
