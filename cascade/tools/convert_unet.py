@@ -87,12 +87,10 @@ def write_unet_folder(
     unet, autoencoder, notes = parts.unet, parts.autoencoder, notes or {}
     unet_config: Mapping[str, Any] | None = None
     notices: tuple[str, ...] = ()
-    try:
+    reason = why_not_diffusers(unet.config)
+    if reason is None or theirs:
         unet_config = unet_config_of(unet.config, spec.sample_size)
-    except UserError as error:
-        if theirs:
-            raise
-        reason = str(error).rpartition(";")[0]
+    else:
         notices = (f"{reason}: the folder is for Cascade alone, without {INDEX_FILE}",)
     (out / "unet").mkdir()
     (out / "vae").mkdir()
@@ -257,6 +255,17 @@ def _write_network(
         atomic_write_text(folder / "config.json", json.dumps(content, indent=2) + "\n")
 
 
+def why_not_diffusers(config: UNetConfig) -> str | None:
+    """Return why diffusers can't build a U-Net: it has no words for its depths; None: it can."""
+    mixed = [d for d in (*config.down_depths, *config.up_depths) if 0 in d and any(d)]
+    if not mixed and (not config.mid_depth or config.mid_depth == _depth(config.down_depths[-1])):
+        return None
+    return (
+        f"diffusers can't build this U-Net: down_depths {config.down_depths}, mid_depth "
+        f"{config.mid_depth}, up_depths {config.up_depths}"
+    )
+
+
 def unet_config_of(config: UNetConfig, sample_size: int) -> dict[str, Any]:
     """Return what diffusers' ``config.json`` says of a U-Net.
 
@@ -267,13 +276,10 @@ def unet_config_of(config: UNetConfig, sample_size: int) -> dict[str, Any]:
     Raises:
         UserError: For a student whose depths diffusers has no words for.
     """
-    mixed = [d for d in (*config.down_depths, *config.up_depths) if 0 in d and any(d)]
+    reason = why_not_diffusers(config)
+    if reason is not None:
+        raise UserError(f"{reason}; write the original layout")
     down, up = ([_depth(d) for d in way] for way in (config.down_depths, config.up_depths))
-    if mixed or (config.mid_depth and config.mid_depth != down[-1]):
-        raise UserError(
-            f"diffusers can't build this U-Net: down_depths {config.down_depths}, mid_depth "
-            f"{config.mid_depth}, up_depths {config.up_depths}; write the original layout"
-        )
     layers = [len(depths) for depths in config.down_depths]
     middle = "UNetMidBlock2D" if config.mid_depth == 0 else "UNetMidBlock2DCrossAttn"
     content: dict[str, Any] = {

@@ -15,7 +15,7 @@ from cascade.checkpoints.readers import CONFIG_FILE, read_json
 from cascade.errors import UserError
 from cascade.pipelines.unet_parts import INDEX_FILE, open_unet_source
 from cascade.pipelines.unet_spec import UNET_SPEC_FILE, UNetSpec
-from cascade.tools.convert_unet import unet_config_of
+from cascade.tools.convert_unet import unet_config_of, why_not_diffusers
 from stages.unet.config import UNetConfig
 from stages.unet.unet import UNet
 
@@ -48,11 +48,10 @@ class ModelFolder:
             for key, value in declared.items()
             if key not in _SHAPE_KEYS and not isinstance(value, list)
         }
-        try:
-            return {**kept, **unet_config_of(student, self.spec.sample_size)}
-        except UserError as error:
-            reason = str(error).rpartition(";")[0]
-            raise UserError(f"--model-out: {reason}; leave --model-out out") from error
+        reason = why_not_diffusers(student)
+        if reason is not None:
+            raise UserError(f"--model-out: {reason}; leave --model-out out")
+        return {**kept, **unet_config_of(student, self.spec.sample_size)}
 
 
 def open_model(name: str) -> ModelFolder:
