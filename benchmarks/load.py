@@ -45,7 +45,8 @@ from torch import Tensor, nn
 from cascade.checkpoints.files import build_on_meta
 from cascade.command import Parser, parse_all
 from cascade.errors import UserError, run_main
-from cascade.tools.convert import diffusers_config, family_for
+from cascade.tools.convert import family_for
+from cascade.tools.diffusers_names import diffusers_config
 from stages.stage_a import StageA, StageAConfig
 from stages.stage_b import StageB, StageBConfig
 from stages.stage_c import StageC, StageCConfig

@@ -23,8 +23,9 @@ from cascade.config import from_dict
 from cascade.errors import UserError
 from cascade.pipelines.spec import SPEC_FILE, load_spec
 from cascade.pipelines.unet_spec import UNetSampling, UNetSpec
-from cascade.tools.convert import diffusers_config, family_for
+from cascade.tools.convert import family_for
 from cascade.tools.convert_unet import autoencoder_config_of, unet_config_of
+from cascade.tools.diffusers_names import diffusers_config
 from stages.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from stages.stage_a import StageA, StageAConfig
 from stages.stage_b import StageB, StageBConfig

@@ -36,7 +36,8 @@ from cascade.config import load_yaml  # noqa: E402
 from cascade.errors import UserError, run_main  # noqa: E402
 from cascade.evaluate.flops import FlopCounter  # noqa: E402
 from cascade.evaluate.provenance import commit, machine  # noqa: E402
-from cascade.tools.convert import diffusers_config, family_for  # noqa: E402
+from cascade.tools.convert import family_for  # noqa: E402
+from cascade.tools.diffusers_names import diffusers_config  # noqa: E402
 from stages.stage_c import StageC, StageCCondition, StageCConfig  # noqa: E402
 from train.draws import StepDraws  # noqa: E402
 from train.flops import peak_flops  # noqa: E402

@@ -86,7 +86,7 @@ class LoraFile:
         """How it was trained, by whatever names: all that it says beside its naming's own words."""
         return {
             key: value
-            for key, value in told_by(self._opened).items()
+            for key, value in told_by(self._opened.metadata).items()
             if key != METADATA_KEY and not key.startswith("ss_")  # PEFT's, kohya's
         }
 

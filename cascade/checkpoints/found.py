@@ -5,7 +5,7 @@ What each file is is told by its content; folders' and files' names only say whe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,10 +25,10 @@ from cascade.errors import UserError
 _SAFETY_CHECKER = "StableDiffusionSafetyChecker"
 
 
-def told_by(opened: Opened) -> dict[str, str]:
+def told_by(metadata: Mapping[str, str]) -> dict[str, str]:
     """Return what a file says of a network beside its class and sizes: how it was trained."""
     own = ("format", CLASS_KEY, CONFIG_KEY)
-    return {key: value for key, value in opened.metadata.items() if key not in own}
+    return {key: value for key, value in metadata.items() if key not in own}
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class FoundNetwork:
     @property
     def told(self) -> dict[str, str]:
         """What its file says of it beside its class and sizes, such as what its training cost."""
-        return told_by(self.opened)
+        return told_by(self.opened.metadata)
 
     @property
     def values(self) -> int:

@@ -199,7 +199,7 @@ class UNetSource:
     def told(self) -> dict[str, dict[str, str]]:
         """Return what the files say of "unet" and "vae": how they were trained, whose student."""
         parts = {"unet": self._parts["unet"], "vae": self._parts["autoencoder"]}
-        return {name: told_by(part.opened) for name, part in parts.items()}
+        return {name: told_by(part.opened.metadata) for name, part in parts.items()}
 
     def load(self, device: torch.device, dtypes: UNetDtypes) -> UNetParts:
         """Load the networks.

@@ -16,7 +16,8 @@ from cascade.pipelines import cascade as pipeline_module
 from cascade.pipelines.cascade import CascadePipeline
 from cascade.pipelines.parts import OwnFolder
 from cascade.pipelines.spec import load_spec, save_spec
-from cascade.tools.convert import TRAIN_TIMES, convert
+from cascade.tools.convert import convert
+from cascade.tools.diffusers_names import TRAIN_TIMES
 from stages.stage_c import StageC
 from tests.reference.test_cascade_pipelines import SharedNoise, generator
 

@@ -18,7 +18,8 @@ from cascade.checkpoints.load import FAMILIES, build
 from cascade.checkpoints.part_files import find_network
 from cascade.checkpoints.weight_map import to_theirs
 from cascade.errors import UserError, run_main
-from cascade.tools.convert import convert, diffusers_config
+from cascade.tools.convert import convert
+from cascade.tools.diffusers_names import diffusers_config
 from stages.previewer import Previewer
 from stages.semantic_compressor import CompressorConfig, SemanticCompressor
 from stages.stage_a import StageA

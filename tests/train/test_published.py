@@ -27,7 +27,8 @@ from cascade.pipelines.spec import CascadeSpec, StageSampling, save_spec
 from cascade.text.encoder import TextConfig
 from cascade.text.picture_encoder import PictureEncoder
 from cascade.tools.__main__ import main as tools_main
-from cascade.tools.convert import convert, diffusers_config
+from cascade.tools.convert import convert
+from cascade.tools.diffusers_names import diffusers_config
 from stages.discriminator import Discriminator
 from stages.previewer import Previewer
 from stages.semantic_compressor import CompressorConfig, SemanticCompressor, TrunkStage

@@ -19,8 +19,8 @@ from cascade.pipelines.cascade import CascadePipeline
 from cascade.pipelines.parts import open_source
 from cascade.pipelines.spec import load_spec, save_spec
 from cascade.tools.__main__ import main
-from cascade.tools.convert import TRAIN_TIMES, discrete_betas
 from cascade.tools.describe import describe_path
+from cascade.tools.diffusers_names import TRAIN_TIMES, discrete_betas
 from stages.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from stages.stage_c import StageC
 from tests.unet_models import save_tiny
