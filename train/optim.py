@@ -23,11 +23,12 @@ def learning_rate_factor(config: OptimConfig, max_steps: int) -> Callable[[int],
     Linear warm-up, then constant, or a cosine or linear decay from ``decay_from`` of the run to
     its end.
     """
-    decay_start = max(config.warmup_steps, int(config.decay_from * max_steps))
+    warmup = config.warmup(max_steps)
+    decay_start = max(warmup, int(config.decay_from * max_steps))
 
     def factor(step: int) -> float:
-        if step < config.warmup_steps:
-            return (step + 1) / config.warmup_steps
+        if step < warmup:
+            return (step + 1) / warmup
         if config.schedule == "constant" or step < decay_start:
             return 1.0
         progress = min(1.0, (step - decay_start) / max(1, max_steps - decay_start))

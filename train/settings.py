@@ -101,6 +101,8 @@ class OptimConfig:
     """Decoupled weight decay of matrices and kernels; vectors get none."""
     warmup_steps: int = 100
     """Steps of linear warm-up."""
+    warmup_fraction: float | None = None
+    """Part of the run that is the warm-up, in place of ``warmup_steps``: for runs of any length."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """After the warm-up: constant, or a decay that ends at ``max_steps``."""
     decay_from: float = 0.0
@@ -129,6 +131,8 @@ class OptimConfig:
             raise ValueError(f"offload is set but name is {self.name}; only adamw can be offloaded")
         if self.fused is not None and self.name != "adamw":
             raise ValueError(f"fused is set but name is {self.name}; only adamw has a fused kernel")
+        if self.warmup_fraction is not None and not 0 <= self.warmup_fraction < 1:
+            raise ValueError(f"warmup_fraction={self.warmup_fraction} lies in [0, 1)")
         if min(self.warmup_steps, self.weight_decay, self.grad_clip) < 0:
             raise ValueError(
                 f"warmup_steps={self.warmup_steps}, weight_decay={self.weight_decay} and "
@@ -141,6 +145,12 @@ class OptimConfig:
             )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas={self.betas} lie in [0, 1)")
+
+    def warmup(self, max_steps: int) -> int:
+        """Return the steps of warm-up of a run of so many."""
+        if self.warmup_fraction is None:
+            return self.warmup_steps
+        return round(self.warmup_fraction * max_steps)
 
 
 EXPORT_KEYS = ("train_steps", "train_samples", "train_seconds")

@@ -30,7 +30,8 @@ class Ledger(Callback):
     was spent after ``from_step``: ``seconds`` by phase (their sum is the wall time),
     ``device_seconds``, ``flops`` of all devices (counted by torch at the first step of each kind,
     which is its shapes and what else the system's ``step_kind`` tells apart; null under
-    torch.compile), ``energy_j`` of this machine's GPUs (null where none tells) and
+    torch.compile), ``teacher_flops``, those of a teacher among them,
+    ``energy_j`` of this machine's GPUs (null where none tells) and
     ``peak_memory_mib`` of the first device, or of the process on a CPU. Steps that a killed run
     makes again are spent again: the sum of all rows is the whole cost. A run on several sets
     (``data.mix``) has ``samples_by_set`` beside ``samples``.
@@ -45,14 +46,15 @@ class Ledger(Callback):
         """Of a run on several sets."""
         self.seconds = 0.0
         """Of earlier starts of the run."""
-        self.flops = 0.0
-        """Of this start, all devices."""
+        self.flops = self.teacher_flops = 0.0
+        """Of this start, all devices; the second are among the first."""
         self.clock = PhaseClock() if clock is None else clock
         self._path = None if out is None else out / LEDGER_FILE
         self._every_steps = every_steps
         self._energy = EnergyMeter()
         self._counter: FlopCounter | None = None
-        self._flops_by_kind: dict[object, float] = {}
+        self._flops_by_kind: dict[object, tuple[float, float]] = {}
+        """Of a step: all, and the teacher's among them."""
         self._kind: object = None
         self._step = 0
         self._from_step = 0
@@ -61,7 +63,7 @@ class Ledger(Callback):
         self._setup_s = 0.0
         self._before_compiling: Phase | None = None
         self._looking_before_s = 0.0
-        self._written: dict[str, Any] = {"seconds": {}, "flops": 0.0}
+        self._written: dict[str, Any] = {"seconds": {}, "flops": 0.0, "teacher_flops": 0.0}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Wait for the first batch."""
@@ -83,7 +85,7 @@ class Ledger(Callback):
         self.clock.switch("step")
         self._kind = (getattr(pl_module, "step_kind", None), _shape_of(batch))
         if self._kind not in self._flops_by_kind and not is_compiled(pl_module):
-            self._counter = FlopCounter()
+            self._counter = FlopCounter(where=lambda: self.clock.phase)
             self._counter.__enter__()
 
     def on_train_batch_end(
@@ -92,7 +94,9 @@ class Ledger(Callback):
         """Count the batch."""
         # What the step was, not what the next one would be: a system may have gone on.
         self._stop_counting(self._kind)
-        self.flops += self._flops_by_kind.get(self._kind, 0.0) * trainer.world_size
+        flops, of_teacher = self._flops_by_kind.get(self._kind, (0.0, 0.0))
+        self.flops += flops * trainer.world_size
+        self.teacher_flops += of_teacher * trainer.world_size
         self.samples += len(batch) * trainer.world_size
         self.samples_by_set.update(getattr(batch, "drawn", None) or {})
         self.clock.switch("data")
@@ -121,7 +125,11 @@ class Ledger(Callback):
         if self._path is None or not trainer.is_global_zero:
             return
         before = self._written
-        self._written = {"seconds": dict(self.clock.seconds()), "flops": self.flops}
+        self._written = {
+            "seconds": dict(self.clock.seconds()),
+            "flops": self.flops,
+            "teacher_flops": self.teacher_flops,
+        }
         seconds = {
             phase: round(total - before["seconds"].get(phase, 0.0), 4)
             for phase, total in self._written["seconds"].items()
@@ -135,6 +143,7 @@ class Ledger(Callback):
             "seconds": seconds,
             "device_seconds": round(sum(seconds.values()) * self._world, 4),
             "flops": None if compiled else self.flops - before["flops"],
+            "teacher_flops": None if compiled else self.teacher_flops - before["teacher_flops"],
             "energy_j": self._energy.spent_j(),
             "peak_memory_mib": round(self.peak_memory_bytes() / 2**20),
         }
@@ -192,7 +201,8 @@ class Ledger(Callback):
     def _stop_counting(self, kind: object) -> None:
         if self._counter is not None:
             self._counter.__exit__(None, None, None)
-            self._flops_by_kind[kind] = self._counter.total
+            of_teacher = self._counter.by_place.get("teacher", 0.0)
+            self._flops_by_kind[kind] = self._counter.total, of_teacher
             self._counter = None
 
 

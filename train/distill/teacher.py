@@ -18,6 +18,7 @@ from cascade.checkpoints.load import build
 from cascade.checkpoints.part_files import find_network
 from stages.unet.config import UNetConfig
 from stages.unet.unet import UNet, UNetCondition, UNetOutput
+from train.clock import PhaseClock
 
 TeacherDtype = Literal["float32", "bfloat16", "float16"]
 
@@ -38,6 +39,8 @@ class FrozenTeacher:
         self.name = name
         self.dtype: torch.dtype = getattr(torch, dtype)
         self._found: FoundNetwork = find_network(name, "unet")
+        self.clock = PhaseClock()
+        """The run's."""
         self._network: UNet | None = None
 
     @property
@@ -83,5 +86,8 @@ class FrozenTeacher:
             features: Places whose outputs are wanted as well.
         """
         assert self._network is not None, "load() comes first"
-        with torch.autocast(x_t.device.type, enabled=False):
+        with (
+            self.clock.within("teacher", x_t.device),
+            torch.autocast(x_t.device.type, enabled=False),
+        ):
             return self._network(x_t.to(self.dtype), timesteps, cond, features)

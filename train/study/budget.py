@@ -30,6 +30,7 @@ from train.study.plan import (
     ArmRates,
     Moment,
     calibrate,
+    check_warmup,
     plan_arm,
     plan_lines,
     rates_of_samples,
@@ -119,6 +120,9 @@ def run_study(
             }
             for amount in config.budget.amounts
         }
+        for by_arm in plans.values():
+            for arm in config.arms:
+                check_warmup(arm, by_arm[arm.name])
         lines = plan_lines(config, plans, rates)
         print("\n".join(lines), flush=True)
         if dry_run:
@@ -199,7 +203,7 @@ def _runs(
 
 def _one(config: StudyConfig, run: Run, out: Path, commands: Commands, kind: Kind) -> None:
     """Train an arm, judge its moments, keep the rows; a failure is a row as well."""
-    spent, teacher = Spent(), Spent()
+    spent, teacher, taught = Spent(), Spent(), Spent()
     rows: list[dict[str, Any]] = []
     try:
         for step in run.arm.steps:
@@ -221,11 +225,21 @@ def _one(config: StudyConfig, run: Run, out: Path, commands: Commands, kind: Kin
                 options["run.export_at_steps"] = list(run.plan.exports)
             folder = commands.train(run.arm, step, run.places, options)
             if step is not run.arm.last:
-                spent += spent_until(read_ledger(folder))
+                rows_so_far = read_ledger(folder)
+                spent += spent_until(rows_so_far)
+                taught += spent_until(rows_so_far, whose="teacher")
         ledger = read_ledger(run.places.here / run.arm.last.name)
         for moment in run.plan.moments:
-            cost = spent + spent_until(ledger, moment.step or 0)
-            row = {**_row(config, run, moment), "spent": to_dict(cost), "teacher": to_dict(teacher)}
+            upto = moment.step or 0
+            cost = spent + spent_until(ledger, upto)
+            asked = taught + spent_until(ledger, upto, whose="teacher")
+            if config.budget.teacher == "counted":
+                cost += asked
+            row = {
+                **_row(config, run, moment),
+                "spent": to_dict(cost),
+                "teacher": to_dict(teacher + asked),
+            }
             if moment.step is not None:
                 row |= _judged(config, run, moment, out, commands, kind)
             rows.append(row)

@@ -143,7 +143,8 @@ def cost_of_arm(
             found.append(StepCost(step, None, pictures, drawn_s[step.name]))
             continue
         one = counted[step.name]
-        takes = {"samples": 1.0, "flops": one.counted, "device_seconds": one.total / rate}
+        own = one.total if budget.teacher == "counted" else one.total - one.teacher
+        takes = {"samples": 1.0, "flops": one.learning, "device_seconds": own / rate}
         samples = step.share * left / takes[budget.unit]
         found.append(StepCost(step, one, samples, samples * one.total / rate))
     return found

@@ -30,6 +30,17 @@ class Rate:
     samples: float
     flops: float | None
     """None where it was not counted (torch.compile)."""
+    teacher_device_seconds: float = 0.0
+    """Of a teacher that is asked in the step; no part of ``device_seconds``."""
+    teacher_flops: float | None = 0.0
+
+    def takes(self, budget: BudgetConfig) -> float | None:
+        """Return what a step takes of a budget; None where it was not counted."""
+        own: float | None = getattr(self, budget.unit)
+        if budget.teacher == "apart" or budget.unit == "samples":
+            return own
+        taught = self.teacher_flops if budget.unit == "flops" else self.teacher_device_seconds
+        return None if own is None or taught is None else own + taught
 
 
 @dataclass(frozen=True)
@@ -65,12 +76,36 @@ class ArmPlan:
         return tuple(sorted({one.step for one in self.moments if one.step is not None}))
 
 
-def samples_per_step(step: StepConfig) -> int:
-    """Return what one step of a training sees on all devices, as its configuration says."""
+def _said(step: StepConfig) -> dict[str, Any]:
+    """Return what the file of a training says, and what the study sets in it, but for places."""
     assert step.config is not None
     values: dict[str, Any] = read_yaml(step.config)
     plain = {key: value for key, value in step.set.items() if "{" not in str(value)}
     apply_overrides(values, [f"{key}={json.dumps(value)}" for key, value in plain.items()])
+    return values
+
+
+def check_warmup(arm: ArmConfig, plan: ArmPlan) -> None:
+    """Refuse a plan that would compare warm-ups, which are as long for arms of dear steps.
+
+    Raises:
+        UserError: A third of a training's steps or more are warm-up.
+    """
+    for step in arm.steps:
+        if step.train is None:
+            continue
+        told, steps = _said(step).get("optim") or {}, plan.steps[step.name]
+        warmup = told.get("warmup_steps")
+        if told.get("warmup_fraction") is None and warmup is not None and 3 * warmup >= steps:
+            raise UserError(
+                f"{arm.name}: {step.name} gets {steps} steps, of which optim.warmup_steps, "
+                f"{warmup}, are warm-up; raise budget.amounts, or give optim.warmup_fraction (0.05)"
+            )
+
+
+def samples_per_step(step: StepConfig) -> int:
+    """Return what one step of a training sees on all devices, as its configuration says."""
+    values = _said(step)
     run, data = values.get("run") or {}, values.get("data") or {}
     if "batch_size" not in data:
         raise UserError(f"{step.config}: data.batch_size is missing; a study counts samples by it")
@@ -115,17 +150,23 @@ def calibrate(config: StudyConfig, arm: ArmConfig, out: Path, commands: Commands
         rows = read_ledger(run)
         # The first half is what is slow once: memory, kernels, the first batch.
         whole, first = spent_until(rows, 2 * half), spent_until(rows, half)
-        flops = None
-        if whole.flops is not None and first.flops is not None:
-            flops = (whole.flops - first.flops) / half
+        taught, taught_first = (
+            spent_until(rows, steps, whose="teacher") for steps in (2 * half, half)
+        )
         trainings[step.name] = Rate(
             (whole.device_seconds - first.device_seconds) / half,
             (whole.samples - first.samples) / half,
-            flops,
+            _per_step(whole.flops, first.flops, half),
+            (taught.device_seconds - taught_first.device_seconds) / half,
+            _per_step(taught.flops, taught_first.flops, half),
         )
     rates = ArmRates(trainings, seconds)
     atomic_write_text(file, json.dumps(to_dict(rates), indent=2) + "\n")
     return rates
+
+
+def _per_step(whole: float | None, first: float | None, steps: int) -> float | None:
+    return None if whole is None or first is None else (whole - first) / steps
 
 
 def overhead(arm: ArmConfig, rates: ArmRates, budget: BudgetConfig) -> float:
@@ -169,7 +210,7 @@ def plan_arm(
     for step in arm.steps:
         if step.train is None:
             continue
-        takes = getattr(rates.trainings[step.name], budget.unit)
+        takes = rates.trainings[step.name].takes(budget)
         if takes is None:
             raise UserError(
                 f"{arm.name}: the FLOPs of {step.name} are not counted under run.compile; give "
@@ -200,7 +241,9 @@ def seconds_of(plan: ArmPlan, arm: ArmConfig, rates: ArmRates) -> dict[str, floa
         if step.train is None:
             found[step.name] = rates.commands.get(step.name, 0.0)
         else:
-            found[step.name] = plan.steps[step.name] * rates.trainings[step.name].device_seconds
+            rate = rates.trainings[step.name]
+            each = rate.device_seconds + rate.teacher_device_seconds
+            found[step.name] = plan.steps[step.name] * each
     return found
 
 

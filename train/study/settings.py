@@ -26,7 +26,8 @@ class BudgetConfig:
     amounts: tuple[float, ...]
     """One study for each."""
     teacher: Literal["apart", "counted"] = "apart"
-    """What a step with ``cost: teacher`` takes is told in a column of its own, or is the arm's."""
+    """What a teacher takes, in steps with ``cost: teacher`` and in trainings that ask it, is told
+    in a column of its own, or is the arm's."""
 
     def __post_init__(self) -> None:
         """Refuse budgets that buy nothing."""

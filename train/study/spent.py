@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from cascade.evaluate.training_cost import LEDGER_FILE, ledger_rows
+from cascade.evaluate.training_cost import LEDGER_FILE, PICTURES_PHASE, ledger_rows
 from train.distill.teacher_cost import read_teacher_cost
 
+Whose = Literal["own", "teacher"]
 _LOOKING = ("pictures", "validation")
 """Phases that a budget does not pay for: judging is not learning."""
 
@@ -39,7 +40,9 @@ def read_ledger(run: Path) -> list[dict[str, Any]]:
     return ledger_rows(path) if path.is_file() else []
 
 
-def spent_until(rows: Iterable[Mapping[str, Any]], step: int | None = None) -> Spent:
+def spent_until(
+    rows: Iterable[Mapping[str, Any]], step: int | None = None, *, whose: Whose = "own"
+) -> Spent:
     """Sum a ledger.
 
     A run that was killed makes some steps again. An accident is no property of an arm, so the last
@@ -49,6 +52,8 @@ def spent_until(rows: Iterable[Mapping[str, Any]], step: int | None = None) -> S
     Args:
         rows: Of the ledger.
         step: Steps up to this one; None: all.
+        whose: What the run itself has cost, or what its teacher has within it, whose samples are
+            none: they are the run's.
     """
     kept: list[tuple[Mapping[str, Any], int]] = []  # rows, and where each ends
     for row in rows:
@@ -65,7 +70,7 @@ def spent_until(rows: Iterable[Mapping[str, Any]], step: int | None = None) -> S
         end = end if step is None else min(end, step)
         share = (end - row["from_step"]) / (row["step"] - row["from_step"])
         if share > 0:
-            total += _cost(row, share, end)
+            total += _cost(row, share, end, whose)
     return total
 
 
@@ -82,18 +87,25 @@ def spent_by_command(folder: Path | None, seconds: float) -> Spent:
     return Spent(cost.device_seconds, 0, cost.flops, cost.energy_j)
 
 
-def _cost(row: Mapping[str, Any], share: float, end: int) -> Spent:
+def _cost(row: Mapping[str, Any], share: float, end: int, whose: Whose) -> Spent:
     """Return a part of a row's cost, which ends with step ``end``."""
     seconds: dict[str, float] = row["seconds"]
     wall = sum(seconds.values())
-    learning = wall - sum(seconds.get(phase, 0.0) for phase in (*_LOOKING, "setup"))
     devices = row["device_seconds"] / wall if wall > 0 else 1.0
+    taught_s = seconds.get(PICTURES_PHASE, 0.0)
+    taught_flops = row.get("teacher_flops", 0.0)
+    if whose == "teacher":
+        # A meter tells the energy of both together, which is the run's.
+        return Spent(
+            taught_s * devices * share, 0.0, None if taught_flops is None else taught_flops * share
+        )
+    learning = wall - taught_s - sum(seconds.get(phase, 0.0) for phase in (*_LOOKING, "setup"))
     samples_per_step = row["samples"] / row["step"]  # both are the run's progress
     flops, energy = row["flops"], row["energy_j"]
     return Spent(
         learning * devices * share,
         samples_per_step * (end - row["from_step"]),
-        None if flops is None else flops * share,
+        None if flops is None or taught_flops is None else (flops - taught_flops) * share,
         None if energy is None else energy * share,
     )
 

@@ -58,7 +58,7 @@ class StepFlops:
 
     @property
     def counted(self) -> float:
-        """What the ledger counts, by which a budget of FLOPs is spent."""
+        """What the ledger counts; a budget of FLOPs is spent by ``learning`` alone."""
         return self.learning + self.teacher
 
     @property

@@ -180,10 +180,12 @@ class CascadeLesson:
     """Of ``estimate``."""
     clock: PhaseClock = field(default_factory=PhaseClock)
     """The run's."""
+    device: torch.device | None = None
     _compressor: SemanticCompressor | None = None
 
     def load(self, device: torch.device) -> None:
         """Load the frozen networks onto a device."""
+        self.device = device
         self.teacher.load(device)
         if self.compressor is not None:
             self._compressor = load_frozen(self.compressor, device)
@@ -191,7 +193,7 @@ class CascadeLesson:
     @contextmanager
     def speaks(self) -> Iterator[None]:
         """Count the time as the teacher's; no gradient is wanted of what it says."""
-        with self.clock.within("teacher"), torch.no_grad():
+        with self.clock.within("teacher", self.device), torch.no_grad():
             yield
 
     def reencoded(self, latents: Tensor) -> Tensor:

@@ -98,7 +98,10 @@ class DecoderTeacher:
     def __call__(self, pixels: Tensor, *, decode: bool) -> tuple[Tensor, Tensor | None]:
         """Return the latents (B, 4, h, w) of pixels, and what its decoder makes of them."""
         assert self.network is not None, "load() comes first"
-        with self.clock.within("teacher"), torch.autocast(pixels.device.type, enabled=False):
+        with (
+            self.clock.within("teacher", pixels.device),
+            torch.autocast(pixels.device.type, enabled=False),
+        ):
             latents = self.network.encode(pixels)
             return latents, self.network.decode(latents) if decode else None
 

@@ -120,7 +120,10 @@ class FrozenStageB:
     ) -> BlockOutput:
         """Return what it says, under no autocast; arguments as of ``StageB.forward``."""
         assert self._network is not None, "load() comes first"
-        with self.clock.within("teacher"), torch.autocast(x_t.device.type, enabled=False):
+        with (
+            self.clock.within("teacher", x_t.device),
+            torch.autocast(x_t.device.type, enabled=False),
+        ):
             return self._network(x_t.to(self.dtype), time, cond, features=blocks)
 
 

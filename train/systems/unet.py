@@ -21,6 +21,8 @@ from stages.unet.features import Features
 from stages.unet.unet import UNet, UNetCondition
 from train.adapters import TrainedLora
 from train.callbacks.ema import WeightAverage
+from train.callbacks.find import find_callback
+from train.callbacks.ledger import Ledger
 from train.callbacks.pictures import PicturesConfig
 from train.callbacks.posthoc_ema import PosthocEmaConfig
 from train.callbacks.validation import ValidationConfig
@@ -393,7 +395,7 @@ class UNetSystem(LightningModule):
 
 
 class LoadTeacher(Callback):
-    """Loads the teacher where the run trains."""
+    """Loads the teacher where the run trains, and gives it the run's clock."""
 
     def __init__(self, teacher: FrozenTeacher) -> None:
         """Take the teacher."""
@@ -402,3 +404,6 @@ class LoadTeacher(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Load it."""
         self.teacher.load(pl_module.device)
+        ledger = find_callback(trainer, Ledger)
+        if ledger is not None:
+            self.teacher.clock = ledger.clock

@@ -47,8 +47,11 @@ def test_a_step_on_meta_takes_what_the_ledger_of_a_real_one_counts(kind, make_ru
     # The first steps of Stage A have no discriminator, and a draw says whether they quantize.
     # Fused attention computes its scores again on the way back; plain products do not.
     tolerance = 0.6 if kind == "stage_a" else 0.02
-    assert counted.counted == pytest.approx(spent.flops / spent.samples, rel=tolerance)
-    assert (counted.teacher > 0) == (kind == "unet_kd")
+    assert counted.learning == pytest.approx(spent.flops / spent.samples, rel=tolerance)
+    taught = spent_until(read_ledger(run.out), whose="teacher")
+    assert taught.flops is not None and (counted.teacher > 0) == (kind == "unet_kd")
+    assert counted.teacher == pytest.approx(taught.flops / spent.samples, rel=0.02)
+    assert (taught.device_seconds > 0) == (kind == "unet_kd") and taught.samples == 0
 
 
 @pytest.mark.parametrize("pictures", [False, True])
@@ -81,11 +84,14 @@ def test_a_budget_becomes_samples_and_hours_by_the_rate():
     arm = from_dict(ArmConfig, {"name": "one", "steps": steps, "model": MODEL}, "study.yaml")
     counted = {"b": StepFlops(1, 8.0, 0.0, 2.0), "c": StepFlops(1, 3.0, 1.0, 0.0)}
     by_seconds = cost_of_arm(arm, 1000, budget("device_seconds"), counted, 100.0)
-    assert [one.samples for one in by_seconds] == [2500, 18750]
-    assert [one.device_seconds for one in by_seconds] == [250, 750]
-    # A budget of FLOPs is spent by what ledgers count; encoders take time beside it.
+    assert [one.samples for one in by_seconds] == [2500, 25000]
+    # The teacher's operations take the device's time as well, and are told apart.
+    assert [one.device_seconds for one in by_seconds] == [250, 1000]
+    both = cost_of_arm(arm, 1000, budget("device_seconds", "counted"), counted, 100.0)
+    assert [one.samples for one in both] == [2500, 18750]
+    # A budget of FLOPs is spent by what is learned; encoders take time beside it.
     by_flops = cost_of_arm(arm, 1000, budget("flops"), counted, 100.0)
-    assert [one.samples for one in by_flops] == [31.25, 187.5]
+    assert [one.samples for one in by_flops] == [31.25, 250]
     assert by_flops[0].device_seconds == pytest.approx(3.125)
     by_samples = cost_of_arm(arm, 1000, budget("samples"), counted, 100.0)
     assert [one.samples for one in by_samples] == [250, 750]
