@@ -46,6 +46,7 @@ _log = logging.getLogger(__name__)
 STUDY_FILE = "study.yaml"
 PLAN_FILE = "plan.json"
 RESULTS_FILE = "results.jsonl"
+SHARED = "shared"
 ROWS_FILE = "rows.json"
 _FREE = ("description", "headline", "price_per_device_hour", "grid_prompts", "device", "launcher")
 """Keys that may change between two starts: they decide nothing that was measured."""
@@ -149,8 +150,11 @@ def _claim(values: Mapping[str, object], out: Path) -> None:
                     f"{out} holds a study with another {key}; go on with the configuration that "
                     "it was started with, or choose another --out"
                 )
-    elif out.is_dir() and any(out.iterdir()):
-        raise UserError(f"{out}: holds something else; choose a new folder with --out")
+    elif out.is_dir() and any(one.name != SHARED for one in out.iterdir()):
+        raise UserError(
+            f"{out}: holds something else than {SHARED}, what was made for a study beforehand; "
+            "choose a new folder with --out"
+        )
     out.mkdir(parents=True, exist_ok=True)
     atomic_write_text(file, yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True))
 
@@ -197,7 +201,7 @@ def _runs(
         for amount in config.budget.amounts:
             for arm in config.arms:
                 here = out / "runs" / f"{amount:g}" / arm_folder(arm.name) / f"seed_{seed}"
-                places = Places(here, out / "shared", seed)
+                places = Places(here, out / SHARED, seed)
                 yield Run(arm, amount, seed, plans[amount][arm.name], rates[arm.name], places)
 
 
