@@ -129,7 +129,7 @@ def measure(options: argparse.Namespace) -> int:
         protocol, features=features, clip=options.clip, lpips=options.lpips, device=device
     )
     judge = Judge(protocol, yardsticks, prompts, real)
-    folder, model = options.pictures, str(options.pictures)
+    folder, model, sampling = options.pictures, str(options.pictures), None
     if options.model is not None:
         maker = maker_of(
             options.model, protocol, unet=options.unet, device=named_device, dtype=options.dtype
@@ -143,13 +143,13 @@ def measure(options: argparse.Namespace) -> int:
             print(f"process {part.number} of {part.count} made its share; process 0 measures")
             return 0
         drawn.wait()
-        folder, model = drawn.folder, drawn.model
+        folder, model, sampling = drawn.folder, drawn.model, maker.sampling()
     pictures = open_set(
         folder, protocol.size, protocol.resize, protocol.picture_format, protocol.generated_size
     )
     if options.model is not None:  # a model's folder may hold pictures of other prompts as well
         pictures = pictures.select([prompt.key for prompt in prompts])
-    results = judge(pictures, model=options.name or model)
+    results = judge(pictures, model=options.name or model, sampling=sampling)
     path = options.out / "results.jsonl"
     append_rows(path, results.rows())
     print(table(results))

@@ -54,8 +54,10 @@ class InferenceCost:
     """Of each part for the batch, guidance's second evaluations included."""
     seconds: dict[str, Spread]
     """By stage, and of all together under "all"."""
+    weights_bytes: int
+    """Of all parts, in the number format that they run in."""
     peak_memory_bytes: int | None
-    """Above what was there before; None: this system cannot tell."""
+    """Above what was there before, the weights; None: this system cannot tell."""
     energy_j: float | None
     """Of the timed repeats, for one of them; None: nothing tells it."""
 
@@ -210,6 +212,9 @@ def measure_inference(
         parameters=count_parameters(parts),
         flops=count_flops(parts, draw),
         seconds={name: spread_of(values) for name, values in seconds.items()},
+        weights_bytes=sum(
+            one.numel() * one.element_size() for part in parts.values() for one in part.parameters()
+        ),
         peak_memory_bytes=peak,
         energy_j=None if spent_j is None else spent_j / repeats,
     )

@@ -167,7 +167,7 @@ def inference_table(cost: InferenceCost) -> str:
         [
             markdown_table(columns, lines),
             "",
-            f"peak memory above the model: "
+            f"weights: {cost.weights_bytes / 2**20:,.0f} MiB; peak memory above them: "
             f"{'unknown' if peak is None else f'{peak / 2**20:,.0f} MiB'}; energy of a batch: "
             f"{'unknown' if energy is None else f'{energy:,.1f} J'}",
         ]

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from cascade.checkpoints.files import read_metadata
 from cascade.checkpoints.hub import resolve
-from cascade.config import to_dict
 from cascade.errors import UserError
 from cascade.evaluate.generate import (
     Item,
@@ -117,7 +116,8 @@ def check_weights_kind(places: Sequence[Path], protocol: Protocol) -> None:
         UserError: Naming the file.
     """
     for place in places:
-        paths = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
+        # Those of a U-Net lie in folders of its networks.
+        paths = [place] if place.is_file() else sorted(place.glob("**/*.safetensors"))
         for path in paths:
             if path.suffix != ".safetensors":
                 continue
@@ -157,12 +157,9 @@ def draw_pictures(
             "saved as png"
         )
     settings = {
-        "cascade": to_dict(protocol.cascade),
-        "unet": to_dict(protocol.unet),
-        "negative": protocol.negative_prompt,
+        # As it will be: what the protocol leaves to the model, its files may say otherwise later.
+        "made": maker.settings(),
         "seed": protocol.seed,
-        "size": protocol.generated_size,
-        "dtypes": maker.dtype,
         # Keys alone do not tell two lists of prompts apart.
         "prompts": prompts_hash(prompts),
     }

@@ -124,6 +124,7 @@ class PictureMaker:
         files = resolve(options.model, variant=options.variant)
         self.options = options
         latent = next((folder for folder in files.folders if is_latent(folder)), None)
+        self.is_latent = latent is not None
         self.is_unet = latent is None and is_unet(files)
         _refuse_others(options, self.is_unet)
         # Any prompt will do: what is shared by all pictures is settled here.
@@ -193,6 +194,24 @@ class PictureMaker:
             "dtype": self.dtype,
             "loras": self.loras,
         }
+
+    def sampling(self) -> dict[str, dict[str, object]]:
+        """Return by the model's kind what a protocol may say of its sampling, as it will be."""
+        plan = self._plan
+        if isinstance(plan, UNetPlan):
+            one = plan.sampling
+            own = {"steps": one.steps, "guidance": one.guidance, "sampler": one.sampler}
+            return {"unet": {**own, "spacing": one.spacing, "dtype": self.dtype}}
+        c, b = plan.stage_c, plan.stage_b
+        found: dict[str, object] = {
+            "steps_c": c.steps,
+            "guidance_c": c.guidance,
+            "sampler": c.sampler,
+            "dtype": self.dtype,
+        }
+        if not self.is_latent:
+            found |= {"steps_b": b.steps, "guidance_b": b.guidance}
+        return {"cascade": found}
 
     def load(self) -> AnyPipeline:
         """Load the networks, once.

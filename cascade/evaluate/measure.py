@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -13,8 +13,9 @@ from cascade.errors import UserError
 from cascade.evaluate.features import clip_features
 from cascade.evaluate.metrics import MEASURES, Embedded, Scene, paired
 from cascade.evaluate.picture_sets import Fingerprint, PictureSet, in_memory
-from cascade.evaluate.prompts import Prompt, hash_of, prompts_hash
+from cascade.evaluate.prompts import Prompt, attributes_hash, hash_of, prompts_hash
 from cascade.evaluate.protocol import (
+    ASKING,
     BY_FEATURES,
     PAIRED,
     PROMPTED,
@@ -102,8 +103,12 @@ class Judge:
         *,
         keys: Sequence[str] | None = None,
         model: str = "pictures",
+        sampling: Mapping[str, Mapping[str, object]] | None = None,
     ) -> Results:
-        """Measure one set; the arguments and errors are those of :func:`evaluate`."""
+        """Measure one set; the arguments and errors are those of :func:`evaluate`.
+
+        ``sampling`` is how a model made them, of :meth:`PictureMaker.sampling`; None: nobody knows.
+        """
         protocol = self._protocol
         if isinstance(pictures, Tensor):
             if keys is None and self._given:
@@ -124,6 +129,7 @@ class Judge:
             figures=tuple(figures),
             protocol=self.resolved(pictures.keys).content(),
             protocol_name=protocol.name,
+            sampling=sampling,
             pictures=made.fingerprint,
             commit=commit(),
             machine=machine(self._yardsticks.device),
@@ -139,10 +145,12 @@ class Judge:
         yards = self._yardsticks
         asked = prompts_hash(self._prompts) if self._prompts else hash_of("\n".join(keys))
         # A reference that serves for ceilings alone does not move a figure.
-        reference = self._scene.reference if REFERRED & set(self._protocol.metrics) else None
+        measured = set(self._protocol.metrics)
+        reference = self._scene.reference if REFERRED & measured else None
         return Resolved(
             protocol=self._protocol,
             prompts_sha256=asked,
+            attributes_sha256=attributes_hash(self._prompts) if ASKING & measured else None,
             num_prompts=len(keys),
             reference=None if reference is None else reference.fingerprint,
             num_reference=0 if reference is None else len(reference.keys),

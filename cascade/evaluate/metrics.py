@@ -31,6 +31,7 @@ PSNR_CEILING_DB = 100.0
 _WILSON = "95 % (Wilson)"
 _OF_PICTURES = "95 % of the mean over pictures"
 _BOOTSTRAP = "s.d. of the bootstrap over pictures"
+_HALVES = "s.d., of random halves of the pictures"
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,15 @@ def _frechet(scene: Scene, made: Embedded) -> list[Figure]:
     value = distances.frechet_distance(real, distances.gaussian_of(features))
     spread = None
     if scene.protocol.resamples:
-        generator = scene.generator("frechet")
-        spread = distances.frechet_spread(real, features, generator, scene.protocol.resamples)
+        root = distances.matrix_root(real.covariance)
+        spread = distances.spread_by_halves(
+            lambda rows: distances.frechet_distance(
+                real, distances.gaussian_of(features[rows]), root
+            ),
+            len(features),
+            scene.generator("frechet"),
+            scene.protocol.resamples,
+        )
     fewest = min(len(features), real.count)
     warning = distances.covariance_warning(fewest, network.channels)
     label = network.label("FID", "Frechet distance")
@@ -96,7 +104,7 @@ def _frechet(scene: Scene, made: Embedded) -> list[Figure]:
             len(features),
             real.count,
             spread=spread,
-            uncertainty=_BOOTSTRAP if spread is not None else "none",
+            uncertainty=_HALVES if spread is not None else "none",
             yardstick=network.name,
             yardstick_weights=network.weights,
             notes=() if warning is None else (f"{label}: {warning}",),
@@ -115,6 +123,18 @@ def _kernel(scene: Scene, made: Embedded) -> list[Figure]:
         scene.protocol.kernel_subset_size,
         scene.generator("kernel"),
     )
+    spread = found.spread
+    uncertainty = f"s.d. over {found.subsets} subsets of {found.subset_size}"
+    if spread is None and scene.protocol.resamples:
+        generator = scene.generator("kernel spread")
+        some = real[torch.randperm(len(real), generator=generator)[: 2 * found.subset_size]]
+        spread = distances.spread_by_halves(
+            lambda rows: distances.cubic_mmd(some, features[rows]),
+            len(features),
+            generator,
+            scene.protocol.resamples,
+        )
+        uncertainty = _HALVES
     return [
         Figure(
             "kernel",
@@ -122,8 +142,8 @@ def _kernel(scene: Scene, made: Embedded) -> list[Figure]:
             found.mean,
             len(features),
             len(real),
-            spread=found.spread,
-            uncertainty=f"s.d. over {found.subsets} subsets of {found.subset_size}",
+            spread=spread,
+            uncertainty=uncertainty if spread is not None else "none",
             yardstick=network.name,
             yardstick_weights=network.weights,
         )

@@ -113,6 +113,13 @@ def prompts_hash(prompts: Sequence[Prompt]) -> str:
     return hash_of("\n".join(json.dumps([p.key, p.text]) for p in prompts))
 
 
+def attributes_hash(prompts: Sequence[Prompt]) -> str:
+    """Return the SHA-256 over keys and what the prompts ask for, in hex."""
+    return hash_of(
+        "\n".join(json.dumps([p.key, p.identity, sorted(p.attributes.items())]) for p in prompts)
+    )
+
+
 def hash_of(text: str) -> str:
     """Return the SHA-256 of a text, in hex."""
     return hashlib.sha256(text.encode()).hexdigest()

@@ -42,8 +42,8 @@ Metric = Literal[
     "lpips",
 ]
 VERSIONS: Mapping[str, int] = {
-    "frechet": 1,
-    "kernel": 1,
+    "frechet": 2,
+    "kernel": 2,
     "precision_recall": 1,
     "mmd": 1,
     "clip_score": 1,
@@ -57,6 +57,8 @@ VERSIONS: Mapping[str, int] = {
 PAIRED: frozenset[str] = frozenset({"psnr", "ssim", "lpips"})
 """Metrics of a picture and its original: the reference holds a picture of each key."""
 PROMPTED: frozenset[str] = frozenset({"clip_score", "retrieval", "attributes"})
+ASKING: frozenset[str] = frozenset({"retrieval", "attributes"})
+"""Metrics that read what a prompt asks for beside its text."""
 BY_FEATURES: frozenset[str] = frozenset({"frechet", "kernel", "precision_recall"})
 """Metrics on the feature network; ``mmd`` and the prompted ones are on the CLIP."""
 REFERRED: frozenset[str] = BY_FEATURES | PAIRED | {"mmd"}
@@ -169,6 +171,10 @@ class Protocol:
     """With a prompt's key the seed of its picture, and the source of all draws of the metrics."""
     cascade: CascadeSampling = CascadeSampling()
     unet: UNetSampling = UNetSampling()
+    sampling: Literal["same", "own"] = "same"
+    """What ``cascade`` and ``unet`` leave to the models. "same": whatever that is, it must be the
+    same for all models of a kind, or their figures do not share a table. "own": each as it says of
+    itself, such as a model of four steps beside one of twenty."""
     kernel_subsets: int = 100
     kernel_subset_size: int = 1000
     neighbours: int = 3
@@ -176,7 +182,7 @@ class Protocol:
     candidates: int = 100
     """Prompts that retrieval chooses among."""
     resamples: int = 20
-    """Of the bootstrap; 0: no spread of Frechet distance and MMD."""
+    """Of the pictures, for the spread of Frechet, kernel and CMMD's distance; 0: none is told."""
     attributes: tuple[Attribute, ...] = ()
     perceptual: Literal["lpips_alex", "lpips_vgg", "clip"] = "clip"
     """What "lpips" measures with; "clip" is no LPIPS, and its figures say so."""
@@ -244,6 +250,8 @@ class Resolved:
 
     protocol: Protocol
     prompts_sha256: str
+    attributes_sha256: str | None
+    """Of what the prompts ask for, where a metric reads it."""
     num_prompts: int
     reference: str | None
     """Fingerprint of the reference pictures as they are measured; None without any."""
@@ -257,7 +265,11 @@ class Resolved:
         protocol = to_dict(self.protocol)
         name_free = {key: value for key, value in protocol.items() if key != "name"}
         # The texts are in the hash of the prompts; a result's line need not carry them.
-        name_free["prompts"] = {"sha256": self.prompts_sha256, "count": self.num_prompts}
+        name_free["prompts"] = {
+            "sha256": self.prompts_sha256,
+            "attributes": self.attributes_sha256,
+            "count": self.num_prompts,
+        }
         return {
             **name_free,
             "reference": {"fingerprint": self.reference, "count": self.num_reference},

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade.errors import UserError
-from cascade.evaluate.protocol import content_hash, differences
+from cascade.evaluate.protocol import content_hash, differences, flat
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,9 @@ class Results:
     protocol: Mapping[str, object]
     """Content of the protocol's hash."""
     protocol_name: str
+    sampling: Mapping[str, Mapping[str, object]] | None
+    """By the model's kind, "cascade" or "unet", how it made the pictures, what the protocol left to
+    it among it; None: the pictures were given."""
     pictures: str
     """Fingerprint of the pictures."""
     commit: str
@@ -85,6 +88,7 @@ class Results:
             "model": self.model,
             "protocol_hash": self.protocol_hash,
             "protocol_name": self.protocol_name,
+            "sampling": self.sampling,
             "pictures": self.pictures,
             "commit": self.commit,
             "machine": self.machine,
@@ -152,7 +156,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def check_alike(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
-    """Refuse rows of unlike protocols.
+    """Refuse rows of unlike protocols, and models that filled what theirs leaves open unlike.
 
     Args:
         rows: The results.
@@ -161,6 +165,18 @@ def check_alike(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None
     Raises:
         UserError: Naming the first key that differs, both values, and how many more there are.
     """
+    if not rows:
+        return
+    first: dict[str, tuple[object, str]] = {}
+    same = rows[0]["protocol"].get("sampling") == "same"
+    for row, name in zip(rows, names, strict=True) if same else ():
+        for key, value in flat(row.get("sampling") or {}).items():
+            value_before, name_before = first.setdefault(key, (value, name))
+            if value != value_before:
+                raise UserError(
+                    f"{name_before} and {name}: {key} is {value_before} and {value}, which the "
+                    "protocol leaves to the models; name it there, or say sampling: own"
+                )
     for row, name in zip(rows[1:], names[1:], strict=True):
         if row["protocol_hash"] == rows[0]["protocol_hash"]:
             continue

@@ -1,8 +1,8 @@
 """Arms under one budget: plans, runs, judges and reports; the same command goes on after a stop.
 
-A study's folder holds ``study.yaml`` (what was asked), ``plan.json``, a folder for each budget, arm
-and seed with its runs, their logs and what was judged, ``results.jsonl`` with one row for each
-moment, and the report.
+A study's folder holds ``study.yaml`` (what was asked), ``inputs.json`` (what its files held),
+``plan.json``, a folder for each budget, arm and seed with its runs, their logs and what was judged,
+``results.jsonl`` with one row for each moment, and the report.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from train.study.plan import (
     plan_lines,
     rates_of_samples,
 )
-from train.study.provenance import commit, machine
+from train.study.provenance import commit, inputs_of, machine, trained_by
 from train.study.report import write_report
 from train.study.settings import ArmConfig, StudyConfig, arm_folder
 from train.study.spent import Spent, read_ledger, spent_by_command, spent_until
@@ -45,6 +45,7 @@ _log = logging.getLogger(__name__)
 
 STUDY_FILE = "study.yaml"
 PLAN_FILE = "plan.json"
+INPUTS_FILE = "inputs.json"
 RESULTS_FILE = "results.jsonl"
 SHARED = "shared"
 ROWS_FILE = "rows.json"
@@ -111,6 +112,7 @@ def run_study(
     kind = kind or budget_kind(config)
     _given(config)  # what is missing is told before anything is trained
     _claim(kind.asked, out)
+    _claim_inputs(config, out)
     commands = Commands(config.launcher)
     with commands.listening():
         rates = _rates(config, out, commands, tried=dry_run)
@@ -131,7 +133,8 @@ def run_study(
         _keep_plan(out / PLAN_FILE, plans)
         runs = list(_runs(config, out, plans, rates))
         for run in runs:
-            if not run.rows_file.is_file():
+            # What failed, of a full disk or a missing file, is tried again where it stopped.
+            if not _is_finished(run):
                 _one(config, run, out, commands, kind)
                 _collect(config, out, runs, kind)
     rows = _collect(config, out, runs, kind)
@@ -157,6 +160,24 @@ def _claim(values: Mapping[str, object], out: Path) -> None:
         )
     out.mkdir(parents=True, exist_ok=True)
     atomic_write_text(file, yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True))
+
+
+def _claim_inputs(config: StudyConfig, out: Path) -> None:
+    """Note what the study's files hold; refuse to go on when one holds something else by now.
+
+    Raises:
+        UserError: Naming the file.
+    """
+    file, found = out / INPUTS_FILE, inputs_of(config)
+    if file.is_file():
+        earlier = json.loads(file.read_text(encoding="utf-8"))
+        changed = [path for path in earlier if found.get(path) != earlier[path]]
+        if changed:
+            raise UserError(
+                f"{changed[0]}: has changed since the study in {out} was begun, whose runs would "
+                "not compare; put it back, or choose another --out"
+            )
+    atomic_write_text(file, json.dumps(found, indent=1) + "\n")
 
 
 def _rates(
@@ -258,6 +279,14 @@ def _one(config: StudyConfig, run: Run, out: Path, commands: Commands, kind: Kin
     atomic_write_text(run.rows_file, json.dumps(rows, indent=1) + "\n")
 
 
+def _is_finished(run: Run) -> bool:
+    """Return whether a run has its rows, and none that failed."""
+    if not run.rows_file.is_file():
+        return False
+    rows = json.loads(run.rows_file.read_text(encoding="utf-8"))
+    return all(row["status"] != "failed" for row in rows)
+
+
 def _row(config: StudyConfig, run: Run, moment: Moment) -> dict[str, Any]:
     return {
         "study": config.name,
@@ -270,6 +299,7 @@ def _row(config: StudyConfig, run: Run, moment: Moment) -> dict[str, Any]:
         "status": "no model yet" if moment.step is None else "judged",
         "commit": commit(),
         "machine": machine(pick_device(config.device)),
+        "trained": trained_by(run.places.here / step.name for step in run.arm.steps if step.train),
     }
 
 

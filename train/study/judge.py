@@ -17,6 +17,10 @@ from train.study.steps import Commands
 
 LOWER = frozenset({"frechet", "kernel", "mmd", "lpips"})
 """Metrics of which less is better; of all others more is."""
+_KEPT = (
+    *("value", "label", "real", "num_pictures", "num_reference", "spread", "low", "high"),
+    *("uncertainty", "notes", "yardstick", "yardstick_weights"),
+)
 FIGURES_FILE = "results.jsonl"
 COST_FILE = "cost.json"
 
@@ -31,8 +35,8 @@ def judge(config: StudyConfig, folder: Path, shared: Path, commands: Commands) -
         commands: Runs it.
 
     Returns:
-        ``metrics`` (name -> value, label, better, and the value of real pictures where there is
-        one), the protocol and its hash, ``pictures`` (their folder) and ``cost``.
+        ``metrics`` (name -> :func:`figure_of`), the protocol and its hash, ``sampling``,
+        ``pictures`` (their folder) and ``cost``.
 
     Raises:
         StepFailedError: It can't be measured.
@@ -50,25 +54,28 @@ def judge(config: StudyConfig, folder: Path, shared: Path, commands: Commands) -
         "metrics": {row["metric"]: figure_of(row) for row in rows},
         "protocol_hash": rows[0]["protocol_hash"],
         "protocol": rows[0]["protocol"],
+        "sampling": rows[0]["sampling"],
         "pictures": str(folder / "pictures"),
         "cost": _cost(json.loads(cost.read_text(encoding="utf-8"))),
     }
 
 
 def figure_of(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a study keeps of a figure."""
-    better = "lower" if row["metric"] in LOWER else "higher"
-    return {"value": row["value"], "label": row["label"], "better": better, "real": row["real"]}
+    """Return what a study keeps of a figure: all that one needs to believe it."""
+    kept = {name: row[name] for name in _KEPT}
+    return {**kept, "better": "lower" if row["metric"] in LOWER else "higher"}
 
 
 def _cost(measured: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a picture costs, made alone."""
-    peak = measured["peak_memory_bytes"]
+    peak, latency = measured["peak_memory_bytes"], measured["seconds"]["all"]
     return {
         "parameters": sum(measured["parameters"].values()),
         "gflops": sum(measured["flops"].values()) / 1e9,
-        "latency_s": measured["seconds"]["all"]["median"],
-        "peak_memory_mib": None if peak is None else peak / 2**20,
+        "latency_s": latency["median"],
+        "latency_quartiles_s": [latency["lower"], latency["upper"]],
+        "weights_mib": measured["weights_bytes"] / 2**20,
+        "peak_memory_mib": None if peak is None else (measured["weights_bytes"] + peak) / 2**20,
         "energy_j": measured["energy_j"],
     }
 

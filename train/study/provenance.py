@@ -1,10 +1,12 @@
-"""Where figures come from: command, commit, machine, weights."""
+"""Where figures come from: command, commit, machine, weights, files."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,10 @@ from cascade.checkpoints.hub import ModelFiles
 from cascade.evaluate.provenance import commit, machine
 from cascade.pipelines.spec import model_hash
 from cascade.pipelines.unet_parts import is_unet, open_unet_source
+from train.environment import ENVIRONMENT_FILE
+from train.study.settings import StudyConfig
+
+_DIGITS = 12
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,40 @@ def describe_run(
         weights=model_hash(model) if is_cascade else open_unet_source(model, unet).weights_hash,
         dtype=str(dtype).removeprefix("torch."),
     )
+
+
+def trained_by(runs: Iterable[Path]) -> list[dict[str, str]]:
+    """Return the commits and machines that runs were trained with, of all their starts."""
+    found: dict[tuple[str, str], None] = {}
+    for run in runs:
+        file = run / ENVIRONMENT_FILE
+        if file.is_file():
+            starts = json.loads(file.read_text(encoding="utf-8"))
+            found |= dict.fromkeys((start["commit"], start["machine"]) for start in starts)
+    return [{"commit": commit, "machine": machine} for commit, machine in sorted(found)]
+
+
+def inputs_of(config: StudyConfig) -> dict[str, str]:
+    """Return the files that a study reads and does not make, with the first digits of their hash.
+
+    They are the configurations, recipes and protocols that it names, and the weights that arms are
+    given. Shards are not among them: caches and reference pictures have fingerprints of their own.
+    """
+    named: list[object] = [config.judge.protocol]
+    for arm in config.arms:
+        named += [arm.model.config, *arm.model.set.values(), *arm.given]
+        for step in arm.steps:
+            named += [step.config, *step.set.values()]
+    paths = {str(one) for one in named if isinstance(one, str) and Path(one).is_file()}
+    return {path: _hash_of(Path(path)) for path in sorted(paths)}
+
+
+def _hash_of(path: Path) -> str:
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()[:_DIGITS]
 
 
 def _portable(word: str) -> str:

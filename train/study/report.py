@@ -25,7 +25,10 @@ UNIT_TITLES = {
     "samples": "samples",
     "flops": "FLOPs",
 }
-_COSTS = (("latency_s", "latency, s a picture"), ("peak_memory_mib", "memory above the model, MiB"))
+_COSTS = (
+    ("latency_s", "latency, s a picture"),
+    ("peak_memory_mib", "memory with the weights, MiB"),
+)
 
 
 def write_report(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -215,3 +216,53 @@ def test_tables_of_unlike_protocols_are_refused(
     assert "cascade.steps_c is 2 and 3" in error and error.count("\n") == 1
     assert run("table", files[0], files[0]) == 0
     assert json.loads(files[0].read_text())["protocol"]["cascade"]["steps_c"] == 2
+
+
+def test_what_the_protocol_leaves_to_the_models_must_be_the_same_or_said_to_be_their_own(
+    tmp_path: Path, protocol: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    words = ("--protocol", protocol, "--model", model, "--out", tmp_path / "out")
+    assert run(*words) == 0
+    spec = json.loads((model / "model.json").read_text())
+    spec["stage_c"]["guidance"] = 1.5
+    (model / "model.json").write_text(json.dumps(spec))
+    assert run(*words) == 0
+    results = tmp_path / "out" / "results.jsonl"
+    first, second = read_rows(results)
+    assert first["pictures"] != second["pictures"], "they are drawn again"
+    assert first["protocol_hash"] == second["protocol_hash"]
+    assert second["sampling"]["cascade"]["guidance_c"] == 1.5
+    capsys.readouterr()
+    assert run("table", results) == 2
+    error = capsys.readouterr().err
+    assert "cascade.guidance_c is" in error and "say sampling: own" in error
+    own = write(tmp_path / "own.yaml", sampling="own")
+    for change in (4.0, 1.5):
+        spec["stage_c"]["guidance"] = change
+        (model / "model.json").write_text(json.dumps(spec))
+        assert run("--protocol", own, "--model", model, "--out", tmp_path / "own") == 0
+    assert run("table", tmp_path / "own" / "results.jsonl") == 0
+
+
+def test_a_u_nets_sampling_settings_are_in_what_is_drawn(tmp_path: Path) -> None:
+    one = load_protocol(write(tmp_path / "open.yaml", unet={}, generated_size=64))
+    model = tmp_path / "koala"
+    shutil.copytree("weights/demo-koala", model)
+    before = maker_of(str(model), one, unet=None, device="cpu", dtype="auto").settings()
+    spec = json.loads((model / "pipeline.json").read_text())
+    spec["sampling"]["steps"] += 1
+    (model / "pipeline.json").write_text(json.dumps(spec))
+    maker = maker_of(str(model), one, unet=None, device="cpu", dtype="auto")
+    assert maker.settings() != before
+    assert maker.sampling()["unet"]["steps"] == spec["sampling"]["steps"]
+
+
+def test_a_u_nets_folder_says_whether_its_weights_are_averaged(tmp_path: Path) -> None:
+    one = load_protocol(write(tmp_path / "ema.yaml"))
+    network = Previewer(PreviewerConfig(channels=(8, 8)))
+    (tmp_path / "unet").mkdir()
+    save_network(tmp_path / "unet" / "a.safetensors", network, metadata={"weights": "raw"})
+    with pytest.raises(UserError, match="raw weights"):
+        check_weights_kind([tmp_path], one)

@@ -12,14 +12,15 @@ from cascade.evaluate.distances import (
     Gaussian,
     Moments,
     covariance_warning,
+    cubic_mmd,
     frechet_distance,
-    frechet_spread,
     gaussian_of,
     kernel_distance,
     matrix_root,
     mean_interval,
     precision_recall,
     rbf_distance,
+    spread_by_halves,
 )
 
 
@@ -98,10 +99,30 @@ def test_order_does_not_matter() -> None:
     assert precision_recall(x, shuffled) == precision_recall(x, y)
 
 
-def test_the_bootstraps_spread_shrinks_with_the_number_of_pictures() -> None:
-    real = gaussian_of(features(2000, seed=9))
-    few, many = (frechet_spread(real, features(n, seed=3), generator(), 20) for n in (50, 2000))
-    assert 0 < many < few / 4
+@pytest.mark.parametrize("kind", ["frechet", "kernel"])
+@pytest.mark.parametrize("count", [40, 200])  # fewer and more than the features have dimensions
+def test_the_spread_of_one_sets_halves_is_that_of_other_sets(kind: str, count: int) -> None:
+    channels = 64
+    scale = torch.logspace(0, -1.5, channels, dtype=torch.float64)
+    reference = features(400, channels, seed=99) * scale
+    real = gaussian_of(reference)
+
+    def distance(pictures: Tensor) -> float:
+        if kind == "kernel":
+            return cubic_mmd(reference, pictures)
+        return frechet_distance(real, gaussian_of(pictures))
+
+    sets = [features(count, channels, seed=seed) * scale + 0.1 for seed in range(40)]
+    true = float(torch.tensor([distance(one) for one in sets]).std())
+    told = []
+    for one in sets[:5]:
+        spread = spread_by_halves(
+            lambda rows, one=one: distance(one[rows]), count, generator(1), 20
+        )
+        assert spread is not None
+        told.append(spread)
+    assert 0.6 * true < sum(told) / len(told) < 1.7 * true
+    assert spread_by_halves(lambda rows: 0.0, 3, generator(), 20) is None
 
 
 def test_kid_is_the_published_unbiased_estimate() -> None:
@@ -124,6 +145,7 @@ def test_kid_of_one_distribution_is_zero_within_its_spread_and_grows_with_a_shif
     x, y = features(600, seed=1), features(600, seed=2)
     near = kernel_distance(x, y, 50, 100, generator())
     assert near.spread is not None and abs(near.mean) < near.spread
+    assert kernel_distance(x, y, 50, 400, generator()).spread is None, "much the same pictures"
     far = kernel_distance(x, y + 1, 50, 100, generator())
     assert far.mean > 10 * near.spread
     assert kernel_distance(x, y, 50, 100, generator()) == near

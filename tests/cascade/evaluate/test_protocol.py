@@ -12,6 +12,7 @@ import yaml
 from cascade.errors import UserError
 from cascade.evaluate.prompts import (
     Prompt,
+    attributes_hash,
     draw,
     inline_prompts,
     prompts_hash,
@@ -47,7 +48,8 @@ def make(**changes: object) -> Protocol:
 
 def resolved(protocol: Protocol, **changes: object) -> Resolved:
     prompts = protocol.read_prompts(None)
-    whole = Resolved(protocol, prompts_hash(prompts), len(prompts), "ref", 9, "f", "c", None)
+    found = prompts_hash(prompts)
+    whole = Resolved(protocol, found, None, len(prompts), "ref", 9, "f", "c", None)
     return dataclasses.replace(whole, **changes)  # type: ignore[arg-type]
 
 
@@ -70,6 +72,7 @@ def test_the_hash_is_of_canonical_json_and_stays_what_it_was() -> None:
         ({"weights": "raw"}, "weights"),
         ({"picture_format": "jpeg"}, "picture_format"),
         ({"seed": 1}, "seed"),
+        ({"sampling": "own"}, "sampling"),
         ({"prompts": PromptSource(inline=("a cat", "a dot"))}, "prompts.sha256"),
         ({"metrics": ("frechet",)}, "metrics"),
         ({"clip": Yardstick("clip", "L/14")}, "clip.name"),
@@ -84,7 +87,9 @@ def test_every_key_changes_the_hash_and_is_named(change: dict[str, object], key:
     assert json.dumps(found[0].second)[:20] in str(found[0])
 
 
-@pytest.mark.parametrize("name", ["reference", "features_weights", "clip_weights"])
+@pytest.mark.parametrize(
+    "name", ["reference", "features_weights", "clip_weights", "attributes_sha256"]
+)
 def test_what_the_protocol_stands_for_is_in_the_hash(name: str) -> None:
     first, second = resolved(make()), resolved(make(), **{name: "other"})
     assert first.hash != second.hash
@@ -219,3 +224,10 @@ def test_weights_that_are_not_the_protocols_are_refused() -> None:
     pinned.check("6726825d0af5", "x.pth")
     with pytest.raises(UserError, match="have the hash abc"):
         pinned.check("abc", "x.pth")
+
+
+def test_what_a_prompt_asks_for_has_a_hash_of_its_own() -> None:
+    cat = Prompt("a", "a cat", {"name": "cat", "style": "3d"})
+    dog = Prompt("a", "a cat", {"name": "dog", "style": "flat"})
+    assert prompts_hash([cat]) == prompts_hash([dog])
+    assert attributes_hash([cat]) != attributes_hash([dog])

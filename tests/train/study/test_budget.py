@@ -17,11 +17,11 @@ import yaml
 from cascade.config import from_dict
 from cascade.errors import UserError
 from train.study.budget import RESULTS_FILE, run_study
-from train.study.report import HTML_FILE, MARKDOWN_FILE
+from train.study.report import HTML_FILE, MARKDOWN_FILE, write_report
 from train.study.settings import StudyConfig
 
 ROOT = Path(__file__).parents[3]
-TIMES = ("device_seconds", "energy_j", "latency_s", "peak_memory_mib")
+TIMES = ("device_seconds", "energy_j", "latency_s", "latency_quartiles_s", "peak_memory_mib")
 """What two runs of the same do not share."""
 
 
@@ -83,6 +83,25 @@ def _timeless(value: Any) -> Any:
     return [_timeless(one) for one in value] if isinstance(value, list) else value
 
 
+def _timed_alike(value: Any) -> Any:
+    """Return rows with the same number in place of every time."""
+    if isinstance(value, dict):
+        return {
+            key: (1.0 if key in TIMES and one is not None else _timed_alike(one))
+            for key, one in value.items()
+        }
+    return [_timed_alike(one) for one in value] if isinstance(value, list) else value
+
+
+def _report(out: Path, config: StudyConfig) -> tuple[bytes, ...]:
+    """Return a study's report as it is but for times: Markdown, HTML and the plots."""
+    lines = (out / RESULTS_FILE).read_text().splitlines()
+    rows = [_timed_alike(json.loads(line)) for line in lines]
+    write_report(config, rows, out, given={})
+    plots = sorted((out / "plots").iterdir())
+    return tuple((out / name).read_bytes() for name in (MARKDOWN_FILE, HTML_FILE, *plots))
+
+
 def _rows(out: Path) -> list[dict[str, Any]]:
     lines = (out / RESULTS_FILE).read_text().splitlines()
     return [_timeless(json.loads(line)) for line in lines]
@@ -130,11 +149,20 @@ def test_a_killed_study_goes_on_and_reports_what_an_unbroken_one_does(study, tmp
     assert "<svg" in page and "data:image/png;base64" in page
     for plot in ("plots/clip_score.svg", "pictures.png"):
         assert (whole / plot).is_file() and plot in report
-    # Nothing is made twice, and nobody else's study is gone on with.
+    assert _report(killed, config) == _report(whole, config), "to the byte, but for times"
+    # Nothing is made twice but what failed, which is tried again, and nobody else's study is gone
+    # on with.
     before = sorted((whole / "runs").rglob("*"))
+    log = whole / "runs" / "32" / "it_fails" / "seed_3" / "u.log"
+    tried = log.stat().st_size
     assert run_study(config, whole) == 1 and sorted((whole / "runs").rglob("*")) == before
+    assert log.stat().st_size > tried and _rows(whole) == rows
     with pytest.raises(UserError, match="holds a study with another seeds"):
         run_study(from_dict(StudyConfig, study | {"seeds": [4]}, "s.yaml"), whole)
+    recipe = Path(study["arms"][0]["steps"][0]["config"])
+    recipe.write_text(recipe.read_text() + "# another rate\n")
+    with pytest.raises(UserError, match=f"{recipe}: has changed since the study"):
+        run_study(config, whole)
 
 
 @pytest.mark.slow
