@@ -74,8 +74,8 @@ class Scene:
         return self.reference.clip[[rows[prompt.key] for prompt in self.prompts]]
 
     def generator(self, metric: str) -> torch.Generator:
-        """Return a source of draws of a metric's own: no metric moves another's figures."""
-        return torch.Generator().manual_seed(seed_of(metric, self.protocol.seed))
+        """Return a source of draws of a metric's own."""
+        return _generator(self.protocol, metric)
 
 
 def _frechet(scene: Scene, made: Embedded) -> list[Figure]:
@@ -211,14 +211,36 @@ def _clip_score(scene: Scene, made: Embedded) -> list[Figure]:
     ]
 
 
+def asked_of(protocol: Protocol, prompts: Sequence[Prompt]) -> None:
+    """Refuse prompts of which a protocol can't ask what it asks; no picture is needed to know.
+
+    Raises:
+        UserError: They are too few, or do not say what they are of.
+    """
+    if "retrieval" in protocol.metrics:
+        _candidates(protocol, prompts)
+    if "attributes" in protocol.metrics:
+        for attribute in protocol.attributes:
+            make_questions(attribute, prompts)
+
+
+def _candidates(protocol: Protocol, prompts: Sequence[Prompt]) -> Tensor:
+    texts = [prompt.text for prompt in prompts]
+    identities = [prompt.identity for prompt in prompts]
+    generator = _generator(protocol, "retrieval")
+    return draw_candidates(range(len(texts)), texts, identities, protocol.candidates, generator)
+
+
+def _generator(protocol: Protocol, metric: str) -> torch.Generator:
+    """Return a source of draws of a metric's own: no metric moves another's figures."""
+    return torch.Generator().manual_seed(seed_of(metric, protocol.seed))
+
+
 def _retrieval(scene: Scene, made: Embedded) -> list[Figure]:
     clip, vectors = _seen(scene, made)
     texts = [prompt.text for prompt in scene.prompts]
-    identities = [prompt.identity for prompt in scene.prompts]
     count = scene.protocol.candidates
-    drawn = draw_candidates(
-        range(len(texts)), texts, identities, count, scene.generator("retrieval")
-    )
+    drawn = _candidates(scene.protocol, scene.prompts)
     prompts = clip.scorer.embed_prompts(texts)
     found = agreement(true_ranks(vectors, prompts, drawn))
     real = scene.real_by_prompt

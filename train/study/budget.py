@@ -24,8 +24,10 @@ from cascade.evaluate.results import check_alike
 from cascade.pipelines.placement import pick_device
 from train.callbacks.export import export_folder
 from train.settings import EXPORT_KEYS
+from train.study.checks import check_study
 from train.study.judge import judge
 from train.study.plan import (
+    SHARED,
     ArmPlan,
     ArmRates,
     Moment,
@@ -47,7 +49,6 @@ STUDY_FILE = "study.yaml"
 PLAN_FILE = "plan.json"
 INPUTS_FILE = "inputs.json"
 RESULTS_FILE = "results.jsonl"
-SHARED = "shared"
 ROWS_FILE = "rows.json"
 _FREE = ("description", "headline", "price_per_device_hour", "grid_prompts", "device", "launcher")
 """Keys that may change between two starts: they decide nothing that was measured."""
@@ -61,8 +62,9 @@ class Run:
     amount: float
     seed: int
     plan: ArmPlan
-    rates: ArmRates
     places: Places
+    why: str | None = None
+    """Why it can't even be tried; None: it was."""
 
     @property
     def rows_file(self) -> Path:
@@ -110,28 +112,31 @@ def run_study(
         StudyStoppedError: SIGTERM; what was done stays.
     """
     kind = kind or budget_kind(config)
-    _given(config)  # what is missing is told before anything is trained
+    check_study(config)  # what is missing is told before anything is trained
+    _given(config)
     _claim(kind.asked, out)
     _claim_inputs(config, out)
     commands = Commands(config.launcher)
     with commands.listening():
-        rates = _rates(config, out, commands, tried=dry_run)
+        rates, why = _rates(config, out, commands, tried=dry_run)
+        tried = [arm for arm in config.arms if arm.name in rates]
         plans = {
             amount: {
                 arm.name: plan_arm(arm, amount, config.budget, rates[arm.name], config.evaluate_at)
-                for arm in config.arms
+                for arm in tried
             }
             for amount in config.budget.amounts
         }
         for by_arm in plans.values():
-            for arm in config.arms:
+            for arm in tried:
                 check_warmup(arm, by_arm[arm.name])
         lines = plan_lines(config, plans, rates)
+        lines += [f"{name} can't be tried: {reason}" for name, reason in why.items()]
         print("\n".join(lines), flush=True)
         if dry_run:
-            return 0
+            return len(why)
         _keep_plan(out / PLAN_FILE, plans)
-        runs = list(_runs(config, out, plans, rates))
+        runs = list(_runs(config, out, plans, why))
         for run in runs:
             # What failed, of a full disk or a missing file, is tried again where it stopped.
             if not _is_finished(run):
@@ -182,17 +187,28 @@ def _claim_inputs(config: StudyConfig, out: Path) -> None:
 
 def _rates(
     config: StudyConfig, out: Path, commands: Commands, *, tried: bool
-) -> dict[str, ArmRates]:
-    """Return what the steps of each arm take; a budget of samples needs no trying."""
+) -> tuple[dict[str, ArmRates], dict[str, str]]:
+    """Return what the steps of each arm take, and of others why they can't be tried.
+
+    A budget of samples needs no trying.
+
+    Raises:
+        UserError: No arm can be tried.
+    """
     if config.budget.unit == "samples" and not tried:
-        return {arm.name: rates_of_samples(arm) for arm in config.arms}
-    found = {}
+        return {arm.name: rates_of_samples(arm) for arm in config.arms}, {}
+    found: dict[str, ArmRates] = {}
+    why: dict[str, str] = {}
     for arm in config.arms:
         try:
             found[arm.name] = calibrate(config, arm, out, commands)
         except StepFailedError as error:
-            raise UserError(f"{arm.name} can't be tried: {error}") from error
-    return found
+            _log.error("%s can't be tried: %s", arm.name, error)
+            why[arm.name] = str(error)
+    if not found:
+        name, reason = next(iter(why.items()))
+        raise UserError(f"no arm can be tried, the first, {name}, not for this: {reason}")
+    return found, why
 
 
 def _keep_plan(file: Path, plans: Mapping[float, Mapping[str, ArmPlan]]) -> None:
@@ -202,12 +218,16 @@ def _keep_plan(file: Path, plans: Mapping[float, Mapping[str, ArmPlan]]) -> None
         for amount, by_arm in plans.items()
     }
     if file.is_file():
-        if json.loads(file.read_text(encoding="utf-8")) != values:
-            raise UserError(
-                f"{file}: was made with other training configurations than there are now; choose "
-                "another --out"
-            )
-        return
+        earlier = json.loads(file.read_text(encoding="utf-8"))
+        for amount, by_arm in earlier.items():
+            again = values.get(amount, {})
+            if any(again.get(name, plan) != plan for name, plan in by_arm.items()):
+                raise UserError(
+                    f"{file}: was made with other training configurations than there are now; "
+                    "choose another --out"
+                )
+            # One that could not be tried before, or not now, is no contradiction.
+            values[amount] = {**by_arm, **again}
     atomic_write_text(file, json.dumps(values, indent=2) + "\n")
 
 
@@ -215,15 +235,17 @@ def _runs(
     config: StudyConfig,
     out: Path,
     plans: Mapping[float, Mapping[str, ArmPlan]],
-    rates: Mapping[str, ArmRates],
+    why: Mapping[str, str],
 ) -> Iterator[Run]:
     """Yield all runs, seed by seed: a study that is cut short has all arms."""
+    nothing = ArmPlan({}, tuple(Moment(fraction, None) for fraction in config.evaluate_at))
     for seed in config.seeds:
         for amount in config.budget.amounts:
             for arm in config.arms:
                 here = out / "runs" / f"{amount:g}" / arm_folder(arm.name) / f"seed_{seed}"
                 places = Places(here, out / SHARED, seed)
-                yield Run(arm, amount, seed, plans[amount][arm.name], rates[arm.name], places)
+                plan = plans[amount].get(arm.name, nothing)
+                yield Run(arm, amount, seed, plan, places, why.get(arm.name))
 
 
 def _one(config: StudyConfig, run: Run, out: Path, commands: Commands, kind: Kind) -> None:
@@ -231,6 +253,8 @@ def _one(config: StudyConfig, run: Run, out: Path, commands: Commands, kind: Kin
     spent, teacher, taught = Spent(), Spent(), Spent()
     rows: list[dict[str, Any]] = []
     try:
+        if run.why is not None:
+            raise StepFailedError(run.why)
         for step in run.arm.steps:
             if step.command is not None:
                 seconds = commands.other(run.arm, step, run.places)
@@ -276,6 +300,7 @@ def _one(config: StudyConfig, run: Run, out: Path, commands: Commands, kind: Kin
             for moment in run.plan.moments
             if moment.fraction not in done
         ]
+    run.places.here.mkdir(parents=True, exist_ok=True)
     atomic_write_text(run.rows_file, json.dumps(rows, indent=1) + "\n")
 
 
@@ -334,7 +359,8 @@ def _given(config: StudyConfig) -> dict[str, dict[str, str]]:
     found = {}
     for arm in config.arms:
         for path in arm.given:
-            # What the hub's weights have cost is said by no file.
-            said = {} if is_hub_name(path) else read_metadata(Path(path))
+            # What the hub's weights have cost is said by no file, nor by an archive of torch.
+            silent = is_hub_name(path) or Path(path).suffix != ".safetensors"
+            said = {} if silent else read_metadata(Path(path))
             found[path] = {key: said[key] for key in EXPORT_KEYS if key in said}
     return found

@@ -16,6 +16,7 @@ from cascade.config import to_dict
 from cascade.evaluate.protocol import load_protocol
 from cascade.evaluate.results import check_alike, read_rows
 from train.study.budget import Kind, Run, run_study
+from train.study.checks import check_judge
 from train.study.compression_report import Row, write_compression_report
 from train.study.judge import COST_FILE, FIGURES_FILE, figure_of, judge_options
 from train.study.rates import CompressionConfig
@@ -47,6 +48,7 @@ def run_compression(config: CompressionConfig, out: Path, *, dry_run: bool = Fal
         check_alike([row["reconstruction"] for row in judged], names)
         write_compression_report(config, rows, out, given=given)
 
+    check_judge(config.sweep.reconstruction.judge(config.study.judge), "reconstruction")
     asked = {**to_dict(config.study), **to_dict(config.sweep)}
     return run_study(config.study, out, dry_run=dry_run, kind=Kind(asked, judge_more, report))
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade.checkpoints.files import atomic_write_text
+from train.study.doubts import fairness_blocks, figure_blocks
 from train.study.grids import grid_of
 from train.study.knee import DEFINITION, LEAST_POINTS, Knee, find_knee
 from train.study.page import Block, Heading, Paragraph, Picture, Table, to_html, to_markdown
@@ -85,6 +86,7 @@ def write_compression_report(
     if study.description:
         blocks.append(Paragraph(study.description))
     blocks.append(_asked(config, rows))
+    blocks += fairness_blocks(rows, study.budget.unit)
     kinds = _kinds(config, whole)
     blocks += _knees(config, kinds, whole)
     blocks += _rates(config, whole)
@@ -96,6 +98,8 @@ def write_compression_report(
     blocks += _speed_plots(config, whole, out)
     blocks += _pictures(config, whole, out)
     blocks += arm_blocks(study, given)
+    for kind in kinds:
+        blocks += figure_blocks([row["metrics"] for row in kind.rows], kind.title)
     blocks += failure_blocks(rows)
     blocks += source_blocks(rows)
     blocks += _reconstruction_source(rows)
@@ -112,8 +116,10 @@ def _asked(config: CompressionConfig, rows: Sequence[Row]) -> Block:
     state = "" if done == wanted else f" {done} of {wanted} runs are finished so far."
     return Paragraph(
         f"Each rate trains its own compressor and Stage B, and then its own Stage C, with "
-        f"{study.budget.amounts[0]:,g} {unit} in all. Seeds: {seeds}. Means and standard "
-        f"deviations are over seeds.{state}"
+        f"{study.budget.amounts[0]:,g} {unit} in all. Seeds: {seeds}. "
+        + ("One seed: what another would give is not known." if len(study.seeds) == 1 else "")
+        + ("Means and standard deviations are over seeds." if len(study.seeds) > 1 else "")
+        + state
     )
 
 
@@ -278,8 +284,10 @@ def _speed(config: CompressionConfig, whole: Mapping[str, Sequence[Row]]) -> lis
             cells.append(_median(there, "samples", ",.0f"))
             cells.append(_median(there, "samples_per_second", ",.1f"))
         cells.append(f"{statistics.median(1 / row['cost']['latency_s'] for row in rows):,.3g}")
-        stage_c = [row["stage_seconds"]["stage_c"] for row in rows]
-        cells.append(f"{1000 * statistics.median(stage_c):,.3g}")
+        # An arm of a U-Net beside the curve has no Stage C.
+        stage_c = [row["stage_seconds"].get("stage_c") for row in rows]
+        known = [seconds for seconds in stage_c if seconds is not None]
+        cells.append(f"{1000 * statistics.median(known):,.3g}" if known else "")
         table.append(tuple(cells))
     if not table:
         return []

@@ -48,7 +48,8 @@ def judge(config: StudyConfig, folder: Path, shared: Path, commands: Commands) -
     if not figures.is_file():
         words = ["--protocol", config.judge.protocol, "--model", str(model), "--out", str(folder)]
         words += ["--device", config.device, "--cost", str(cost), *options]
-        commands.module("cascade.evaluate", words, folder / "evaluate.log", "figures and cost")
+        log, launcher = folder / "evaluate.log", config.judge.launcher
+        commands.module("cascade.evaluate", words, log, "figures and cost", launcher)
     rows = read_rows(figures)
     return {
         "metrics": {row["metric"]: figure_of(row) for row in rows},

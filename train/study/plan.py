@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from train.study.steps import Commands, Places
 
 _log = logging.getLogger(__name__)
 
+CALIBRATION, SHARED = "calibration", "shared"
 CALIBRATION_FILE = "calibration.json"
 
 
@@ -51,6 +52,11 @@ class ArmRates:
     """By the step's name."""
     commands: dict[str, float]
     """Seconds."""
+
+    @property
+    def device_seconds(self) -> float:
+        """Of a step of each training; 0 where none was tried."""
+        return sum(rate.device_seconds for rate in self.trainings.values())
 
 
 @dataclass(frozen=True)
@@ -126,10 +132,15 @@ def rates_of_samples(arm: ArmConfig) -> ArmRates:
 def calibrate(config: StudyConfig, arm: ArmConfig, out: Path, commands: Commands) -> ArmRates:
     """Try a few steps of each training of an arm, in order, and its commands; remembered in a file.
 
+    A command that has a ``trial`` makes no more than that, in a place where nothing of the study
+    is; what others share is made once, for the study.
+
     Raises:
         StepFailedError: A step can't be made.
     """
-    places = Places(out / "calibration" / arm_folder(arm.name), out / "shared", config.seeds[0])
+    trials = any(step.trial for one in config.arms for step in one.steps)
+    shared = out / CALIBRATION / SHARED if trials else out / SHARED
+    places = Places(out / CALIBRATION / arm_folder(arm.name), shared, config.seeds[0])
     file = places.here / CALIBRATION_FILE
     if file.is_file():
         return from_dict(ArmRates, json.loads(file.read_text(encoding="utf-8")), str(file))
@@ -139,7 +150,8 @@ def calibrate(config: StudyConfig, arm: ArmConfig, out: Path, commands: Commands
     half = steps // 2
     for step in arm.steps:
         if step.command is not None:
-            seconds[step.name] = commands.other(arm, step, places)
+            tried = replace(step, set={**step.set, **step.trial})
+            seconds[step.name] = commands.other(arm, tried, places) / step.trial_part
             continue
         options = {
             "run.max_steps": steps,
@@ -255,9 +267,10 @@ def plan_lines(
         "| budget | arm | step | share | steps | samples | estimated device seconds |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    total = 0.0
+    total, is_tried = 0.0, any(one.commands or one.device_seconds for one in rates.values())
+    tried = [arm for arm in config.arms if arm.name in rates]
     for amount, by_arm in plans.items():
-        for arm in config.arms:
+        for arm in tried:
             plan = by_arm[arm.name]
             seconds = seconds_of(plan, arm, rates[arm.name])
             for step in arm.steps:
@@ -270,18 +283,19 @@ def plan_lines(
                     count = plan.steps[step.name]
                     samples = count * rates[arm.name].trainings[step.name].samples
                     row = [step.name, f"{step.share:g}", f"{count:,}", f"{samples:,.0f}"]
-                lines.append(
-                    "| " + " | ".join([f"{amount:g}", arm.name, *row, f"{took:,.0f}"]) + " |"
-                )
+                row += [f"{took:,.0f}" if is_tried else "not tried"]
+                lines.append("| " + " | ".join([f"{amount:g}", arm.name, *row]) + " |")
                 if not step.shared:
                     total += took * len(config.seeds)
     once = {
         step.name: rates[arm.name].commands.get(step.name, 0.0)
-        for arm in config.arms
+        for arm in tried
         for step in arm.steps
         if step.shared
     }
     total += sum(once.values())
+    if not is_tried:
+        return [*lines, "", "A budget of samples needs no trying; --dry-run tells the seconds."]
     lines += [
         "",
         f"{len(config.seeds)} seeds: about {total:,.0f} device seconds of training and "

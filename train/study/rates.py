@@ -62,9 +62,10 @@ class ReconstructionConfig:
         return JudgeConfig(self.protocol, self.real, None, other.features, other.clip, other.lpips)
 
     def __post_init__(self) -> None:
-        """Refuse too few pictures."""
+        """Refuse too few pictures, and places that are not known."""
         if self.count < 2:
             raise ValueError(f"count is {self.count}; sets of at least 2 pictures are compared")
+        JudgeConfig(self.protocol, self.real)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade.checkpoints.files import atomic_write_text
+from train.study.doubts import fairness_blocks, figure_blocks
 from train.study.grids import grid_of
 from train.study.page import Block, Heading, Paragraph, Picture, Table, to_html, to_markdown
 from train.study.plots import Axes, Line, Point, plot_front, plot_lines
@@ -50,11 +51,13 @@ def write_report(
     if config.description:
         blocks.append(Paragraph(config.description))
     blocks += _asked(config, rows)
+    blocks += fairness_blocks(rows, config.budget.unit)
     blocks += _whole(config, rows)
     blocks += _curves(config, rows, out)
     blocks += _pareto(config, rows, out)
     blocks += _pictures(config, rows, out)
     blocks += arm_blocks(config, given)
+    blocks += figure_blocks([row["metrics"] for row in rows if row["status"] == "judged"])
     blocks += failure_blocks(rows)
     blocks += source_blocks(rows)
     atomic_write_text(out / MARKDOWN_FILE, to_markdown(blocks))
@@ -80,16 +83,21 @@ def _asked(config: StudyConfig, rows: Sequence[Row]) -> list[Block]:
     amounts = " and ".join(f"{amount:,g}" for amount in config.budget.amounts)
     seeds = ", ".join(str(seed) for seed in config.seeds)
     teacher = {
-        "apart": "What a teacher draws is told apart and not in the budget.",
-        "counted": "What a teacher draws is in the budget of the arm that learns from it.",
+        "apart": "What a teacher computes, in a training or to draw pictures, is told apart and "
+        "is not in the budget.",
+        "counted": "What a teacher computes, in a training or to draw pictures, is in the budget "
+        "of the arm that learns from it.",
     }[config.budget.teacher]
     wanted = len(config.arms) * len(config.seeds) * len(config.budget.amounts)
     done = {(row["arm"], row["budget"], row["seed"]) for row in rows}
     state = "" if len(done) == wanted else f" {len(done)} of {wanted} runs are finished so far."
+    commands = (
+        "" if config.budget.unit == "device_seconds" else " Commands between trainings are free."
+    )
     return [
         Paragraph(
             f"Every arm may spend {amounts} {unit}. Seeds: {seeds}. {teacher} Judging, and the "
-            f"set-up of a run, are nobody's cost.{state}"
+            f"set-up of a run, are nobody's cost.{commands}{state}"
         )
     ]
 
@@ -110,12 +118,13 @@ def _whole(config: StudyConfig, rows: Sequence[Row]) -> list[Block]:
                 values = values_of(judged, name)
                 cells.append(mean_and_spread(values) if values else "failed" if every else "")
             spent = [row["spent"] for row in judged]
-            teachers = [row["teacher"]["device_seconds"] for row in judged]
+            teachers = [row["teacher"] for row in judged]
             cells += [
                 mean_cost(spent, "samples", ",.0f"),
                 mean_cost(spent, "flops", ".3g"),
                 mean_cost(spent, "device_seconds", ",.0f"),
-                f"{statistics.mean(teachers):,.0f}" if teachers else "",
+                mean_cost(teachers, "flops", ".3g"),
+                mean_cost(teachers, "device_seconds", ",.0f"),
             ]
             if config.price_per_device_hour is not None:
                 seconds = [one["device_seconds"] for one in spent]
@@ -128,11 +137,14 @@ def _whole(config: StudyConfig, rows: Sequence[Row]) -> list[Block]:
             padding = [""] * (len(table[0]) - 2 - len(names))
             table.append(("real pictures", "", *cells, *padding))
         head = ["arm", "seeds", *(figure_title(rows, name) for name in names)]
-        head += ["samples", "FLOPs", "device seconds", "teacher's seconds"]
+        head += ["samples", "FLOPs", "device seconds", "teacher's FLOPs", "teacher's seconds"]
         if config.price_per_device_hour is not None:
             head.append("price")
         blocks.append(Table(tuple(head), tuple(table)))
-    blocks.append(Paragraph("Means and standard deviations are over seeds."))
+    if len(config.seeds) > 1:
+        blocks.append(Paragraph("Means and standard deviations are over seeds."))
+    else:
+        blocks.append(Paragraph("One seed: what another would give is not known."))
     return blocks
 
 
@@ -140,17 +152,29 @@ def _curves(config: StudyConfig, rows: Sequence[Row], out: Path) -> list[Block]:
     blocks: list[Block] = [Heading("Quality against budget")]
     unit = config.budget.unit
     missing = sorted({row["arm"] for row in rows if row["status"] == "no model yet"})
-    text = (
-        "Within a budget the learning rate is still high at the earlier points: what an arm would "
-        "reach with so small a budget alone is what the smaller budget shows. A band is one "
-        "standard deviation over the seeds; the small dots are the seeds."
-    )
+    told = []
+    if len(config.evaluate_at) > 1:
+        told.append(
+            "Within a budget the learning rate is still high at the earlier points: what an arm "
+            "would reach with so small a budget alone, "
+            + (
+                "is what the smaller budget shows."
+                if len(config.budget.amounts) > 1
+                else "only a smaller budget would show."
+            )
+        )
+    if len(config.seeds) > 1:
+        told.append(
+            "A band is one standard deviation over the seeds; the small dots are the seeds."
+        )
+    text = " ".join(told)
     if missing:
         text += (
             f" Points that are missing: {', '.join(missing)} had no whole model yet, the budget "
             "having gone to what the last training builds on."
         )
-    blocks.append(Paragraph(text))
+    if text:
+        blocks.append(Paragraph(text.strip()))
     for name in metric_names(config, rows):
         lines = []
         for style, amount in enumerate(config.budget.amounts):
@@ -200,7 +224,7 @@ def _pareto(config: StudyConfig, rows: Sequence[Row], out: Path) -> list[Block]:
         for colour, (arm, judged) in enumerate(by_arm.items()):
             costs = [row["cost"][key] for row in judged if row["cost"].get(key) is not None]
             if costs:
-                point = Point(statistics.median(costs), tuple(values_of(judged, best)))
+                point = Point(statistics.mean(costs), tuple(values_of(judged, best)))
                 lines.append(Line(arm, (point,), colour))
         if lines:
             file = f"{PLOTS}/{key}.svg"
@@ -275,19 +299,21 @@ def failure_blocks(rows: Sequence[Row]) -> list[Block]:
 
 def source_blocks(rows: Sequence[Row]) -> list[Block]:
     """Return where the numbers are from: one line for each protocol, commit and machine."""
-    found: dict[tuple[str, str, str], int] = {}
+    found: dict[tuple[str, str, str, str], int] = {}
     for row in rows:
         if row["status"] == "judged":
-            key = (row["protocol_hash"], row["commit"], row["machine"])
+            trained = ", ".join(sorted({one["commit"] for one in row["trained"]}))
+            key = (row["protocol_hash"], trained, row["commit"], row["machine"])
             found[key] = found.get(key, 0) + 1
     table = tuple((*key, str(count)) for key, count in sorted(found.items()))
     return [
         Heading("Where the numbers are from"),
         Paragraph(
-            "Every row of results.jsonl names its protocol's hash, its commit and its machine. "
+            "Every row of results.jsonl names its protocol's hash, the commits that trained and "
+            "judged it, and the machines. "
             "Figures of unlike protocols are refused in one report."
         ),
-        Table(("protocol", "commit", "machine", "rows"), table, 3),
+        Table(("protocol", "trained by commit", "judged by commit", "machine", "rows"), table, 4),
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import string
 from dataclasses import dataclass, field
 from typing import Literal
@@ -31,7 +32,7 @@ class BudgetConfig:
 
     def __post_init__(self) -> None:
         """Refuse budgets that buy nothing."""
-        if not self.amounts or any(not amount > 0 for amount in self.amounts):
+        if not self.amounts or not all(0 < amount < math.inf for amount in self.amounts):
             raise ValueError(f"amounts is {self.amounts}; give one or more positive numbers")
         if len(set(self.amounts)) != len(self.amounts):
             raise ValueError(f"amounts is {self.amounts}; each is to be given once")
@@ -66,6 +67,11 @@ class StepConfig:
     resumable: bool = False
     """A command that goes on where it was stopped; another begins again, and what it had left at
     its ``out`` is removed first."""
+    trial: dict[str, Option] = field(default_factory=dict)
+    """Options in place of those of ``set`` while a step is tried for the plan, such as ``limit:
+    16`` of a million pictures to draw."""
+    trial_part: float = 1.0
+    """Which part of the command ``trial`` makes of it; its seconds count for the whole by that."""
 
     def __post_init__(self) -> None:
         """Refuse steps that are nothing, or two things."""
@@ -79,6 +85,15 @@ class StepConfig:
             raise ValueError(
                 f"step {self.name!r}: a training is not shared; train it before the study, and "
                 "name its weights under given"
+            )
+        if self.train is not None and self.trial:
+            raise ValueError(
+                f"step {self.name!r}: trial is for commands; a training is tried as is"
+            )
+        if not 0 < self.trial_part <= 1 or (self.trial_part < 1) != bool(self.trial):
+            raise ValueError(
+                f"step {self.name!r}: trial_part is {self.trial_part}; a trial is a part in (0, 1) "
+                "of its command, and without one it is 1"
             )
         decided = [key for key in self.set if self.train is not None and key in DECIDED]
         if decided:
@@ -125,7 +140,10 @@ class ArmConfig:
         total = sum(step.share for step in trainings)
         if abs(total - 1) > 1e-6:
             raise ValueError(f"arm {self.name!r}: the shares of its trainings sum to {total:g}")
-        given = [(step.set, PLACES[:-1]) for step in self.steps] + [(self.model.set, PLACES)]
+        given: list[tuple[dict[str, Option], tuple[str, ...]]] = [
+            ({**step.set, **step.trial}, PLACES[:-1]) for step in self.steps
+        ]
+        given.append((self.model.set, PLACES))
         for options, allowed in given:
             for key, value in options.items():
                 for place in _places(value):
@@ -158,6 +176,9 @@ class JudgeConfig:
     """The protocol's CLIP; None: the demonstration's."""
     lpips: str | None = None
     """LPIPS' trunk."""
+    launcher: tuple[str, ...] = ()
+    """What starts the drawing of a model's pictures on several devices, as the study's ``launcher``
+    does for trainings; the first process measures."""
 
     def __post_init__(self) -> None:
         """Refuse places that are not known."""
@@ -213,6 +234,13 @@ class StudyConfig:
             raise ValueError(f"evaluate_at is {self.evaluate_at}; fractions rise, within (0, 1]")
         if not self.evaluate_at or self.evaluate_at[-1] != 1.0:
             raise ValueError(f"evaluate_at is {self.evaluate_at}; its last is 1, the whole budget")
+        if min(self.seeds) < 0:
+            raise ValueError(f"seeds is {self.seeds}; a seed is 0 or more")
+        price = self.price_per_device_hour
+        if price is not None and not 0 <= price < math.inf:
+            raise ValueError(f"price_per_device_hour is {price}; a price is 0 or more")
+        if self.grid_prompts < 0:
+            raise ValueError(f"grid_prompts is {self.grid_prompts}; 0 or more rows are shown")
         if self.calibration_steps < 4:
             raise ValueError(f"calibration_steps is {self.calibration_steps}; 4 is the least")
 

@@ -47,7 +47,8 @@ def spent_until(
 
     A run that was killed makes some steps again. An accident is no property of an arm, so the last
     time that a step was made counts, and no other; a row of which a part counts, counts by its
-    share of steps. Set-up, and the seconds of looking, are left out.
+    share of steps. Steps of which a kill took the row, and the checkpoint was kept, cost what those
+    of the next row do. Set-up, and the seconds of looking, are left out.
 
     Args:
         rows: Of the ledger.
@@ -65,12 +66,14 @@ def spent_until(
         if kept:
             kept[-1] = (kept[-1][0], min(kept[-1][1], begin))
         kept.append((row, row["step"]))
-    total = Spent()
+    total, done = Spent(), 0
     for row, end in kept:
         end = end if step is None else min(end, step)
-        share = (end - row["from_step"]) / (row["step"] - row["from_step"])
+        begin = min(done, row["from_step"])
+        share = (end - begin) / (row["step"] - row["from_step"])
         if share > 0:
-            total += _cost(row, share, end, whose)
+            total += _cost(row, share, end - begin, whose)
+        done = max(done, end)
     return total
 
 
@@ -87,8 +90,8 @@ def spent_by_command(folder: Path | None, seconds: float) -> Spent:
     return Spent(cost.device_seconds, 0, cost.flops, cost.energy_j)
 
 
-def _cost(row: Mapping[str, Any], share: float, end: int, whose: Whose) -> Spent:
-    """Return a part of a row's cost, which ends with step ``end``."""
+def _cost(row: Mapping[str, Any], share: float, steps: int, whose: Whose) -> Spent:
+    """Return a part of a row's cost, that of so many steps."""
     seconds: dict[str, float] = row["seconds"]
     wall = sum(seconds.values())
     devices = row["device_seconds"] / wall if wall > 0 else 1.0
@@ -104,7 +107,7 @@ def _cost(row: Mapping[str, Any], share: float, end: int, whose: Whose) -> Spent
     flops, energy = row["flops"], row["energy_j"]
     return Spent(
         learning * devices * share,
-        samples_per_step * (end - row["from_step"]),
+        samples_per_step * steps,
         None if flops is None or taught_flops is None else (flops - taught_flops) * share,
         None if energy is None else energy * share,
     )

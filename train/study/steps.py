@@ -130,9 +130,11 @@ class Commands:
             command += ["--config", step.config]
         for key, value in step.set.items():
             command += [f"--{key}"] if value is True else [f"--{key}", values[key]]
-        # A command that is gone on with has cost what all its starts took.
+        # A command that is gone on with has cost what all its starts took; one that begins again
+        # has cost its last: an accident is no property of an arm.
         spent = note.with_suffix(".seconds")
-        earlier_s = float(spent.read_text(encoding="utf-8")) if spent.is_file() else 0.0
+        goes_on = step.resumable and spent.is_file()
+        earlier_s = float(spent.read_text(encoding="utf-8")) if goes_on else 0.0
         started_s = time.monotonic()
         try:
             self._run(f"{arm.name}: {step.name}", command, places.here / f"{step.name}.log")
@@ -160,9 +162,20 @@ class Commands:
         self._run(f"model {out.name}", command, out.with_suffix(".log"))
         done.touch()
 
-    def module(self, module: str, words: Sequence[str], log: Path, what: str) -> None:
-        """Run a module of this repository; its errors are those of ``other``."""
-        self._run(what, [sys.executable, "-m", *module.split(), *words], log)
+    def module(
+        self,
+        module: str,
+        words: Sequence[str],
+        log: Path,
+        what: str,
+        launcher: Sequence[str] = (),
+    ) -> None:
+        """Run a module of this repository; its errors are those of ``other``.
+
+        ``launcher`` starts it on several devices, in place of this Python on one.
+        """
+        command = [*(launcher or (sys.executable,)), "-m", *module.split(), *words]
+        self._run(what, command, log, os.environ if launcher else None)
 
     def _run(
         self,

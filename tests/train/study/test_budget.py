@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cascade.config import from_dict
+from cascade.config import apply_overrides, from_dict
 from cascade.errors import UserError
 from train.study.budget import RESULTS_FILE, run_study
 from train.study.report import HTML_FILE, MARKDOWN_FILE, write_report
@@ -179,6 +179,57 @@ def test_a_dry_run_tries_a_few_steps_and_prints_the_plan(study, tmp_path, capsys
     assert steps[1] == pytest.approx(2 * steps[0], abs=1) and steps[0] > 100
     assert "about 3,000 device seconds" in printed
     assert not (tmp_path / "out" / "runs").exists()
+
+
+@pytest.mark.slow
+def test_an_arm_that_cannot_be_tried_is_a_failed_one_and_the_others_go_on(study, tmp_path):
+    study["budget"] = {"unit": "flops", "amounts": [1e9]}
+    study["calibration_steps"] = 4
+    config, out = from_dict(StudyConfig, study, "s.yaml"), tmp_path / "out"
+    assert run_study(config, out) == 1
+    rows = _rows(out)
+    assert [row["status"] for row in rows if row["arm"] == "it fails"] == ["failed"] * 2
+    assert rows[1]["status"] == "judged" and str(tmp_path / "none") in rows[-1]["why"]
+    report = (out / MARKDOWN_FILE).read_text()
+    assert "| it fails | 0 of 1 | failed |" in report
+    study["arms"] = study["arms"][1:]
+    with pytest.raises(UserError, match="no arm can be tried, the first, it fails"):
+        run_study(from_dict(StudyConfig, study, "s.yaml"), tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"judge.protocol": "nope.yaml"}, r"nope\.yaml"),
+        ({"judge.real": "nope"}, r"judge\.real: nope is not there"),
+        ({"headline": ["clip_skore"]}, "clip_skore is no figure of .* did you mean clip_score"),
+    ],
+)
+def test_what_could_not_be_judged_is_refused_before_it_is_trained(
+    changes, message, study, tmp_path
+):
+    apply_overrides(study, [f"{key}={json.dumps(value)}" for key, value in changes.items()])
+    with pytest.raises(UserError, match=message):
+        run_study(from_dict(StudyConfig, study, "s.yaml"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_prompts_that_are_too_few_to_choose_among_are_told_at_the_start(study, tmp_path):
+    file = Path(study["judge"]["protocol"])
+    protocol = yaml.safe_load(file.read_text()) | {"metrics": ["retrieval"]}
+    file.write_text(yaml.safe_dump(protocol))
+    with pytest.raises(UserError, match="ask for fewer candidates"):
+        run_study(from_dict(StudyConfig, study, "s.yaml"), tmp_path / "out")
+
+
+def test_a_study_begins_beside_what_was_made_for_it_beforehand(study, tmp_path):
+    out = tmp_path / "out"
+    (out / "shared" / "drawn").mkdir(parents=True)
+    study["arms"] = study["arms"][:1]
+    study["budget"]["amounts"] = [1]
+    with pytest.raises(UserError, match="one step takes"):  # it has begun, and planned
+        run_study(from_dict(StudyConfig, study, "s.yaml"), out)
+    assert (out / "study.yaml").is_file()
 
 
 def test_a_study_goes_only_into_a_folder_of_its_own(study, tmp_path):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from cascade.config import from_dict
@@ -8,6 +10,7 @@ from train.study.plan import (
     ArmRates,
     Moment,
     Rate,
+    check_warmup,
     overhead,
     plan_arm,
     plan_lines,
@@ -52,6 +55,73 @@ def test_seconds_pay_for_the_arms_commands_and_for_a_counted_teacher():
     counted = budget("device_seconds", teacher="counted")
     assert overhead(arm(), RATES, counted) == 40
     assert plan_arm(arm(), 140, counted, RATES, (1.0,)).steps == {"b": 50, "c": 300}
+
+
+def test_a_teacher_in_a_step_is_apart_or_counted_as_its_pictures_are():
+    one = arm(steps=[WHOLE])
+    rates = ArmRates({"b": Rate(0.5, 4, 100.0, 0.5, 60.0)}, {})
+    flops = budget("flops")
+    assert plan_arm(one, 1000, flops, rates, (1.0,)).steps == {"b": 10}
+    apart, counted = (budget("device_seconds", teacher=told) for told in ("apart", "counted"))
+    assert plan_arm(one, 100, apart, rates, (1.0,)).steps == {"b": 200}
+    assert plan_arm(one, 100, counted, rates, (1.0,)).steps == {"b": 100}
+
+
+@pytest.mark.parametrize(
+    ("optim", "refused"),
+    [
+        ({"warmup_steps": 30}, True),
+        ({"warmup_steps": 3}, False),
+        ({"warmup_steps": 30, "warmup_fraction": 0.05}, False),
+        ({}, False),
+    ],
+)
+def test_a_plan_that_is_mostly_warm_up_is_refused(optim, refused, tmp_path):
+    config = tmp_path / "b.yaml"
+    config.write_text(json.dumps({"optim": optim}))
+    one = arm(steps=[WHOLE | {"config": str(config)}])
+    plan = plan_arm(one, 160, budget("samples"), RATES, (1.0,))
+    if refused:
+        with pytest.raises(UserError, match=r"b gets 40 steps, of which optim\.warmup_steps, 30"):
+            check_warmup(one, plan)
+    else:
+        check_warmup(one, plan)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trial": {"limit": 3}}, "a trial is a part"),
+        ({"trial_part": 0.5}, "a trial is a part"),
+        ({"trial": {"limit": 3}, "trial_part": 0.0}, "a trial is a part"),
+        ({"trial": {"out": "{there}"}, "trial_part": 0.5}, "names {there}"),
+    ],
+)
+def test_trials_that_are_none_are_refused(changes, message):
+    step = {"name": "draw", "command": "train.distill generate", **changes}
+    with pytest.raises(UserError, match=message):
+        arm(steps=[step, WHOLE])
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "message"),
+    [
+        ("budget", {"unit": "samples", "amounts": [float("inf")]}, "positive numbers"),
+        ("price_per_device_hour", -3.0, "a price is 0 or more"),
+        ("price_per_device_hour", float("nan"), "price_per_device_hour"),
+        ("seeds", [-1], "a seed is 0 or more"),
+        ("grid_prompts", -1, "0 or more rows"),
+    ],
+)
+def test_numbers_that_are_none_are_refused(section, value, message):
+    values = {
+        "name": "s",
+        "budget": {"unit": "samples", "amounts": [100]},
+        "arms": [{"name": "one", "steps": [WHOLE], "model": MODEL}],
+        "judge": {"protocol": "p.yaml"},
+    }
+    with pytest.raises(UserError, match=message):
+        from_dict(StudyConfig, values | {section: value}, "s.yaml")
 
 
 def test_budgets_that_buy_nothing_are_refused():

@@ -45,6 +45,23 @@ def test_steps_that_a_killed_run_made_again_count_once_and_with_their_last_cost(
     assert again == spent_until([row(0, 4), row(4, 8), row(8, 12)])
 
 
+def test_steps_whose_row_a_kill_took_cost_what_those_of_the_next_row_do():
+    # Killed after the checkpoint of step 6, before the row of steps 4 to 8 was written.
+    assert spent_until([row(0, 4), row(6, 10)]) == spent_until([row(0, 4), row(4, 10)])
+    assert spent_until([row(0, 4), row(6, 10)], 5) == spent_until([row(0, 4), row(4, 10)], 5)
+    assert spent_until([row(6, 10)]).samples == 40
+
+
+def test_what_a_teacher_computes_in_a_step_is_told_apart():
+    rows = [row(0, 4, teacher_flops=16.0), row(4, 8, teacher_flops=16.0)]
+    for one in rows:
+        one["seconds"] |= {"teacher": 2.0, "step": one["seconds"]["step"] - 2.0}
+    whole = spent_until([row(0, 4), row(4, 8)])
+    own, taught = (spent_until(rows, whose=whose) for whose in ("own", "teacher"))
+    assert taught == Spent(2 * 2 * 2.0, 0.0, 32.0)
+    assert own == Spent(whole.device_seconds - 8.0, whole.samples, whole.flops - 32.0, None)
+
+
 def test_the_rows_of_a_runs_end_belong_to_no_step():
     assert spent_until([row(0, 4), row(4, 4)]) == spent_until([row(0, 4)])
 

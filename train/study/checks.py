@@ -1,0 +1,75 @@
+"""What can be known to be wrong before anything is trained: files, places, names of figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from cascade.config import nearest
+from cascade.errors import UserError
+from cascade.evaluate.metrics import asked_of
+from cascade.evaluate.protocol import Protocol, load_protocol
+from train.study.settings import JudgeConfig, StudyConfig
+
+_FIGURES: Mapping[str, tuple[str, ...]] = {
+    "precision_recall": ("precision", "recall"),
+    "retrieval": ("retrieval_top_1", "retrieval_top_5"),
+}
+"""Of metrics that have several, or of another name."""
+
+
+def check_study(config: StudyConfig) -> None:
+    """Refuse a study whose arms could be trained and not be judged.
+
+    Raises:
+        UserError: Naming the key or the file.
+    """
+    protocol = check_judge(config.judge, "judge")
+    known = figure_names(protocol)
+    for name in config.headline:
+        if name not in known:
+            guess = nearest(name, known)
+            hint = f"; did you mean {guess}?" if guess else ""
+            raise UserError(
+                f"headline: {name} is no figure of {config.judge.protocol}, which has "
+                f"{', '.join(known)}{hint}"
+            )
+    for arm in config.arms:
+        files = [step.config for step in arm.steps] + [arm.model.config]
+        for file in files:
+            if file is not None and not Path(file).is_file():
+                raise UserError(f"{arm.name}: {file}: no such configuration; check the path")
+
+
+def check_judge(judge: JudgeConfig, where: str) -> Protocol:
+    """Refuse a protocol that can't be read, and places that are not there; return the protocol.
+
+    What the study makes itself, below ``{shared}``, is not looked for.
+
+    Args:
+        judge: The places.
+        where: Its key, for the message.
+
+    Raises:
+        UserError: Naming the key or the file.
+    """
+    protocol = load_protocol(judge.protocol)
+    for key in ("real", "prompts", "lpips"):
+        place = getattr(judge, key)
+        if place is not None and "{" not in place and not Path(place).exists():
+            raise UserError(f"{where}.{key}: {place} is not there; check the path")
+    own = judge.prompts is not None and "{" not in judge.prompts
+    if own or (judge.prompts is None and protocol.prompts.inline):
+        asked_of(protocol, protocol.read_prompts(Path(judge.prompts) if judge.prompts else None))
+    return protocol
+
+
+def figure_names(protocol: Protocol) -> list[str]:
+    """Return the names of the figures that a protocol measures."""
+    found: list[str] = []
+    for metric in protocol.metrics:
+        if metric == "attributes":
+            found += [f"attribute_{one.field}" for one in protocol.attributes]
+        else:
+            found += _FIGURES.get(metric, (metric,))
+    return found
