@@ -39,7 +39,8 @@ class Figure:
     uncertainty: str = "none"
     """What spread or interval are."""
     real: float | None = None
-    """The same figure of the reference pictures of the same keys: what a perfect model gets."""
+    """The same figure of the reference pictures of the same keys. A model that has learned what the
+    network that measures looks for may well get more."""
     yardstick: str | None = None
     """The network that measured."""
     yardstick_weights: str | None = None
