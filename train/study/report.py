@@ -175,21 +175,24 @@ def _curves(config: StudyConfig, rows: Sequence[Row], out: Path) -> list[Block]:
         )
     if text:
         blocks.append(Paragraph(text.strip()))
+    amounts, fractions = config.budget.amounts, config.evaluate_at
+    # Judged at its end alone, a budget is a point: an arm's line goes from budget to budget.
+    curves = [tuple((amount, one) for one in fractions) for amount in amounts]
+    if len(fractions) == 1:
+        curves = [tuple((amount, 1.0) for amount in sorted(amounts))]
     for name in metric_names(config, rows):
         lines = []
-        for style, amount in enumerate(config.budget.amounts):
+        for style, curve in enumerate(curves):
             for colour, arm in enumerate(config.arms):
                 points = []
-                for fraction in config.evaluate_at:
+                for amount, fraction in curve:
                     judged = _judged(rows, arm.name, amount, fraction)
                     values = values_of(judged, name)
                     if values:
                         spent = [row["spent"][unit] for row in judged]
                         points.append(Point(statistics.mean(spent), tuple(values)))
                 if points:
-                    label = arm.name
-                    if len(config.budget.amounts) > 1:
-                        label += f", {amount:,g}"
+                    label = arm.name if len(curves) == 1 else f"{arm.name}, {curve[0][0]:,g}"
                     lines.append(Line(label, tuple(points), colour, style))
         if lines:
             file = f"{PLOTS}/{arm_folder(name)}.svg"
