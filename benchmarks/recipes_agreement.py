@@ -40,11 +40,11 @@ from cascade.evaluate.retrieval import (  # noqa: E402
     true_ranks,
 )
 from cascade.pipelines.cascade import CascadePipeline  # noqa: E402
+from cascade.pipelines.trained import DIFFUSION_KEY  # noqa: E402
 from cascade.pipelines.unet import UNetPipeline  # noqa: E402
 from cascade.pipelines.unet_plan import UNetSettings  # noqa: E402
 from stages.stage_c import StageC  # noqa: E402
 from train.fit import DONE_FILE  # noqa: E402
-from train.losses.denoising import DIFFUSION_KEY  # noqa: E402
 from train.study.demo_figures import Asked, ask, pixels_of  # noqa: E402
 from train.study.held_out import read_folder, read_splits  # noqa: E402
 

@@ -6,7 +6,6 @@ then copies them into the model folder, each file whole or not at all.
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import sys
@@ -20,8 +19,9 @@ from torch import nn
 from cascade.checkpoints.files import atomic_path, load_network, read_metadata
 from cascade.checkpoints.hub import is_hub_name
 from cascade.checkpoints.part_files import find_text
+from cascade.checkpoints.said import said_in
 from cascade.command import Parser
-from cascade.config import load_yaml, parse_overrides
+from cascade.config import from_dict, load_yaml, parse_overrides
 from cascade.errors import UserError, run_main
 from cascade.pipelines.cascade import CascadePipeline
 from cascade.pipelines.few_steps import DISTILLED_KEY, as_distilled
@@ -33,13 +33,13 @@ from cascade.pipelines.spec import (
     StageSampling,
     save_spec,
 )
+from cascade.pipelines.trained import DIFFUSION_KEY, check_as_trained, trained_stage
 from stages.previewer import Previewer
 from stages.semantic_compressor import SemanticCompressor
 from stages.stage_a import StageA
 from stages.stage_a_fast import StageAFast
 from stages.stage_b import StageB
 from stages.stage_c import StageC
-from train.losses.denoising import DIFFUSION_KEY
 
 _log = logging.getLogger(__name__)
 
@@ -173,8 +173,8 @@ def sampling_said(path: str) -> StageSampling | None:
     metadata = read_metadata(path)
     if DISTILLED_KEY not in metadata:
         return None
-    trained: dict[str, Any] = json.loads(metadata.get(DIFFUSION_KEY, "{}"))
-    return as_distilled(StageSampling(**trained), metadata)
+    trained = from_dict(StageSampling, said_in(metadata, DIFFUSION_KEY, path), path)
+    return as_distilled(trained, metadata)
 
 
 def _check_sampling(config: AssembleConfig) -> None:
@@ -183,20 +183,8 @@ def _check_sampling(config: AssembleConfig) -> None:
         path: str | None = getattr(config, stage)
         if path is None:
             continue
-        metadata = read_metadata(path)
-        trained = json.loads(metadata.get(DIFFUSION_KEY, "{}"))
-        distilled = json.loads(metadata.get(DISTILLED_KEY, "{}"))
-        if distilled.get("guidance_range") is not None:
-            trained["guidance_range"] = tuple(distilled["guidance_range"])
-        if distilled.get("sampler") == "lcm":
-            trained |= {"sampler": "lcm", "max_steps": distilled["max_steps"]}
-        sampling = getattr(config.spec, stage)
-        for name, value in trained.items():
-            if getattr(sampling, name) != value:
-                raise UserError(
-                    f"{path}: trained with {name} {value}, but spec.{stage}.{name} is "
-                    f"{getattr(sampling, name)}; set it to {value}"
-                )
+        trained = trained_stage(read_metadata(path), path)
+        check_as_trained(getattr(config.spec, stage), trained, path, f"spec.{stage}.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

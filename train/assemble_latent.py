@@ -6,7 +6,6 @@ not at all, and loads it once.
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import sys
@@ -20,10 +19,10 @@ from cascade.command import Parser
 from cascade.config import load_yaml, parse_overrides
 from cascade.errors import UserError, run_main
 from cascade.pipelines.latent import LatentPipeline, LatentSpec, save_latent_spec
+from cascade.pipelines.trained import check_as_trained, trained_stage
 from stages.stage_c import StageC
 from train.assemble import text_sources
 from train.encode import load_frozen
-from train.losses.denoising import DIFFUSION_KEY
 
 _log = logging.getLogger(__name__)
 
@@ -57,13 +56,8 @@ def assemble_latent(config: AssembleLatentConfig, out: Path) -> None:
             raise UserError(f"{path}: not there; train it first")
     load_network(config.stage_c, expect=StageC)
     autoencoder = find_network(config.autoencoder_kl, "autoencoder_kl")
-    trained = json.loads(read_metadata(Path(config.stage_c)).get(DIFFUSION_KEY, "{}"))
-    for key, value in trained.items():
-        if getattr(config.spec.stage_c, key) != value:
-            raise UserError(
-                f"{config.stage_c}: trained with {key} {value}, but spec.stage_c.{key} is "
-                f"{getattr(config.spec.stage_c, key)}; set it to {value}"
-            )
+    trained = trained_stage(read_metadata(config.stage_c), config.stage_c)
+    check_as_trained(config.spec.stage_c, trained, config.stage_c, "spec.stage_c.")
     with atomic_folder(out) as temporary:
         (temporary / "text").mkdir()
         for name, path in sources.items():

@@ -6,7 +6,6 @@ whole or not at all, and loads it once.
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,9 +18,11 @@ import torch
 from cascade.checkpoints.files import atomic_folder, save_network
 from cascade.checkpoints.load import build
 from cascade.checkpoints.part_files import find_network
+from cascade.checkpoints.said import said_in
 from cascade.command import Parser
 from cascade.config import load_yaml, parse_overrides
 from cascade.errors import UserError, run_main
+from cascade.pipelines.trained import check_as_trained
 from cascade.pipelines.unet import UNetPipeline
 from cascade.pipelines.unet_fit import check_unet_fit
 from cascade.pipelines.unet_parts import UNetParts
@@ -105,12 +106,8 @@ def assemble_unet(config: AssembleUNetConfig, out: Path) -> float:
 
 def _check_sampling(spec: UNetSpec, path: str, metadata: Mapping[str, str]) -> None:
     """Refuse to sample a U-Net in another way than it was trained for."""
-    for name, value in json.loads(metadata.get(UNET_DIFFUSION_KEY, "{}")).items():
-        if getattr(spec.sampling, name) != value:
-            raise UserError(
-                f"{path}: trained with {name} {value}, but spec.sampling.{name} is "
-                f"{getattr(spec.sampling, name)}; set it to {value}"
-            )
+    trained = said_in(metadata, UNET_DIFFUSION_KEY, path)
+    check_as_trained(spec.sampling, trained, path, "spec.sampling.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

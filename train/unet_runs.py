@@ -110,7 +110,7 @@ def _check_prediction(found: FoundNetwork, config: UNetRun) -> None:
     Raises:
         UserError: It is another thing, and a LoRA leaves them as they are.
     """
-    learned = learned_prediction(found.opened.metadata)
+    learned = learned_prediction(found.opened.metadata, str(found.path))
     if learned in (None, config.diffusion.prediction):
         return
     told = f"init_from {config.init_from} has learned to predict {learned}"
@@ -150,7 +150,7 @@ def _lesson(distill: DistillConfig, config: UNetRun) -> Lesson:
                 f"distill.teacher {distill.teacher}: its {name} is {getattr(theirs, name)}, the "
                 f"student's {getattr(ours, name)}: they are not told the same"
             )
-    learned = learned_prediction(teacher.metadata)
+    learned = learned_prediction(teacher.metadata, distill.teacher)
     if learned not in (None, config.diffusion.prediction):
         raise UserError(
             f"distill.teacher {distill.teacher}: it predicts {learned}, the student "

@@ -20,7 +20,8 @@ from cascade.checkpoints.autoencoder_kl import (
 )
 from cascade.checkpoints.detect import Generation, Kind, Published, detect
 from cascade.checkpoints.files import CLASS_KEY, CONFIG_KEY, assign_strictly, build_on_meta
-from cascade.checkpoints.readers import Opened, open_weights
+from cascade.checkpoints.readers import CONFIG_FILE, Opened, open_weights
+from cascade.checkpoints.said import check_declared
 from cascade.checkpoints.text_tower import (
     text_from_original,
     text_from_transformers,
@@ -198,6 +199,8 @@ def identify(opened: Opened) -> Published:
     if known is None:
         return detect(opened.shapes, opened.where, opened.declared)
     config = _written_config(opened, known.config)
+    beside = str(Path(opened.where).parent / CONFIG_FILE)
+    check_declared(config, opened.declared, opened.where, beside)
     return Published(known.kind, known.generation, _layout(known, config, opened), config)
 
 

@@ -9,7 +9,6 @@ The folder holds ``latent.json``, ``stage_c`` and ``autoencoder_kl`` as ``.safet
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -19,10 +18,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cascade.checkpoints.files import atomic_write_text, file_hash, load_network
+from cascade.checkpoints.files import (
+    atomic_write_text,
+    file_hash,
+    load_network,
+    read_metadata,
+)
+from cascade.checkpoints.readers import read_json
 from cascade.config import from_dict, to_dict
 from cascade.errors import UserError
 from cascade.images import pixels_to_images
+from cascade.pipelines.files_hash import hash_of_files, text_files
 from cascade.pipelines.finite import check_finite, check_not_black
 from cascade.pipelines.loaded import GPU_BATCH_SIZE
 from cascade.pipelines.placement import UNetDtypes, pick_device, pick_dtype
@@ -30,7 +36,15 @@ from cascade.pipelines.plan import Plan
 from cascade.pipelines.prompts import PromptStates, batches_of
 from cascade.pipelines.results import Picture, text_of
 from cascade.pipelines.sampling import sample_stage_c
-from cascade.pipelines.spec import CascadeSpec, StageSampling
+from cascade.pipelines.spec import (
+    SPEC_FILE,
+    CascadeSpec,
+    StageSampling,
+    check_name,
+    check_sizes,
+)
+from cascade.pipelines.trained import check_as_trained, trained_stage
+from cascade.pipelines.unet_spec import UNET_SPEC_FILE
 from cascade.pipelines.watch import Clock, Watch
 from cascade.rng import PictureNoise
 from cascade.text.encoder import TextConfig, TextEncoder
@@ -59,6 +73,11 @@ class LatentSpec:
     """Which text states it was trained on."""
     licence: str = ""
 
+    def __post_init__(self) -> None:
+        """Refuse a name that is no file's, and sizes that contradict each other."""
+        check_name(self.name)
+        check_sizes(self.min_size, self.image_size, self.max_size, self.size_multiple)
+
     def cascade(self, downscale: int) -> CascadeSpec:
         """Return it as a plan of pictures reads it; nothing of Stage B is used."""
         return CascadeSpec(
@@ -79,6 +98,22 @@ def is_latent(folder: Path) -> bool:
     return (folder / LATENT_SPEC_FILE).is_file()
 
 
+def load_latent_spec(folder: Path) -> LatentSpec:
+    """Read ``latent.json``.
+
+    Raises:
+        UserError: If it is not valid, or not the only settings of a model in the folder.
+    """
+    path = folder / LATENT_SPEC_FILE
+    for other in (SPEC_FILE, UNET_SPEC_FILE):
+        if (folder / other).is_file():
+            raise UserError(
+                f"{path}: {other} lies beside it, and a folder is one model; remove the one that "
+                "is not meant"
+            )
+    return from_dict(LatentSpec, read_json(path), str(path))
+
+
 def save_latent_spec(spec: LatentSpec, folder: Path) -> None:
     """Write ``latent.json`` into a folder, at once or not at all."""
     atomic_write_text(folder / LATENT_SPEC_FILE, json.dumps(to_dict(spec), indent=2) + "\n")
@@ -91,7 +126,7 @@ class LatentPipeline:
         """Load a folder; nothing is downloaded.
 
         Args:
-            folder: The model's.
+            folder: The model's, which ``is_latent``.
             device: "auto", "cpu", "cuda", "cuda:1", "mps".
             dtype: Number format of Stage C; the autoencoder and the text encoder are float32.
 
@@ -100,11 +135,7 @@ class LatentPipeline:
         """
         self.folder = Path(folder)
         path = self.folder / LATENT_SPEC_FILE
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: not a model's settings ({error})") from error
-        own = from_dict(LatentSpec, values, str(path))
+        own = load_latent_spec(self.folder)
         self.device = pick_device(device)
         self.dtypes = UNetDtypes(pick_dtype(dtype, self.device), torch.float32, torch.float32)
         self.stage_c: StageC = load_network(
@@ -121,6 +152,9 @@ class LatentPipeline:
         )
         self.text = TextEncoder.from_folder(self.folder / "text", own.text, device=self.device)
         self._check_fit()
+        weights = self.folder / "stage_c.safetensors"
+        trained = trained_stage(read_metadata(weights), str(weights))
+        check_as_trained(own.stage_c, trained, str(weights), f"{path}: stage_c.")
         self.spec = own.cascade(self.autoencoder.downscale)
         cell = self.autoencoder.downscale * self.stage_c.config.patch_size
         if self.spec.size_multiple % cell:
@@ -155,12 +189,10 @@ class LatentPipeline:
     @cached_property
     def weights_hash(self) -> str:
         """12 hex digits that tell its weights and settings from others."""
-        digest = hashlib.sha256()
-        for path in sorted(self.folder.rglob("*")):
-            if path.suffix in {".safetensors", ".json"}:
-                name = path.relative_to(self.folder).as_posix()
-                digest.update(f"{name} {file_hash(path)}\n".encode())
-        return digest.hexdigest()[:12]
+        own = [LATENT_SPEC_FILE, *(f"{name}.safetensors" for name in NETWORKS)]
+        text = self.folder / "text"
+        paths = [*(self.folder / name for name in own), *text_files(text, text)]
+        return hash_of_files(self.folder, paths, file_hash)
 
     def run(
         self, plan: Plan, *, batch_size: int | None = None, progress: bool | None = None

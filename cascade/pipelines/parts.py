@@ -23,6 +23,7 @@ from cascade.pipelines.spec import (
     load_spec,
     model_hash,
 )
+from cascade.pipelines.trained import check_as_trained, trained_stage
 from cascade.text.encoder import TextEncoder
 from cascade.text.picture_encoder import PictureEncoder, own_picture_encoder
 from stages.previewer import Previewer
@@ -123,7 +124,8 @@ class OwnFolder:
             few: Stages whose network for few steps is loaded in place of the plain one.
 
         Raises:
-            UserError: For float16 in a converted Stage C that is known to overflow.
+            UserError: For float16 in a converted Stage C that is known to overflow, or a stage that
+                was trained otherwise than ``model.json`` says that it is sampled.
         """
         refuse_overflow(self.spec, dtypes, self.folder)
         v2 = self.spec.generation == "v2"
@@ -138,7 +140,13 @@ class OwnFolder:
                 "stage_b": (StageB, StageBV2),
                 "stage_c": (StageC, StageCV2),
             }
-            return load(f"{name}_few" if is_few else name, kinds[name][v2], to)
+            file = f"{name}_few" if is_few else name
+            network = load(file, kinds[name][v2], to)
+            trained = trained_stage(self.metadata(file), str(self.folder / f"{file}.safetensors"))
+            where = f"{self.folder / SPEC_FILE}: {file}."
+            sampling = self.spec.sampling(name, few=is_few)
+            check_as_trained(sampling, trained, str(self.folder / f"{file}.safetensors"), where)
+            return network
 
         text = TextEncoder.from_folder(self.folder / "text", self.spec.text, device=device)
         text_b = None

@@ -9,7 +9,6 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from cascade.checkpoints.hub import ModelFiles
 from cascade.checkpoints.load import build
 from cascade.checkpoints.part_files import title
 from cascade.errors import UserError
+from cascade.pipelines.files_hash import sampled_hash
 from cascade.pipelines.parts import CascadeParts, Dialect
 from cascade.pipelines.placement import STABLE_CASCADE, Dtypes, refuse_overflow
 from cascade.pipelines.spec import (
@@ -38,6 +38,7 @@ from cascade.pipelines.spec import (
     StageSampling,
     load_spec,
 )
+from cascade.pipelines.trained import check_as_trained, trained_stage
 from cascade.text.encoder import TextConfig, TextEncoder
 from cascade.text.picture_encoder import PictureEncoder
 from stages.stage_b import StageBConfig
@@ -54,7 +55,6 @@ V2_TIMES = tuple(
 )
 _NEEDED = ("stage_c", "stage_b", "stage_a")
 _CELLS = 42.67
-_HASHED_BYTES = 1 << 20
 _PUBLISHED = (
     StageCConfig.full(),
     StageCConfig.lite(),
@@ -115,6 +115,10 @@ class PublishedFiles:
             declared = load_spec(self.folder, CONVERTED_SPEC_FILE)
             # The published layouts have no place for a second network of a stage.
             self._declared = replace(declared, stage_b_few=None, stage_c_few=None)
+            for name, part in (("stage_c", stage_c), ("stage_b", stage_b)):
+                trained = trained_stage(part.opened.metadata, part.opened.where)
+                where = f"{self.folder / CONVERTED_SPEC_FILE}: {name}."
+                check_as_trained(getattr(declared, name), trained, part.opened.where, where)
         else:
             self._refuse_lost_settings()
         self._encoders = list(text_folders_in(files))
@@ -313,14 +317,3 @@ def _load_text(
     return TextEncoder.from_folder(
         found.folder, config, tokenizer_folder=found.tokenizer, device=device, dtype=dtype
     )
-
-
-def sampled_hash(path: Path) -> str:
-    """Hash a file's size and 16 blocks spread over it."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as file:
-        for index in range(16):
-            file.seek(max(0, (size - _HASHED_BYTES) * index // 15))
-            digest.update(file.read(_HASHED_BYTES))
-    return digest.hexdigest()

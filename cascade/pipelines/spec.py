@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -33,6 +35,7 @@ FEW_STEPS = ("stage_b_few", "stage_c_few")
 Stage = Literal["stage_b", "stage_c"]
 ENCODERS = ("text", "text_b", "image_encoder")
 """Names of a model folder's folders; the last two only where a model has them."""
+_NO_FILE = re.compile(r"[/\\\x00-\x1f\x7f-\x9f]")
 MAX_STEPS = 1000
 MAX_GUIDANCE = 1000
 
@@ -134,6 +137,41 @@ def check_interval(interval: tuple[float, float]) -> None:
         raise ValueError(f"guidance_interval is {interval}; 0 <= from <= to <= 1 must hold")
 
 
+def check_name(name: str) -> None:
+    """Refuse a model's name that can be no file's: conversions write files of this name.
+
+    Raises:
+        ValueError: It is empty, leads to another folder, or has a control character.
+    """
+    if not name.strip() or name in (".", "..") or _NO_FILE.search(name):
+        raise ValueError(
+            f"name is {name!r}; files are named after it: write one of letters, digits, - and _, "
+            "without / and \\"
+        )
+
+
+def name_of(path: Path) -> str:
+    """Return the name of a model that has no settings of its own: its folder's, or its file's."""
+    whole = Path(os.path.abspath(path))  # "." has no name; a link's own is meant, not its target's
+    return _NO_FILE.sub("_", whole.name if whole.is_dir() else whole.stem).strip() or "model"
+
+
+def check_sizes(smallest: int, own: int, largest: int, multiple: int) -> None:
+    """Refuse sizes of pictures that contradict each other.
+
+    Raises:
+        ValueError: Naming the settings.
+    """
+    sizes = (smallest, own, largest)
+    if multiple < 1 or any(size % multiple for size in sizes):
+        raise ValueError(
+            f"min_size, image_size and max_size are {sizes}; they must be multiples of "
+            f"size_multiple={multiple}"
+        )
+    if not 0 < smallest <= own <= largest:
+        raise ValueError(f"min_size <= image_size <= max_size does not hold: {sizes}")
+
+
 @dataclass(frozen=True)
 class CascadeSpec:
     """Everything about a trained cascade that its networks' files do not say."""
@@ -180,20 +218,14 @@ class CascadeSpec:
     """Licence of the weights."""
 
     def __post_init__(self) -> None:
-        """Refuse sizes that contradict each other."""
+        """Refuse a name that is no file's, and sizes that contradict each other."""
+        check_name(self.name)
         if self.size_multiple < 1 or not 1 <= self.pixels_per_stage_c_cell < math.inf:
             raise ValueError(
                 f"size_multiple={self.size_multiple} and pixels_per_stage_c_cell="
                 f"{self.pixels_per_stage_c_cell} must be at least 1"
             )
-        sizes = (self.min_size, self.image_size, self.max_size)
-        if any(size % self.size_multiple for size in sizes):
-            raise ValueError(
-                f"min_size, image_size and max_size are {sizes}; they must be multiples of "
-                f"size_multiple={self.size_multiple}"
-            )
-        if not 0 < self.min_size <= self.image_size <= self.max_size:
-            raise ValueError(f"min_size <= image_size <= max_size does not hold: {sizes}")
+        check_sizes(self.min_size, self.image_size, self.max_size, self.size_multiple)
         for name in FEW_STEPS:
             few: StageSampling | None = getattr(self, name)
             if few is not None and few.max_steps is None:

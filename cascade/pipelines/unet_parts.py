@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,18 +17,28 @@ from cascade.checkpoints.found import told_by
 from cascade.checkpoints.hub import ModelFiles
 from cascade.checkpoints.load import build, identify
 from cascade.checkpoints.readers import (
-    Opened,
     is_entry,
     open_weights,
     read_json,
     weights_in,
 )
+from cascade.checkpoints.said import said_in
 from cascade.config import from_dict, to_dict
 from cascade.errors import UserError
 from cascade.pipelines.placement import UNetDtypes
-from cascade.pipelines.published import sampled_hash
-from cascade.pipelines.spec import SPEC_FILE
-from cascade.pipelines.unet_files import UNetPart, named_file, open_one, single_files
+from cascade.pipelines.spec import SPEC_FILE, name_of
+from cascade.pipelines.trained import check_as_trained
+from cascade.pipelines.unet_files import (
+    INDEX_FILE,
+    SCHEDULER_FILE,
+    SPEC_KEY,
+    UNetPart,
+    hash_of_parts,
+    named_file,
+    open_one,
+    single_files,
+    written_in,
+)
 from cascade.pipelines.unet_lora import (
     LoraChoice,
     OpenedLora,
@@ -38,7 +46,7 @@ from cascade.pipelines.unet_lora import (
     by_its_name,
     merge_loras,
 )
-from cascade.pipelines.unet_published import advice_for, sampling_of
+from cascade.pipelines.unet_published import advice_for, sampling_of, with_lora
 from cascade.pipelines.unet_spec import (
     UNET_DIFFUSION_KEY,
     UNET_SPEC_FILE,
@@ -51,9 +59,6 @@ from stages.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from stages.unet.config import UNetConfig
 from stages.unet.unet import UNet
 
-SPEC_KEY = "cascade_pipeline"
-"""Where a single file that was written here holds what ``pipeline.json`` holds in a folder."""
-INDEX_FILE = "model_index.json"
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 _SD_TEXT = TextConfig(hidden="post_norm", masks_padding=False)
 _SDXL_TEXT = TextConfig(hidden="penultimate", masks_padding=False)
@@ -131,22 +136,6 @@ def open_unet_source(
     return UNetSource(folder, single, files, unet, loras)
 
 
-def written_in(opened: Opened) -> UNetSpec | None:
-    """Return the settings in the metadata of a single file, if it was written here.
-
-    Raises:
-        UserError: If they are not valid.
-    """
-    text = opened.file_metadata.get(SPEC_KEY)
-    if text is None:
-        return None
-    try:
-        values: Mapping[str, object] = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{opened.where}: its settings are not valid JSON ({error})") from error
-    return from_dict(UNetSpec, values, f"{opened.where} (settings)")
-
-
 class UNetSource:
     """A model on this disk: its settings at once, its networks when asked."""
 
@@ -165,6 +154,7 @@ class UNetSource:
         self._single = single
         self.loras = [OpenedLora(one) for one in loras]
         self._parts = self._open_single(single) if single else self._open_folder()
+        self._written = self._written_spec()  # the model's, whichever U-Net runs
         if unet is not None:
             # Of a whole model its U-Net, as everywhere else.
             home = unet / "unet" if (unet / "unet").is_dir() else unet
@@ -180,7 +170,7 @@ class UNetSource:
             )
         self.is_sdxl = config.text_pooled_channels is not None
         try:
-            self.spec = self._as_trained(self._make_spec(unet))
+            self.spec = self._as_trained(self._make_spec(unet), is_own=unet is None)
         except UserError:
             raise
         except ValueError as error:  # sizes of which no settings can be made
@@ -246,11 +236,12 @@ class UNetSource:
 
     @cached_property
     def weights_hash(self) -> str:
-        """12 hex digits that tell these weights from others; of large files a part is read."""
-        digest = hashlib.sha256()
-        for name, part in sorted(self._parts.items()):
-            digest.update(f"{name} {part.published.layout} {sampled_hash(part.path)}\n".encode())
-        return digest.hexdigest()[:12]
+        """12 hex digits that tell this model from others: networks, text encoders and settings.
+
+        Of large files a part is read. LoRAs are not in it: pictures name them beside it.
+        """
+        texts = [self._first_text] + ([] if self.spec.text_2 is None else ["text_encoder_2"])
+        return hash_of_parts(self._parts, self.folder, texts, single=self._single is not None)
 
     @property
     def _first_text(self) -> str:
@@ -327,7 +318,7 @@ class UNetSource:
         tokenizer = load_tokenizer(folder)
         is_open_clip = part.published.config.activation == "gelu"
         # A file that was written here has its own tokenizers beside it.
-        if is_open_clip and self._written_spec() is None and _SD_PAD in tokenizer.get_vocab():
+        if is_open_clip and self._written is None and _SD_PAD in tokenizer.get_vocab():
             tokenizer.pad_token = _SD_PAD
         try:
             return TextEncoder(tokenizer, model, config)
@@ -337,18 +328,20 @@ class UNetSource:
     # Settings
 
     def _make_spec(self, unet: Path | None) -> UNetSpec:
-        written = self._written_spec()
+        written = self._written
         lora = advice_of(self.loras, self.unet_config)
         if written is not None and lora is not None:
-            return replace(written, sampling=lora.sampling, notices=(by_its_name(lora),))
+            sampling = with_lora(written.sampling, lora)
+            return replace(written, sampling=sampling, notices=(by_its_name(lora),))
         if written is not None and unet is None:
             return written
         name = " ".join(str(path) for path in (unet, self._single, self.folder) if path)
-        path = self.folder / "scheduler" / "scheduler_config.json"
+        path = self.folder / SCHEDULER_FILE
         scheduler = read_json(path) if path.is_file() and self._single is None else None
-        advice = lora or advice_for(self.unet_config, name, scheduler)
+        advice = advice_for(self.unet_config, name, scheduler)
         sampling, notices = sampling_of(advice, self.is_sdxl, scheduler, str(path))
-        notices += [] if lora is None else [by_its_name(lora)]
+        if lora is not None:
+            sampling, advice, notices = with_lora(sampling, lora), lora, [by_its_name(lora)]
         if written is not None:  # another U-Net in a model of ours
             return written if advice is None else replace(written, sampling=sampling)
         unsure = scheduler is None and self.unet_config.text_channels == 1024
@@ -367,7 +360,7 @@ class UNetSource:
             image_size = advice.image_size
         autoencoder = self._parts["autoencoder"].opened.declared
         return UNetSpec(
-            name=self.folder.name if self._single is None else self._single.stem,
+            name=name_of(self._single or self.folder),
             image_size=image_size,
             size_multiple=cell,
             min_size=min(64, image_size) // cell * cell,
@@ -382,19 +375,28 @@ class UNetSource:
             notices=tuple(notices),
         )
 
-    def _as_trained(self, spec: UNetSpec) -> UNetSpec:
-        """Return the settings with what the U-Net's own file says of its training."""
+    def _as_trained(self, spec: UNetSpec, *, is_own: bool) -> UNetSpec:
+        """Return the settings with what the U-Net's own file says of its training.
+
+        The model's own U-Net must not contradict the model's settings, where it has some.
+        """
         opened = self._parts["unet"].opened
-        text = opened.metadata.get(UNET_DIFFUSION_KEY)
-        if text is None:
-            return spec
-        where = f"{opened.where} (how it was trained)"
-        try:
-            trained = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not valid JSON ({error})") from error
+        trained = said_in(opened.metadata, UNET_DIFFUSION_KEY, opened.where)
+        settings = self._settings_of_sampling() if is_own else None
+        if settings is not None:
+            check_as_trained(spec.sampling, trained, opened.where, settings)
         values = {**to_dict(spec.sampling), **trained}
+        where = f"{opened.where} ({UNET_DIFFUSION_KEY})"
         return replace(spec, sampling=from_dict(UNetSampling, values, where))
+
+    def _settings_of_sampling(self) -> str | None:
+        """Return where this model says how it is sampled, for messages; None: nowhere."""
+        if self._single is not None:
+            return None if self._written is None else f"{self._single}: {SPEC_KEY}.sampling."
+        if self._written is not None:
+            return f"{self.folder / UNET_SPEC_FILE}: sampling."
+        path = self.folder / SCHEDULER_FILE
+        return f"{path}: " if path.is_file() else None
 
     def _written_spec(self) -> UNetSpec | None:
         """Return the settings of what was written here."""

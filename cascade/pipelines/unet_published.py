@@ -148,6 +148,21 @@ def lora_advice(shape: UNetConfig, name: str) -> Advice | None:
     return None
 
 
+def with_lora(sampling: UNetSampling, lora: Advice) -> UNetSampling:
+    """Return a U-Net's sampling as a LoRA's makers advise it.
+
+    What the network predicts, and on which noise, is the U-Net's own: a LoRA was trained to that.
+    Only one that was distilled to predict something else than epsilon says so.
+    """
+    advised = lora.sampling
+    return replace(
+        advised,
+        prediction=sampling.prediction if advised.prediction == "epsilon" else advised.prediction,
+        beta_start=sampling.beta_start,
+        beta_end=sampling.beta_end,
+    )
+
+
 def sampling_of(
     advice: Advice | None, is_sdxl: bool, scheduler: Mapping[str, Any] | None, where: str
 ) -> tuple[UNetSampling, list[str]]:

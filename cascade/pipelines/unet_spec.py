@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cascade.checkpoints.files import atomic_write_text
 from cascade.checkpoints.readers import read_json
+from cascade.checkpoints.said import said_in
 from cascade.config import from_dict, to_dict
 from cascade.diffusion.discrete import (
     NUM_TIMESTEPS,
@@ -30,7 +31,7 @@ from cascade.diffusion.discrete import (
 from cascade.diffusion.prediction import Prediction
 from cascade.diffusion.samplers import Sampler, sample_ddim, sample_dpmpp_2m, sample_lcm
 from cascade.pipelines.sampling import Walk
-from cascade.pipelines.spec import MAX_GUIDANCE, check_interval
+from cascade.pipelines.spec import MAX_GUIDANCE, check_interval, check_name, check_sizes
 from cascade.text.encoder import TextConfig
 
 UNET_SPEC_FILE = "pipeline.json"
@@ -43,9 +44,13 @@ UNET_SAMPLERS: tuple[UNetSampler, ...] = ("euler", "euler_ancestral", "ddim", "d
 SPACINGS: tuple[Spacing, ...] = ("leading", "trailing", "linspace")
 
 
-def learned_prediction(metadata: Mapping[str, str]) -> str | None:
-    """Return what a file's U-Net says that it predicts; None: it does not say."""
-    said = json.loads(metadata.get(UNET_DIFFUSION_KEY, "{}")).get("prediction")
+def learned_prediction(metadata: Mapping[str, str], where: str) -> str | None:
+    """Return what a file's U-Net says that it predicts; None: it does not say.
+
+    Raises:
+        UserError: If the metadata of the file ``where`` are damaged.
+    """
+    said = said_in(metadata, UNET_DIFFUSION_KEY, where).get("prediction")
     return None if said is None else str(said)
 
 
@@ -187,15 +192,9 @@ class UNetSpec:
     """What users should know of how its settings were found."""
 
     def __post_init__(self) -> None:
-        """Refuse sizes that contradict each other."""
-        sizes = (self.min_size, self.image_size, self.max_size)
-        if self.size_multiple < 1 or any(size % self.size_multiple for size in sizes):
-            raise ValueError(
-                f"min_size, image_size and max_size are {sizes}; they must be multiples of "
-                f"size_multiple={self.size_multiple}"
-            )
-        if not 0 < self.min_size <= self.image_size <= self.max_size:
-            raise ValueError(f"min_size <= image_size <= max_size does not hold: {sizes}")
+        """Refuse a name that is no file's, and sizes that contradict each other."""
+        check_name(self.name)
+        check_sizes(self.min_size, self.image_size, self.max_size, self.size_multiple)
 
     @property
     def sample_size(self) -> int:

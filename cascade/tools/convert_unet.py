@@ -36,7 +36,8 @@ from cascade.checkpoints.unet import unet_to_original
 from cascade.config import to_dict
 from cascade.diffusion.discrete import NUM_TIMESTEPS
 from cascade.errors import UserError
-from cascade.pipelines.unet_parts import INDEX_FILE, SPEC_KEY, UNetParts
+from cascade.pipelines.unet_files import INDEX_FILE, SPEC_KEY
+from cascade.pipelines.unet_parts import UNetParts
 from cascade.pipelines.unet_spec import (
     UNET_SPEC_FILE,
     UNetSampler,

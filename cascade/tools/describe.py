@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -17,9 +16,10 @@ from cascade.checkpoints.detect_unet import autoencoder_kl_layout
 from cascade.checkpoints.files import CLASS_KEY
 from cascade.checkpoints.load import build, identify
 from cascade.checkpoints.readers import Opened, is_entry, open_weights, read_json
+from cascade.checkpoints.said import said_in
 from cascade.errors import UserError
 from cascade.pipelines.spec import CONVERTED_SPEC_FILE, SPEC_FILE, CascadeSpec, load_spec
-from cascade.pipelines.unet_parts import written_in
+from cascade.pipelines.unet_files import written_in
 from cascade.pipelines.unet_published import advice_for
 from cascade.pipelines.unet_spec import (
     UNET_SPEC_FILE,
@@ -166,8 +166,9 @@ def _describe(opened: Opened) -> Description:
         origin = f"the published shape: {advice.title}"
         licence = advice.licence or licence
     if UNET_TEACHER_KEY in opened.metadata:
-        teacher = json.loads(opened.metadata[UNET_TEACHER_KEY])
-        cut = f"a student of {teacher['name']} (weights {teacher['weights_hash']})"
+        teacher = said_in(opened.metadata, UNET_TEACHER_KEY, opened.where)
+        name, weights = (teacher.get(key, "unknown") for key in ("name", "weights_hash"))
+        cut = f"a student of {name} (weights {weights})"
         origin = cut if origin == "unknown" else f"{cut}, {origin}"
     spec = _spec_of(opened)
     if spec is not None:
@@ -185,7 +186,7 @@ def _describe(opened: Opened) -> Description:
         megabytes=sum(one.num_bytes for one in opened.tensors.stored.values()) / 1e6,
         origin=origin,
         licence=licence,
-        predicts=learned_prediction(opened.metadata) or "",
+        predicts=learned_prediction(opened.metadata, opened.where) or "",
         problem=_problem(opened, published) or unknown,
     )
 

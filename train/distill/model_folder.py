@@ -13,7 +13,8 @@ from cascade.checkpoints.files import atomic_folder, atomic_write_text, save_net
 from cascade.checkpoints.hub import resolve
 from cascade.checkpoints.readers import CONFIG_FILE, read_json
 from cascade.errors import UserError
-from cascade.pipelines.unet_parts import INDEX_FILE, open_unet_source
+from cascade.pipelines.unet_files import INDEX_FILE
+from cascade.pipelines.unet_parts import open_unet_source
 from cascade.pipelines.unet_spec import UNET_SPEC_FILE, UNetSpec
 from cascade.tools.convert_unet import unet_config_of, why_not_diffusers
 from stages.unet.config import UNetConfig

@@ -6,10 +6,9 @@ at little noise needs no caption: features are those of the picture.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch import Tensor
 from cascade.checkpoints.found import FoundNetwork
 from cascade.checkpoints.load import build
 from cascade.checkpoints.part_files import find_network, find_text, weights_hash
+from cascade.checkpoints.said import said_in
 from cascade.config import from_dict
 from cascade.diffusion.discrete import time_of
 from cascade.diffusion.prediction import Prediction, to_x0
@@ -269,15 +269,8 @@ class PictureTeacher:
 
     def _trained_with(self) -> UNetDiffusionConfig:
         """Return what the U-Net's file says of its prediction and schedule; else the published."""
-        text = self.unet.metadata.get(UNET_DIFFUSION_KEY)
-        if text is None:
-            return UNetDiffusionConfig()
-        where = f"{self.config.unet} (how it was trained)"
-        try:
-            values: Any = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not valid JSON ({error})") from error
-        return from_dict(UNetDiffusionConfig, values, where)
+        said = said_in(self.unet.metadata, UNET_DIFFUSION_KEY, self.config.unet)
+        return from_dict(UNetDiffusionConfig, said, f"{self.config.unet} (how it was trained)")
 
     def _loaded(self) -> AutoencoderKL:
         assert self._autoencoder is not None, "load() comes first"

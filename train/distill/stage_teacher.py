@@ -15,16 +15,19 @@ from torch import Tensor, nn
 from cascade.checkpoints.found import FoundNetwork
 from cascade.checkpoints.load import build
 from cascade.checkpoints.part_files import find_network
+from cascade.checkpoints.said import said_in
+from cascade.config import from_dict
 from cascade.diffusion.prediction import Prediction
 from cascade.diffusion.schedules import check_schedule, make_schedule
 from cascade.diffusion.trigflow import TrigFlow, along
 from cascade.errors import UserError
 from cascade.pipelines.few_steps import DISTILLED_KEY
 from cascade.pipelines.spec import SPEC_FILE, Stage, load_spec
+from cascade.pipelines.trained import DIFFUSION_KEY
 from stages.conditions import concat
 from stages.stage_b import StageB, StageBBlock, StageBCondition, StageBConfig
 from stages.stage_c import StageC, StageCBlock, StageCCondition, StageCConfig
-from train.losses.denoising import DIFFUSION_KEY, SAMPLED
+from train.losses.denoising import SAMPLED
 
 Condition = StageBCondition | StageCCondition
 StageNetwork = StageB | StageC
@@ -63,8 +66,8 @@ def find_path(found: FoundNetwork, stage: Stage, given: TaughtPath | None) -> Ta
     Raises:
         UserError: Nobody says it, or the run says otherwise than the file.
     """
-    said, where = found.opened.metadata.get(DIFFUSION_KEY), str(found.path)
-    values: dict[str, object] | None = None if said is None else json.loads(said)
+    where = str(found.path)
+    values = said_in(found.opened.metadata, DIFFUSION_KEY, where) or None
     if values is None and (found.path.parent / SPEC_FILE).is_file():
         sampling = getattr(load_spec(found.path.parent), stage)
         values = {name: getattr(sampling, name) for name in SAMPLED}
@@ -76,7 +79,7 @@ def find_path(found: FoundNetwork, stage: Stage, given: TaughtPath | None) -> Ta
                 "(prediction, schedule, zero_terminal_snr, time_input)"
             )
         return given
-    path = TaughtPath(**values)  # type: ignore[arg-type]
+    path = from_dict(TaughtPath, values, where)
     if given is not None and given != path:
         name = next(one for one in SAMPLED if getattr(given, one) != getattr(path, one))
         raise UserError(

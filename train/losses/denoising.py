@@ -19,14 +19,12 @@ from cascade.diffusion.schedules import (
     make_schedule,
 )
 from cascade.pipelines.spec import StageSampling
+from cascade.pipelines.trained import DIFFUSION_KEY
 from train.draws import StepDraws
 
 LEVELS = 5
 """Equal parts of the time in which errors are told apart."""
 
-
-DIFFUSION_KEY = "cascade_diffusion"
-"""Metadata of an exported file: what its network predicts, and on which schedule."""
 SAMPLED = ("prediction", "schedule", "zero_terminal_snr", "time_input")
 """What sampling must do as training did."""
 

@@ -1,0 +1,66 @@
+"""One rule for all models: what a network's file says of its training is how it is sampled.
+
+A file that was written here says what its network predicts, and on which noise. Settings beside it
+that say otherwise are refused, and neither overrules the other in silence: one of the two files is
+not the one that was meant. Only a network that runs in place of a model's own brings its own ways.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from cascade.checkpoints.said import said_in
+from cascade.config import to_dict
+from cascade.errors import UserError
+from cascade.pipelines.few_steps import DISTILLED_KEY
+
+if TYPE_CHECKING:
+    from cascade.pipelines.spec import StageSampling
+    from cascade.pipelines.unet_spec import UNetSampling
+
+DIFFUSION_KEY = "cascade_diffusion"
+"""Metadata of a stage that was trained here: what it predicts, and on which schedule."""
+
+
+def check_as_trained(
+    sampling: StageSampling | UNetSampling,
+    trained: Mapping[str, Any],
+    weights: str,
+    settings: str,
+) -> None:
+    """Refuse to sample a network in another way than it was trained for.
+
+    Args:
+        sampling: How the settings say that it is sampled.
+        trained: The same names with what its file says; other fields are free.
+        weights: Its file, for errors.
+        settings: Where the settings stand, such as ``"model.json: stage_c."``, for errors.
+
+    Raises:
+        UserError: Naming both files and what they say.
+    """
+    values = to_dict(sampling)
+    for name, value in trained.items():
+        if name not in values:
+            raise UserError(f"{weights}: trained with {name} {value}, which is not known here")
+        if values[name] != value:
+            raise UserError(
+                f"{weights}: trained with {name} {value}, but {settings}{name} is "
+                f"{values[name]}; set it to {value}, or take the weights that it was written for"
+            )
+
+
+def trained_stage(metadata: Mapping[str, str], where: str) -> dict[str, Any]:
+    """Return what a stage's file says of how it must be sampled, steps that were distilled too.
+
+    Raises:
+        UserError: If its metadata are damaged.
+    """
+    trained = said_in(metadata, DIFFUSION_KEY, where)
+    distilled = said_in(metadata, DISTILLED_KEY, where)
+    if distilled.get("guidance_range") is not None:
+        trained["guidance_range"] = distilled["guidance_range"]
+    if distilled.get("sampler") == "lcm":
+        trained |= {"sampler": "lcm", "max_steps": distilled.get("max_steps")}
+    return trained
