@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 import signal
 import sys
 import warnings
@@ -41,9 +40,16 @@ from train.callbacks.stop import Stop, StopAtOnce
 from train.clock import PhaseClock
 from train.data.pictures import BOMB_WARNING
 from train.draws import SeedLayers
-from train.environment import note_start
 from train.launch import cluster_environment, global_rank
 from train.memory import keep_freed_memory
+from train.noted import (
+    CONFIG_FILE,
+    DONE_FILE,
+    KIND_LINE,
+    NoteStart,
+    read_noted,
+    refuse_lost_checkpoints,
+)
 from train.optim import require_low_bit
 from train.rank_errors import RankErrors
 from train.run_lock import make_folder
@@ -75,10 +81,6 @@ _FIXED_WHOLE = ("lora", "teacher", "time_unit", "adaptive_weight")
 _FIXED_DIFFUSION = ("prediction", "schedule", "time_input", "zero_terminal_snr")
 """What the network's output means; how it is weighed and drawn may change."""
 _FIXED_OPTIM = ("name", "lr", "muon_lr", "betas", "weight_decay")
-_KIND_LINE = "# all of a {}\n"
-"""First of a run's ``config.yaml``: whose configuration it is."""
-DONE_FILE = "done"
-"""In the folder of a run that came to its end."""
 _NO_NEWS = (
     ".*treespec, LeafSpec.*",
     ".*does not have many workers.*",
@@ -101,12 +103,14 @@ class Prepared:
     out: Path
     newest: Path | None
     """The checkpoint to go on from; None: from the beginning."""
+    config: str
+    """The resolved configuration as its ``config.yaml`` will have it, when training begins."""
     clock: PhaseClock
     """Runs from the beginning of the set-up."""
 
 
 def prepare(run: RunConfig, config: object, *, resume: bool) -> Prepared:
-    """Seed, set threads, make the run's folder and keep the resolved configuration in it.
+    """Seed, set threads, make the run's folder and hold it against the configuration.
 
     Args:
         run: What all runs share.
@@ -115,8 +119,8 @@ def prepare(run: RunConfig, config: object, *, resume: bool) -> Prepared:
             serves for the first start and for every later one.
 
     Raises:
-        UserError: ``resume`` with other networks; a fresh start over an existing run; a folder
-            that can't be made.
+        UserError: ``resume`` with other networks; a fresh start over an existing run, or over one
+            whose checkpoints are gone; a folder that can't be made.
     """
     _quiet()
     check_trainer_options(run.trainer)
@@ -127,25 +131,23 @@ def prepare(run: RunConfig, config: object, *, resume: bool) -> Prepared:
         raise UserError(f"{out} holds a run already; go on with --resume or choose another run.out")
     values = to_dict(config)
     own_kind = type(config).__name__
-    if newest is not None and (out / "config.yaml").is_file():
-        text = (out / "config.yaml").read_text(encoding="utf-8")
-        noted = re.match(_KIND_LINE.format(r"(\w+)"), text)
-        if noted is not None and noted[1] != own_kind:
+    if newest is None:
+        refuse_lost_checkpoints(out, run.checkpoint_every_steps)
+    elif (out / CONFIG_FILE).is_file():
+        noted = read_noted(out)
+        if noted.kind not in (None, own_kind):
             raise UserError(
-                f"--resume: {out} holds a run of another kind ({noted[1]}, this is {own_kind}); "
+                f"--resume: {out} holds a run of another kind ({noted.kind}, this is {own_kind}); "
                 "choose another run.out"
             )
-        _refuse_other_networks(yaml.safe_load(text), values)
+        _refuse_other_networks(noted.values, values, out)
     pl.seed_everything(run.seed, verbose=False)
     keep_freed_memory()
     if run.threads is not None:
         torch.set_num_threads(run.threads)
     make_folder(out)
-    noted_now = _KIND_LINE.format(own_kind) + yaml.safe_dump(values, sort_keys=False)
-    atomic_write_text(out / "config.yaml", noted_now)
-    if global_rank() == 0:
-        note_start(out)
-    return Prepared(out, newest, clock)
+    noted_now = KIND_LINE.format(own_kind) + yaml.safe_dump(values, sort_keys=False)
+    return Prepared(out, newest, noted_now, clock)
 
 
 def _quiet() -> None:
@@ -159,14 +161,18 @@ def _quiet() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def _refuse_other_networks(earlier: dict[str, object], now: dict[str, object]) -> None:
+def _refuse_other_networks(earlier: dict[str, Any], now: dict[str, object], out: Path) -> None:
     """Refuse to resume with what the checkpoint has fixed: sizes and the optimizer's values."""
     kept: list[tuple[str, object, object]] = []
     partly = {"optim": _FIXED_OPTIM, "diffusion": _FIXED_DIFFUSION}
     old_lesson, lesson = earlier.get("distill"), now.get("distill")
     if "distill" in earlier and "distill" in now:
-        there, here = ("given" if one else "none" for one in (old_lesson, lesson))
-        kept.append(("distill", there, here))
+        there, here = ("unet_kd" if one else "unet" for one in (old_lesson, lesson))
+        if there != here:
+            raise UserError(
+                f"--resume: {out} holds a run of another kind (train {there}, this is train "
+                f"{here}); go on with python -m train {there}, or choose another run.out"
+            )
     if isinstance(old_lesson, dict) and isinstance(lesson, dict):
         old_teacher, teacher = old_lesson.get("teacher"), lesson.get("teacher")
         if old_teacher != teacher:  # the same file may lie elsewhere now
@@ -218,6 +224,7 @@ def fit(
         (out / DONE_FILE).unlink(missing_ok=True)
     errors = RankErrors()
     stop, ledger = Stop(run.max_minutes, errors), Ledger(prepared.clock, out, run.log_every_steps)
+    last = [NoteStart(out, prepared.config, errors), *last]
     trainer = _trainer(system, run, optim, stop, ledger, callbacks, last)
     try:
         with stop.listening():

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from torch import nn
 
 from cascade.checkpoints.autoencoders import trunk_from_torchvision
@@ -26,6 +25,7 @@ from stages.semantic_compressor import SemanticCompressor
 from stages.stage_b_v2 import StageBV2Config
 from stages.stage_c_v2 import StageCV2Config
 from train.callbacks.checkpoints import newest_checkpoint
+from train.noted import CONFIG_FILE, read_noted
 
 R = TypeVar("R")
 _FREE = (
@@ -89,10 +89,10 @@ def with_architecture(config: R, kind: Kind, *, resume: bool) -> R:
         return config
     out = Path(given.run.out)
     if resume and newest_checkpoint(out, tidy=False) is not None:
-        noted = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))
+        noted = read_noted(out).values
         sections = {name: noted[name] for name in ("model", "model_v2") if noted.get(name)}
         whole = {**to_dict(given), **sections}
-        return from_dict(type(config), whole, str(out / "config.yaml"))
+        return from_dict(type(config), whole, str(out / CONFIG_FILE))
     found = find_network(given.init_from, kind)
     if kind == "stage_a" and CLASS_KEY not in found.opened.metadata:
         raise UserError(

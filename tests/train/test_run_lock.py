@@ -52,6 +52,7 @@ def said_by(run) -> str:
 def test_a_second_run_is_refused_and_touches_nothing_of_the_first(make_run):
     run = make_run("stage_c")
     with training(run, "--run.checkpoint_every_steps", "100000") as one:
+        wait_until(one, (run.out / "config.yaml").is_file)  # all of its checks have passed
         in_writing = run.out / "checkpoints" / ".step=4.ckpt.abc.tmp"
         in_writing.parent.mkdir(exist_ok=True)
         in_writing.write_bytes(b"half of a checkpoint")
