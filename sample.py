@@ -267,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="notice: %(message)s")
 
     # What follows costs seconds to import, so that --help and slips come first.
-    from cascade.checkpoints.hub import resolve
+    from cascade.checkpoints.hub import refuse_lite, resolve
     from cascade.pipelines.latent import is_latent
     from cascade.pipelines.offload import check_request
     from cascade.pipelines.outputs import Outputs
@@ -283,6 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_compile(options.offload, options.vram)
     files = resolve(options.model, variant=options.variant)
     if is_latent(files.folders[0]):
+        refuse_lite(files, "a Stage C on an autoencoder's latents")
         refuse_options(options, NOT_OF_LATENTS, "a Stage C on an autoencoder's latents")
         job = latent_job(options, prompts, files.folders[0])
     elif is_unet(files):

@@ -35,7 +35,12 @@ _OF_WHOLE_CASCADES = (
     *("steps_b", "guidance_b", "fast_decoder", "dialect", "image", "control"),
     *("preview", "compile", "offload", "vram"),
 )
-NOT_OF_LATENTS = ONLY_UNETS | dict.fromkeys(_OF_WHOLE_CASCADES, "")
+NOT_OF_LATENTS = {
+    **ONLY_UNETS,
+    **dict.fromkeys(_OF_WHOLE_CASCADES, ""),
+    "steps": "--steps-c",
+    "guidance": "--guidance-c",
+}
 """The same of a Stage C on an autoencoder's latents."""
 
 

@@ -66,7 +66,24 @@ def assemble_latent(config: AssembleLatentConfig, out: Path) -> None:
         path = temporary / "autoencoder_kl.safetensors"
         save_network(path, network, metadata=autoencoder.told)
         save_latent_spec(config.spec, temporary)
-        LatentPipeline(temporary, device="cpu")
+        try:
+            LatentPipeline(temporary, device="cpu")
+        except UserError as error:
+            raise UserError(_by_the_config(str(error), temporary, config)) from error
+
+
+def _by_the_config(message: str, folder: Path, config: AssembleLatentConfig) -> str:
+    """Return what is wrong with the parts in a folder by the configuration's names of them."""
+    parts = {
+        "latent.json": "spec",
+        "stage_c.safetensors": f"stage_c {config.stage_c}",
+        "autoencoder_kl.safetensors": f"autoencoder_kl {config.autoencoder_kl}",
+        "text": f"text {config.text}",
+    }
+    for name, key in parts.items():
+        message = message.replace(str(folder / name), key)
+    together = ", ".join(key for key in parts.values() if key != "spec")
+    return message.replace(str(folder), together)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,6 +5,7 @@ What each file is is told by its content; folders' and files' names only say whe
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,9 @@ from cascade.checkpoints.readers import (
 from cascade.errors import UserError
 
 _SAFETY_CHECKER = "StableDiffusionSafetyChecker"
+_ENDING = re.compile(r"\.(safetensors|bin|pt|pth|ckpt)(\..*)?$")
+_MARK = re.compile(r"[._-](fp16|bf16|fp32|fp8|non_ema|ema)$")
+"""What tells variants of one network apart, at the end of its file's name."""
 
 
 def told_by(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -87,6 +91,44 @@ def choose_network(found: Sequence[FoundNetwork], kind: str, lite: bool) -> Foun
     wanted = min(sizes) if lite else max(sizes)
     fitting = [one for one in fitting if one.values == wanted]
     return min(fitting, key=lambda one: (one.path.suffix in PICKLE_SUFFIXES, len(one.path.name)))
+
+
+def one_unet(found: Sequence[FoundNetwork], where: str | Path) -> FoundNetwork | None:
+    """Return the U-Net among networks: of its variants the unmarked one; None: there is none.
+
+    Args:
+        found: Networks of a folder.
+        where: The folder.
+
+    Raises:
+        UserError: If there are several: none of them is more the one that is meant than others.
+    """
+    by_name: dict[Path, list[FoundNetwork]] = {}
+    for one in found:
+        if one.published.kind == "unet":
+            plain = _MARK.sub("", _ENDING.sub("", one.path.name))
+            by_name.setdefault(one.path.parent / plain, []).append(one)
+    if len(by_name) > 1:
+        paths = [variants[0].path for variants in by_name.values()]
+        names = [str(path.relative_to(where) if path.is_relative_to(where) else path.name)
+                 for path in paths]  # fmt: skip
+        more = ", ..." if len(names) > 5 else ""
+        raise UserError(
+            f"{where}: several U-Nets in it; name one: {', '.join(sorted(names)[:5])}{more}"
+        )
+    return choose_network([one for variants in by_name.values() for one in variants], "unet", False)
+
+
+def unets_beside(folder: Path) -> list[FoundNetwork]:
+    """Return the U-Nets of a folder, not of those in it."""
+    found = []
+    for path in _entries(folder, depth=0):
+        for opened in open_weights(path):
+            try:
+                found.append(FoundNetwork(opened, identify(opened), path))
+            except UserError:
+                continue  # no network that is known here
+    return [one for one in found if one.published.kind == "unet"]
 
 
 def text_folders_in(files: ModelFiles) -> Iterator[TextFolder]:

@@ -26,6 +26,8 @@ _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _NAME = re.compile(rf"(?P<id>{_ID.pattern})(?P<lite>:lite)?(?:@(?P<revision>.+))?")
 _REVISION = re.compile(r"(?!.*\.\.)\w[\w./-]*")
 _LITE = ":lite"
+_WITHOUT_VARIANTS = ("latent.json", "pipeline.json")
+"""Settings of models that are written here, whose networks have one file each."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,16 @@ class ModelFiles:
     def where(self) -> str:
         """The folders, for messages."""
         return " and ".join(str(folder) for folder in self.folders)
+
+
+def refuse_lite(files: ModelFiles, what: str) -> None:
+    """Refuse ``:lite`` behind the name of a model that has one size.
+
+    Raises:
+        UserError: It was given.
+    """
+    if files.lite:
+        raise UserError(f"{files.where}: {what}, which has no smaller stages; leave :lite out")
 
 
 def resolve(
@@ -127,6 +139,9 @@ def _local_folder(model: str | Path) -> Path | None:
 def _choose_local(folder: Path, lite: bool, variant: str | None) -> ModelFiles:
     if variant is None:
         return ModelFiles((folder,), lite)
+    has_index = (folder / "model_index.json").is_file()
+    if not has_index and any((folder / name).is_file() for name in _WITHOUT_VARIANTS):
+        raise UserError(f"{folder}: its files have no variants; leave variant {variant!r} out")
     paths = [*folder.glob("*"), *folder.glob("*/*"), *folder.glob("*/*/*")]
     names = {path.relative_to(folder).as_posix(): "" for path in paths if path.is_file()}
     [chosen] = choose([names], str(folder), lite=lite, variant=variant)

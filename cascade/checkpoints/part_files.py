@@ -18,8 +18,10 @@ from cascade.checkpoints.found import (
     choose_network,
     image_folder_in,
     networks_in,
+    one_unet,
     text_folder,
     text_folders_in,
+    unets_beside,
 )
 from cascade.checkpoints.hub import ModelFiles, is_hub_name, resolve
 from cascade.checkpoints.hub_choice import Part
@@ -56,7 +58,7 @@ def find_network(name: str | Path, kind: Kind) -> FoundNetwork:
         kind: Which network.
 
     Raises:
-        UserError: Nothing is there, or it is another network.
+        UserError: Nothing is there, or it is another network, or one of several U-Nets.
     """
     path = Path(name)
     if path.is_file():
@@ -66,10 +68,17 @@ def find_network(name: str | Path, kind: Kind) -> FoundNetwork:
         return _in_file(own, kind)
     home = path / _HOMES[kind] if kind in _HOMES else None
     if home is not None and home.is_dir():  # whatever lies beside it, such as its teacher
+        if kind == "unet":
+            one_unet(unets_beside(home), home)
         return _in_file(weights_in(home), kind)
     files = _resolved(name, cast(Part, kind))
+    if files.lite and kind in _HOMES:
+        raise UserError(f"{name}: a {title(kind)} comes in one size; leave :lite out")
     found = list(networks_in(files))
-    chosen = choose_network(found, kind, files.lite)
+    if kind == "unet":
+        chosen = one_unet(found, files.folders[0])
+    else:
+        chosen = choose_network(found, kind, files.lite)
     if chosen is None:
         held = ", ".join(sorted({title(one.published.kind) for one in found}))
         raise HoldsNone(

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from cascade.checkpoints.files import file_hash, load_network, read_metadata
-from cascade.checkpoints.hub import ModelFiles
+from cascade.checkpoints.hub import ModelFiles, refuse_lite
 from cascade.errors import UserError
 from cascade.pipelines.placement import Dtypes, refuse_overflow
 from cascade.pipelines.spec import (
@@ -212,6 +212,7 @@ def open_source(
     """
     files = model if isinstance(model, ModelFiles) else ModelFiles((Path(model),))
     if len(files.folders) == 1 and (files.folders[0] / SPEC_FILE).is_file():
+        refuse_lite(replace(files, lite=files.lite or lite), "a model folder of ours")
         return OwnFolder(files.folders[0], fast_decoder=fast_decoder)
     if fast_decoder:
         raise UserError(

@@ -89,6 +89,12 @@ class PublishedFiles:
             for kind in ("stage_a", "compressor", "previewer")
         }
         missing = [kind for kind in _NEEDED if self._parts[kind] is None]
+        kinds = {one.published.kind for one in found}
+        if {"stage_c", "autoencoder_kl"} <= kinds and "stage_b" not in kinds:
+            raise UserError(
+                f"{where}: a Stage C and a KL autoencoder, but no latent.json, which says how such "
+                "a model is sampled; copy it from where the model comes from"
+            )
         if len(missing) == len(_NEEDED):
             others = sorted({title(one.published.kind) for one in found})
             raise UserError(

@@ -8,9 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from cascade.checkpoints.detect import Kind, Published
+from cascade.checkpoints.files import CLASS_KEY
 from cascade.checkpoints.hub import ModelFiles
-from cascade.checkpoints.load import identify
+from cascade.checkpoints.load import build, identify
+from cascade.checkpoints.part_files import find_network
 from cascade.checkpoints.readers import PICKLE_SUFFIXES, Opened, open_weights, weights_in
 from cascade.checkpoints.said import said_in
 from cascade.config import from_dict
@@ -22,11 +26,14 @@ from cascade.pipelines.files_hash import (
     tokenizer_files,
 )
 from cascade.pipelines.unet_spec import UNET_SPEC_FILE, UNetSpec
+from cascade.text.encoder import TextConfig, TextEncoder, load_tokenizer
 
 SPEC_KEY = "cascade_pipeline"
 """Where a single file that was written here holds what ``pipeline.json`` holds in a folder."""
 INDEX_FILE = "model_index.json"
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
+_SD_PAD = "!"
+"""What OpenCLIP's towers were padded with, whose token is 0."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,16 @@ def open_one(path: Path, kind: Kind, where: str) -> UNetPart:
             return part
     held = found[0].published.kind if found else "nothing of the kind"
     raise UserError(f"{where}: no {kind} but {held}; check the path")
+
+
+def other_unet(named: Path) -> UNetPart:
+    """Open a U-Net to run in place of a model's own: its file, its folder, or its model's.
+
+    Raises:
+        UserError: There is none, or there are several.
+    """
+    found = find_network(named, "unet")
+    return UNetPart(found.opened, found.published, found.path)
 
 
 def named_file(files: ModelFiles) -> Path | None:
@@ -81,6 +98,62 @@ def written_in(opened: Opened) -> UNetSpec | None:
         return None
     values = said_in(opened.file_metadata, SPEC_KEY, opened.where)
     return from_dict(UNetSpec, values, f"{opened.where} (settings)")
+
+
+def refuse_lost_settings(folder: Path, unet: UNetPart | None) -> None:
+    """Refuse what was written for Cascade alone, in a folder that has no settings of any kind.
+
+    Raises:
+        UserError: Naming the file that is missing.
+    """
+    if unet is None or CLASS_KEY not in unet.opened.metadata or unet.opened.declared:
+        return
+    raise UserError(
+        f"{folder / UNET_SPEC_FILE}: not there, and it says how this U-Net is sampled and what "
+        "text it reads; copy it from where the model comes from"
+    )
+
+
+def text_of_single(
+    part: UNetPart,
+    folder: Path,
+    tokens: str,
+    config: TextConfig,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    written_here: bool,
+) -> TextEncoder:
+    """Load a text encoder of a single file.
+
+    Args:
+        part: The encoder.
+        folder: Where the file lies, and tokenizers beside it.
+        tokens: Name of the tokenizer's folder; else "tokenizer" is taken.
+        config: Which states are read.
+        device: Where the weights go.
+        dtype: Their number format; None is the file's own.
+        written_here: Whether the file has its own tokenizers beside it.
+
+    Raises:
+        UserError: If there is no tokenizer, or it does not fit.
+    """
+    where = part.path
+    model = build(part.opened, part.published, device=device, dtype=dtype)
+    home = next((one for one in (folder / tokens, folder / "tokenizer") if one.is_dir()), None)
+    if home is None:
+        raise UserError(
+            f"{where}: single files hold no tokenizer; put one beside it, as with `hf "
+            f"download openai/clip-vit-large-patch14 vocab.json merges.txt --local-dir "
+            f"{folder / 'tokenizer'}`"
+        )
+    tokenizer = load_tokenizer(home)
+    is_open_clip = part.published.config.activation == "gelu"
+    if is_open_clip and not written_here and _SD_PAD in tokenizer.get_vocab():
+        tokenizer.pad_token = _SD_PAD
+    try:
+        return TextEncoder(tokenizer, model, config)
+    except UserError as error:
+        raise UserError(f"{home}: {error}") from error
 
 
 def hash_of_parts(

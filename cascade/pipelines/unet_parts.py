@@ -14,7 +14,7 @@ from torch import nn
 from cascade.adapters.lora_names import Part
 from cascade.checkpoints.detect import Kind
 from cascade.checkpoints.found import told_by
-from cascade.checkpoints.hub import ModelFiles
+from cascade.checkpoints.hub import ModelFiles, refuse_lite
 from cascade.checkpoints.load import build, identify
 from cascade.checkpoints.readers import (
     is_entry,
@@ -36,7 +36,10 @@ from cascade.pipelines.unet_files import (
     hash_of_parts,
     named_file,
     open_one,
+    other_unet,
+    refuse_lost_settings,
     single_files,
+    text_of_single,
     written_in,
 )
 from cascade.pipelines.unet_lora import (
@@ -54,7 +57,7 @@ from cascade.pipelines.unet_spec import (
     UNetSpec,
     load_unet_spec,
 )
-from cascade.text.encoder import TextConfig, TextEncoder, load_tokenizer
+from cascade.text.encoder import TextConfig, TextEncoder
 from stages.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from stages.unet.config import UNetConfig
 from stages.unet.unet import UNet
@@ -62,8 +65,6 @@ from stages.unet.unet import UNet
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 _SD_TEXT = TextConfig(hidden="post_norm", masks_padding=False)
 _SDXL_TEXT = TextConfig(hidden="penultimate", masks_padding=False)
-_SD_PAD = "!"
-"""What OpenCLIP's towers were padded with, whose token is 0."""
 
 
 @dataclass
@@ -98,6 +99,8 @@ def is_unet(files: ModelFiles) -> bool:
         return True
     if (folder / INDEX_FILE).is_file():
         return str(read_json(folder / INDEX_FILE).get("_class_name")).startswith("StableDiffusion")
+    if (folder / "unet").is_dir() and (folder / "vae").is_dir():
+        return True  # one of ours for Cascade alone, whose settings may be missing
     return (folder / "unet" / "config.json").is_file() or bool(single_files(folder))
 
 
@@ -118,11 +121,14 @@ def open_unet_source(
     """
     if not isinstance(files, ModelFiles):
         path = Path(files)
+        if not path.exists():
+            raise UserError(f"{path}: no such file or folder; check the path")
         files = (
             ModelFiles((path,))
             if path.is_dir()
             else ModelFiles((path.parent,), False, frozenset({path}))
         )
+    refuse_lite(files, "a U-Net")
     single = named_file(files)
     folder = files.folders[0]
     if single is None and not (folder / "unet").is_dir():
@@ -155,10 +161,10 @@ class UNetSource:
         self.loras = [OpenedLora(one) for one in loras]
         self._parts = self._open_single(single) if single else self._open_folder()
         self._written = self._written_spec()  # the model's, whichever U-Net runs
+        if single is None and self._written is None and not self._index:
+            refuse_lost_settings(folder, self._parts.get("unet"))
         if unet is not None:
-            # Of a whole model its U-Net, as everywhere else.
-            home = unet / "unet" if (unet / "unet").is_dir() else unet
-            self._parts["unet"] = open_one(home, "unet", str(unet))
+            self._parts["unet"] = other_unet(unet)
         for name in ("unet", "autoencoder"):
             if name not in self._parts:
                 raise UserError(f"{self.where}: no {name} in it, which a picture needs")
@@ -304,26 +310,9 @@ class UNetSource:
             )
         if name not in self._parts:
             raise UserError(f"{self.where}: no {name} in it, which a picture needs")
-        part = self._parts[name]
-        model = build(part.opened, part.published, device=device, dtype=dtype)
-        folder = next(
-            (one for one in (self.folder / tokens, self.folder / "tokenizer") if one.is_dir()), None
+        return text_of_single(
+            self._parts[name], self.folder, tokens, config, device, dtype, self._written is not None
         )
-        if folder is None:
-            raise UserError(
-                f"{self.where}: single files hold no tokenizer; put one beside it, as with `hf "
-                f"download openai/clip-vit-large-patch14 vocab.json merges.txt --local-dir "
-                f"{self.folder / 'tokenizer'}`"
-            )
-        tokenizer = load_tokenizer(folder)
-        is_open_clip = part.published.config.activation == "gelu"
-        # A file that was written here has its own tokenizers beside it.
-        if is_open_clip and self._written is None and _SD_PAD in tokenizer.get_vocab():
-            tokenizer.pad_token = _SD_PAD
-        try:
-            return TextEncoder(tokenizer, model, config)
-        except UserError as error:
-            raise UserError(f"{folder}: {error}") from error
 
     # Settings
 

@@ -31,7 +31,8 @@ def make_parser() -> Parser:
         choices=("ours", "original", "diffusers"),
         required=True,
         help="our model folder, the authors' single files (which ComfyUI reads), or diffusers; of "
-        "U-Nets the first and the last are the same",
+        "U-Nets the first and the last are the same, but for students that diffusers can't build, "
+        "which it refuses and ours takes",
     )
     convert.add_argument("--out", type=Path, required=True, help="new folder")
     convert.add_argument(

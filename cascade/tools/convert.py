@@ -19,10 +19,11 @@ from cascade.checkpoints.files import (
 )
 from cascade.checkpoints.found import FoundNetwork, told_by
 from cascade.checkpoints.hub import ModelFiles
-from cascade.checkpoints.load import FAMILIES, Family, build
-from cascade.checkpoints.part_files import unet_alone
+from cascade.checkpoints.load import FAMILIES, Family, build, identify
+from cascade.checkpoints.part_files import title, unet_alone
 from cascade.checkpoints.readers import open_weights
 from cascade.errors import UserError
+from cascade.pipelines.latent import is_latent
 from cascade.pipelines.parts import CascadeParts, Source, open_source
 from cascade.pipelines.placement import Dtypes, UNetDtypes
 from cascade.pipelines.spec import CONVERTED_SPEC_FILE, save_spec
@@ -64,18 +65,29 @@ def convert(model: Path, target: Target, out: Path, dtype: torch.dtype) -> Writt
     The folder appears when all of it is written, or not at all.
 
     Raises:
-        UserError: If ``out`` holds anything already, can't be made, or the cascade has no such
-            layout.
+        UserError: If ``out`` holds anything already, lies in the model, can't be made, or the
+            cascade has no such layout.
     """
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out}: not empty; name a new folder")
+    if model.is_dir() and out.resolve().is_relative_to(model.resolve()):
+        raise UserError(f"{out}: inside {model}, which is read; name a folder elsewhere")
+    if model.is_dir() and is_latent(model):
+        raise UserError(
+            f"{model}: a Stage C on an autoencoder's latents, for which there is no other layout; "
+            "it is not converted"
+        )
     found = _files_of(model)
     if found is not None and is_unet(found):
         return _convert_unet(open_unet_source(found), target, out, dtype)
     if (alone := unet_alone(model)) is not None:
         return _convert_unet_alone(alone, target, out, dtype)
     if model.is_file():
-        raise UserError(f"{model}: a file; name the folder of the whole cascade")
+        held = " and a ".join(title(identify(one).kind) for one in open_weights(model))
+        raise UserError(
+            f"{model}: holds a {held}, and of single files U-Nets and their whole models are "
+            "converted; name the folder of the whole model"
+        )
     source = open_source(model)
     parts = source.load(torch.device("cpu"), Dtypes.same(dtype))
     writers = {"ours": _write_ours, "original": _write_original, "diffusers": _write_diffusers}
@@ -109,7 +121,7 @@ def _convert_unet(source: UNetSource, target: Target, out: Path, dtype: torch.dt
 def _convert_unet_alone(
     found: FoundNetwork, target: Target, out: Path, dtype: torch.dtype
 ) -> Written:
-    """Write a U-Net without a pipeline; our layout of one is diffusers'."""
+    """Write a U-Net without a pipeline; our layout of one is diffusers', if it can build it."""
     unet = cast(UNet, build(found.opened, found.published, dtype=dtype))
     size = found.opened.declared.get("sample_size")
     with atomic_folder(out) as temporary:
@@ -118,6 +130,7 @@ def _convert_unet_alone(
             temporary,
             dtype,
             original=target == "original",
+            theirs=target == "diffusers",
             sample_size=size if isinstance(size, int) else None,
             notes=found.told,
         )

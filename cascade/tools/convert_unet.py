@@ -183,6 +183,7 @@ def write_unet_alone(
     dtype: torch.dtype,
     *,
     original: bool,
+    theirs: bool,
     sample_size: int | None,
     notes: Mapping[str, str],
 ) -> Written:
@@ -194,6 +195,7 @@ def write_unet_alone(
         dtype: Number format of all weights.
         original: The authors' names without a prefix, in ``unet.safetensors``; else a folder of
             diffusers.
+        theirs: Whether diffusers must be able to open that folder; see ``write_unet_folder``.
         sample_size: Latent cells per side of its pictures; None: SDXL's 128, or SD's 64.
         notes: Further metadata: what it cost, how it predicts.
 
@@ -205,6 +207,11 @@ def write_unet_alone(
         state = unet_to_original(unet.state_dict(), unet.config)
         save_state(path, unet, state, dtype, notes)
         return Written((path,), ())
+    file = out / "diffusion_pytorch_model.safetensors"
+    reason = why_not_diffusers(unet.config)
+    if reason is not None and not theirs:
+        _write_network(out, unet, None, dtype, notes)
+        return Written((file,), (f"{reason}: the file is for Cascade alone, without config.json",))
     notices = []
     if sample_size is None:
         sample_size = 64 if unet.config.text_pooled_channels is None else 128
@@ -213,8 +220,7 @@ def write_unet_alone(
             "latent cells per side, diffusers' default for it"
         )
     _write_network(out, unet, unet_config_of(unet.config, sample_size), dtype, notes)
-    files = (out / "diffusion_pytorch_model.safetensors", out / "config.json")
-    return Written(files, tuple(notices))
+    return Written((file, out / "config.json"), tuple(notices))
 
 
 def _encoders(parts: UNetParts) -> list[tuple[PartName, str, TextEncoder]]:
@@ -279,7 +285,7 @@ def unet_config_of(config: UNetConfig, sample_size: int) -> dict[str, Any]:
     """
     reason = why_not_diffusers(config)
     if reason is not None:
-        raise UserError(f"{reason}; write the original layout")
+        raise UserError(f"{reason}; write ours, or the original layout")
     down, up = ([_depth(d) for d in way] for way in (config.down_depths, config.up_depths))
     layers = [len(depths) for depths in config.down_depths]
     middle = "UNetMidBlock2D" if config.mid_depth == 0 else "UNetMidBlock2DCrossAttn"

@@ -91,3 +91,30 @@ def test_sample_refuses_what_it_has_no_use_for(option, assembled, tmp_path, caps
     assert f"{option[0]}: {assembled} is a Stage C on an autoencoder's latents" in (
         capsys.readouterr().err
     )
+
+
+def test_sample_names_the_options_that_it_has(assembled, tmp_path, capsys):
+    words = ["--model", str(assembled), "--prompt", "a hat", "--out", str(tmp_path / "out")]
+    for given, own in (("--steps", "--steps-c"), ("--guidance", "--guidance-c")):
+        assert run_main(lambda given=given: sample([*words, given, "3"])) == 2
+        assert capsys.readouterr().err.endswith(f"; it takes {own}\n")
+
+
+def test_a_model_whose_settings_are_gone_is_told_so(assembled, capsys):
+    (assembled / "latent.json").unlink()
+    assert run_main(lambda: sample(["--model", str(assembled), "--prompt", "a hat"])) == 2
+    assert "no latent.json, which says how such a model is sampled" in capsys.readouterr().err
+
+
+def test_parts_that_do_not_fit_are_named_as_the_configuration_does(config, tiny_model, tmp_path):
+    stage_c_of(tiny_model, tmp_path / "stage_c.safetensors", 8)
+    found = str(save_tiny(tmp_path / "sdxl", "sdxl"))
+    out = tmp_path / "model"
+    with pytest.raises(UserError, match=r"the autoencoder's latents: 4 channels") as error:
+        main([*config, "--autoencoder_kl", found, "--out", str(out)])
+    for part in (f"stage_c {tmp_path / 'stage_c.safetensors'}", f"autoencoder_kl {found}", "text "):
+        assert part in str(error.value)
+    stage_c_of(tiny_model, tmp_path / "stage_c.safetensors", 4)
+    with pytest.raises(UserError, match=r"^spec: size_multiple is 2, but the autoencoder and"):
+        main([*config, "--autoencoder_kl", found, "--spec.size_multiple", "2", "--out", str(out)])
+    assert not list(tmp_path.glob(".model*")) and not out.exists()

@@ -147,7 +147,9 @@ def write_student(
         UserError: The folder is not empty or can't be made, or the disk is full.
     """
     check_new(out)
-    made_by = f"{named.name} of {teacher.name} (weights {teacher.weights_hash})"
+    path = teacher.found.path
+    file = "" if path == Path(teacher.name) else f"{path}, "
+    made_by = f"{named.name} of {teacher.name} ({file}weights {teacher.weights_hash})"
     summary = [made_by, "", *summary_lines(student.plan, student.report)]
     metadata = metadata_of(teacher, named, student.plan)
     with atomic_folder(out) as temporary:

@@ -230,7 +230,7 @@ def test_our_own_files_without_their_settings_are_told_as_such(
 
 
 def test_a_file_is_no_cascade(tiny_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="a file; name the folder of the whole cascade"):
+    with pytest.raises(UserError, match="holds a Stage A, and of single files U-Nets"):
         convert(tiny_model / "stage_a.safetensors", tmp_path / "out", "ours")
 
 
