@@ -174,7 +174,7 @@ def test_another_unet_takes_the_models_place(folders: dict[str, Path], tmp_path:
     source = open_unet_source(folders["sdxl"], tmp_path / "unet")
     pipeline = UNetPipeline(source, device="cpu")
     assert torch.equal(pipeline.unet.conv_in.bias, state["conv_in.bias"] * 0.9)
-    with pytest.raises(UserError, match="no unet but autoencoder_kl"):
+    with pytest.raises(UserError, match="holds no U-Net, only: KL autoencoder"):
         open_unet_source(folders["sdxl"], folders["sdxl"] / "vae")
     with pytest.raises(UserError, match=r"24 channels|40 channels"):
         UNetPipeline(open_unet_source(folders["sd"], tmp_path / "unet"), device="cpu")
