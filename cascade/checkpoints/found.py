@@ -120,9 +120,9 @@ def one_unet(found: Sequence[FoundNetwork], where: str | Path) -> FoundNetwork |
 
 
 def unets_beside(folder: Path) -> list[FoundNetwork]:
-    """Return the U-Nets of a folder, not of those in it."""
+    """Return the U-Nets of a folder, not of those in it; no pickle is opened, nor other formats."""
     found = []
-    for path in _entries(folder, depth=0):
+    for path in (one for one in _entries(folder, depth=0) if ".safetensors" in one.name):
         for opened in open_weights(path):
             try:
                 found.append(FoundNetwork(opened, identify(opened), path))

@@ -91,6 +91,9 @@ def test_variants_and_a_teacher_beside_a_model_are_no_several(two: Path, tmp_pat
     shutil.copy(two / "small.safetensors", model / "teacher.safetensors")
     assert find_network(model, "unet").path == model / "unet" / WEIGHTS
     assert open_unet_source(model, model).unet_config == tiny_model("sdxl")[1].unet.config
+    for name in ("openvino_model.bin", "flax_model.msgpack"):  # as published folders have them
+        (model / "unet" / name).write_bytes(b"no weights of torch")
+    assert find_network(model, "unet").path == model / "unet" / WEIGHTS
     alone = two / "small.safetensors"
     alone.rename(two / "large.fp16.safetensors")
     assert find_network(two, "unet").path == two / "large.safetensors"
