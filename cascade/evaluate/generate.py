@@ -23,7 +23,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
-from cascade.checkpoints.hub import resolve
+from cascade.checkpoints.hub import refuse_lite, resolve
 from cascade.errors import UserError
 from cascade.images import save_png
 from cascade.launchers import Part
@@ -125,6 +125,8 @@ class PictureMaker:
         self.options = options
         latent = next((folder for folder in files.folders if is_latent(folder)), None)
         self.is_latent = latent is not None
+        if self.is_latent:
+            refuse_lite(files, "a Stage C on an autoencoder's latents")
         self.is_unet = latent is None and is_unet(files)
         _refuse_others(options, self.is_unet)
         # Any prompt will do: what is shared by all pictures is settled here.

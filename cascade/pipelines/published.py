@@ -27,7 +27,7 @@ from cascade.checkpoints.hub import ModelFiles
 from cascade.checkpoints.load import build
 from cascade.checkpoints.part_files import title
 from cascade.errors import UserError
-from cascade.pipelines.files_hash import sampled_hash
+from cascade.pipelines.files_hash import sampled_hash, text_files
 from cascade.pipelines.parts import CascadeParts, Dialect
 from cascade.pipelines.placement import STABLE_CASCADE, Dtypes, refuse_overflow
 from cascade.pipelines.spec import (
@@ -191,11 +191,17 @@ class PublishedFiles:
         )
 
     def weights_hash(self) -> str:
-        """Hash the names, sizes and a part of the content of the files; whole ones are large."""
+        """Hash the sizes and a part of the content of the networks' files and the encoders'.
+
+        Whole ones are large.
+        """
         digest = hashlib.sha256(self.dialect.encode())
         for kind, part in sorted(self._parts.items()):
             if part is not None:
                 digest.update(f"{kind} {sampled_hash(part.path)}\n".encode())
+        for encoder in self._encoders:
+            for path in text_files(encoder.folder, encoder.tokenizer):
+                digest.update(f"{path.name} {sampled_hash(path)}\n".encode())
         return digest.hexdigest()[:12]
 
     def metadata(self, name: str) -> dict[str, str]:

@@ -31,8 +31,9 @@ def study(
     tmp_path: Path,
 ) -> Path:
     loss = {"prediction": "v", "weight": "constant"}
-    stage_b = make_run("stage_b", "stage_b", diffusion=loss)
-    stage_c = make_run("stage_c", "stage_c", diffusion=loss)
+    optim = {"lr": 1e-2, "warmup_fraction": 0.25, "schedule": "cosine"}
+    stage_b = make_run("stage_b", "stage_b", diffusion=loss, optim=optim)
+    stage_c = make_run("stage_c", "stage_c", diffusion=loss, optim=optim)
     spec = json.loads((tiny_model / "model.json").read_text())
     spec["stage_c"] |= {"prediction": "v", "steps": 2}
     spec["stage_b"] |= {"prediction": "v", "steps": 1}
