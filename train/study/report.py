@@ -156,11 +156,11 @@ def _curves(config: StudyConfig, rows: Sequence[Row], out: Path) -> list[Block]:
     if len(config.evaluate_at) > 1:
         told.append(
             "Within a budget the learning rate is still high at the earlier points: what an arm "
-            "would reach with so small a budget alone, "
+            "would reach with so small a budget alone"
             + (
-                "is what the smaller budget shows."
+                " is what the smaller budget shows."
                 if len(config.budget.amounts) > 1
-                else "only a smaller budget would show."
+                else ", only a smaller budget would show."
             )
         )
     if len(config.seeds) > 1:
