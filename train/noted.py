@@ -47,8 +47,9 @@ def read_noted(out: Path) -> Noted:
     try:
         values = read_yaml(path)
     except UserError as error:
+        reason = " ".join(str(error).split())  # a parser's takes several lines
         raise UserError(
-            f"{error}; put the run's own {CONFIG_FILE} back, or start another run.out (init_from "
+            f"{reason}; put the run's own {CONFIG_FILE} back, or start another run.out (init_from "
             "takes the trained weights over)"
         ) from error
     kind = re.match(KIND_LINE.format(r"(\w+)"), path.read_text(encoding="utf-8"))

@@ -27,6 +27,7 @@ _SAFETY_CHECKER = "StableDiffusionSafetyChecker"
 _ENDING = re.compile(r"\.(safetensors|bin|pt|pth|ckpt)(\..*)?$")
 _MARK = re.compile(r"[._-](fp16|bf16|fp32|fp8|non_ema|ema)$")
 """What tells variants of one network apart, at the end of its file's name."""
+_DIFFUSERS_NAME = "diffusion_pytorch_model"
 
 
 def told_by(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -96,6 +97,8 @@ def choose_network(found: Sequence[FoundNetwork], kind: str, lite: bool) -> Foun
 def one_unet(found: Sequence[FoundNetwork], where: str | Path) -> FoundNetwork | None:
     """Return the U-Net among networks: of its variants the unmarked one; None: there is none.
 
+    One of diffusers' own name is meant, whatever lies beside it.
+
     Args:
         found: Networks of a folder.
         where: The folder.
@@ -106,8 +109,13 @@ def one_unet(found: Sequence[FoundNetwork], where: str | Path) -> FoundNetwork |
     by_name: dict[Path, list[FoundNetwork]] = {}
     for one in found:
         if one.published.kind == "unet":
-            plain = _MARK.sub("", _ENDING.sub("", one.path.name))
+            plain = _ENDING.sub("", one.path.name)
+            while _MARK.search(plain):
+                plain = _MARK.sub("", plain)
             by_name.setdefault(one.path.parent / plain, []).append(one)
+    named = [variants for path, variants in by_name.items() if path.name == _DIFFUSERS_NAME]
+    if len(named) == 1:
+        return choose_network(named[0], "unet", False)
     if len(by_name) > 1:
         paths = [variants[0].path for variants in by_name.values()]
         names = [str(path.relative_to(where) if path.is_relative_to(where) else path.name)
@@ -117,18 +125,6 @@ def one_unet(found: Sequence[FoundNetwork], where: str | Path) -> FoundNetwork |
             f"{where}: several U-Nets in it; name one: {', '.join(sorted(names)[:5])}{more}"
         )
     return choose_network([one for variants in by_name.values() for one in variants], "unet", False)
-
-
-def unets_beside(folder: Path) -> list[FoundNetwork]:
-    """Return the U-Nets of a folder, not of those in it; no pickle is opened, nor other formats."""
-    found = []
-    for path in (one for one in _entries(folder, depth=0) if ".safetensors" in one.name):
-        for opened in open_weights(path):
-            try:
-                found.append(FoundNetwork(opened, identify(opened), path))
-            except UserError:
-                continue  # no network that is known here
-    return [one for one in found if one.published.kind == "unet"]
 
 
 def text_folders_in(files: ModelFiles) -> Iterator[TextFolder]:

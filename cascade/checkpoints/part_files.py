@@ -21,7 +21,6 @@ from cascade.checkpoints.found import (
     one_unet,
     text_folder,
     text_folders_in,
-    unets_beside,
 )
 from cascade.checkpoints.hub import ModelFiles, is_hub_name, resolve
 from cascade.checkpoints.hub_choice import Part
@@ -68,8 +67,6 @@ def find_network(name: str | Path, kind: Kind) -> FoundNetwork:
         return _in_file(own, kind)
     home = path / _HOMES[kind] if kind in _HOMES else None
     if home is not None and home.is_dir():  # whatever lies beside it, such as its teacher
-        if kind == "unet":
-            one_unet(unets_beside(home), home)
         return _in_file(weights_in(home), kind)
     files = _resolved(name, cast(Part, kind))
     if files.lite and kind in _HOMES:

@@ -56,6 +56,8 @@ def check_declared(
     """
     for key, own in _diffusers_names(config, str(declared.get("_class_name"))).items():
         said = declared.get(key)
+        if key == "attention_head_dim" and declared.get("num_attention_heads") is not None:
+            continue  # the size of a head, then
         if said is not None and not _same(said, own):
             raise UserError(
                 f"{json_file}: {key} is {said}, but {weights} says that its weights have {own}; "
@@ -78,7 +80,9 @@ def _diffusers_names(config: object, class_name: str) -> dict[str, Any]:
             "in_channels": config.in_channels,
             "out_channels": config.out_channels,
             "block_out_channels": list(config.channels),
+            # The number of heads, unless they are told by their own name.
             "attention_head_dim": list(config.num_heads),
+            "num_attention_heads": list(config.num_heads),
             "cross_attention_dim": config.text_channels,
             "norm_num_groups": config.norm_groups,
         }
@@ -89,6 +93,8 @@ def _same(said: Any, own: Any) -> bool:
     if isinstance(own, list):  # one number stands for all levels
         said = said if isinstance(said, list) else [said] * len(own)
         return bool(said == own)
+    if isinstance(said, list):  # the same for all levels
+        return all(_same(one, own) for one in said)
     if isinstance(own, float) and isinstance(said, (int, float)):
         return math.isclose(said, own, rel_tol=1e-6)
     return bool(said == own)

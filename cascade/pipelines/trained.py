@@ -8,8 +8,10 @@ not the one that was meant. Only a network that runs in place of a model's own b
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cascade.checkpoints.readers import read_json
 from cascade.checkpoints.said import said_in
 from cascade.config import to_dict
 from cascade.errors import UserError
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from cascade.pipelines.spec import StageSampling
     from cascade.pipelines.unet_spec import UNetSampling
 
+_PREDICTION_TYPES = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}
+"""Diffusers' names."""
 DIFFUSION_KEY = "cascade_diffusion"
 """Metadata of a stage that was trained here: what it predicts, and on which schedule."""
 
@@ -48,6 +52,31 @@ def check_as_trained(
             raise UserError(
                 f"{weights}: trained with {name} {value}, but {settings}{name} is "
                 f"{values[name]}; set it to {value}, or take the weights that it was written for"
+            )
+
+
+def check_scheduler(path: Path, trained: Mapping[str, Any], weights: str) -> None:
+    """Refuse a ``scheduler_config.json`` that contradicts what a U-Net was trained for.
+
+    What it does not say, as where a library's default stands for it, is no contradiction.
+
+    Args:
+        path: The scheduler's file.
+        trained: What the U-Net's file says, by our names.
+        weights: Its file, for errors.
+
+    Raises:
+        UserError: Naming both files and what they say, by the scheduler's names.
+    """
+    said = read_json(path)
+    own = {key: trained[key] for key in ("beta_start", "beta_end") if key in trained}
+    if "prediction" in trained:
+        own["prediction_type"] = _PREDICTION_TYPES.get(trained["prediction"])
+    for key, value in own.items():
+        if said.get(key) not in (None, value):
+            raise UserError(
+                f"{weights}: trained with {key} {value}, but {path}: {key} is {said[key]}; set it "
+                f"to {value}, or take the weights that it was written for"
             )
 
 

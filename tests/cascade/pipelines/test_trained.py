@@ -149,8 +149,15 @@ def test_a_unet_is_drawn_as_it_was_trained_or_not_at_all(unet: Path, tmp_path: P
     with pytest.raises(UserError, match=wrong.format(r"pipeline\.json: sampling\.")):
         open_unet_source(unet)
     (unet / "pipeline.json").unlink()
-    with pytest.raises(UserError, match=wrong.format(r"scheduler_config\.json: ")):
+    scheduler = unet / "scheduler" / "scheduler_config.json"
+    wrong = r"prediction_type v_prediction, but .*config\.json: prediction_type is epsilon; set it"
+    with pytest.raises(UserError, match=wrong):
         open_unet_source(unet)
+    said = json.loads(scheduler.read_text()) | {"prediction_type": "v_prediction"}
+    for name in ("beta_start", "beta_end"):  # what is not said is no contradiction
+        said.pop(name, None)
+    scheduler.write_text(json.dumps(said))
+    assert open_unet_source(unet).spec.sampling.prediction == "v"  # by doing what was said
     (unet / "scheduler" / "scheduler_config.json").unlink()
     assert open_unet_source(unet).spec.sampling.prediction == "v"  # only the weights say it
 

@@ -101,8 +101,7 @@ def test_variants_and_a_teacher_beside_a_model_are_no_several(two: Path, tmp_pat
     (two / "large.fp16.safetensors").rename(two / "unet.safetensors")
     assert find_network(two, "unet").path == two / "unet.safetensors"
     shutil.copy(two / "large.safetensors", model / "unet" / "other.safetensors")
-    with pytest.raises(UserError, match=r"unet: several U-Nets in it; name one: "):
-        find_network(model, "unet")
+    assert find_network(model, "unet").path == model / "unet" / WEIGHTS
 
 
 def test_a_report_names_the_teachers_file(tmp_path: Path, capsys: Any) -> None:
@@ -212,3 +211,21 @@ def test_sizes_and_variants_that_are_not_there_are_refused(
     for model in (unet, latent, *cascade):
         words = ["--model", f"{model}{suffix}", "--prompt", "a hat", *more]
         assert message in line_of(lambda words=words: sample.main(words), capsys)
+
+
+def test_the_unet_of_diffusers_name_is_the_one_that_is_meant(tmp_path: Path) -> None:
+    home = tmp_path / "model" / "unet"
+    home.mkdir(parents=True)
+    source = Path("weights/demo-koala/unet/diffusion_pytorch_model.safetensors")
+    shutil.copy(source, home / "diffusion_pytorch_model.safetensors")
+    shutil.copy(source, home / "old.safetensors")
+    shutil.copy(source, home / "diffusion_pytorch_model.fp16.non_ema.safetensors")
+    (home / "diffusion_pytorch_model.fp16.safetensors").symlink_to(tmp_path / "pruned")
+    found = find_network(tmp_path / "model", "unet")
+    assert found.path.name == "diffusion_pytorch_model.safetensors"
+    (home / "diffusion_pytorch_model.fp16.safetensors").unlink()
+    assert find_network(home, "unet").path == found.path
+    (home / "diffusion_pytorch_model.fp16.non_ema.safetensors").unlink()
+    found.path.rename(home / "other.safetensors")
+    with pytest.raises(UserError, match="several U-Nets in it; name one"):
+        find_network(home, "unet")
