@@ -24,6 +24,7 @@ from cascade.checkpoints.files import atomic_write_text
 from cascade.config import to_dict
 from cascade.errors import UserError
 from train.callbacks.checkpoints import (
+    CHECKPOINTS,
     RunCheckpoints,
     checkpoint_global_step,
     checkpoint_path,
@@ -381,7 +382,7 @@ def _trainer(
             Rehearsal(out, export),
             *last,
             ModelCheckpoint(
-                out / "checkpoints",
+                out / CHECKPOINTS,
                 filename="{step}",
                 every_n_train_steps=every,
                 save_top_k=-1,  # RunCheckpoints keeps the newest

@@ -12,13 +12,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from cascade.checkpoints.files import atomic_write_text, read_metadata
 from cascade.config import read_yaml
 from cascade.errors import UserError
+from train.callbacks.checkpoints import CHECKPOINTS
 from train.environment import note_start
 from train.rank_errors import RankErrors
 
 CONFIG_FILE = "config.yaml"
 DONE_FILE = "done"
 """In the folder of a run that came to its end."""
-CHECKPOINTS = "checkpoints"
 KIND_LINE = "# all of a {}\n"
 """First of a run's ``config.yaml``: whose configuration it is."""
 

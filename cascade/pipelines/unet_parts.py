@@ -371,23 +371,17 @@ class UNetSource:
         """
         opened = self._parts["unet"].opened
         trained = said_in(opened.metadata, UNET_DIFFUSION_KEY, opened.where)
-        settings = self._settings_of_sampling() if is_own else None
-        if settings is not None and self._written is not None:
+        if is_own and self._written is not None:
             # As they are written: a LoRA may have its own ways by now.
+            settings = f"{self.folder / UNET_SPEC_FILE}: sampling."
+            if self._single is not None:
+                settings = f"{self._single}: {SPEC_KEY}.sampling."
             check_as_trained(self._written.sampling, trained, opened.where, settings)
         elif is_own and self._single is None and (self.folder / SCHEDULER_FILE).is_file():
             check_scheduler(self.folder / SCHEDULER_FILE, trained, opened.where)
         values = {**to_dict(spec.sampling), **trained}
         where = f"{opened.where} ({UNET_DIFFUSION_KEY})"
         return replace(spec, sampling=from_dict(UNetSampling, values, where))
-
-    def _settings_of_sampling(self) -> str | None:
-        """Return where a model of ours says how it is sampled, for messages; None: nowhere."""
-        if self._single is not None:
-            return None if self._written is None else f"{self._single}: {SPEC_KEY}.sampling."
-        if self._written is not None:
-            return f"{self.folder / UNET_SPEC_FILE}: sampling."
-        return None
 
     def _written_spec(self) -> UNetSpec | None:
         """Return the settings of what was written here."""

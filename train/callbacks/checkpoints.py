@@ -24,6 +24,8 @@ from train.rank_errors import RankErrors
 
 _log = logging.getLogger(__name__)
 
+CHECKPOINTS = "checkpoints"
+"""Folder of a run that holds them."""
 _NAME = re.compile(r"step=(\d+)\.ckpt")
 _SPARE_BYTES = 64 * 2**20
 """Left free on the disk beside a checkpoint: logs and exports need some as well."""
@@ -85,7 +87,7 @@ class RunCheckpoints(TorchCheckpointIO):
 
 def checkpoint_path(out: Path, global_step: int) -> Path:
     """Return where a run keeps the checkpoint of a step, as Lightning counts steps."""
-    return out / "checkpoints" / f"step={global_step}.ckpt"
+    return out / CHECKPOINTS / f"step={global_step}.ckpt"
 
 
 def checkpoints_in(folder: Path) -> Iterator[Path]:
@@ -120,7 +122,7 @@ def newest_checkpoint(out: Path, *, tidy: bool = True) -> Path | None:
         UserError: All that are there, or were there, are damaged.
         OSError: One can't be read, which says nothing of its content.
     """
-    folder = out / "checkpoints"
+    folder = out / CHECKPOINTS
     if tidy:
         for left in folder.glob(".step=*.tmp"):
             left.unlink(missing_ok=True)

@@ -32,6 +32,7 @@ from train.study.report import (
     metric_names,
     some_figure,
     source_blocks,
+    spread_sentence,
     values_of,
 )
 from train.study.settings import ArmConfig, arm_folder
@@ -117,9 +118,7 @@ def _asked(config: CompressionConfig, rows: Sequence[Row]) -> Block:
     return Paragraph(
         f"Each rate trains its own compressor and Stage B, and then its own Stage C, with "
         f"{study.budget.amounts[0]:,g} {unit} in all. Seeds: {seeds}. "
-        + ("One seed: what another would give is not known." if len(study.seeds) == 1 else "")
-        + ("Means and standard deviations are over seeds." if len(study.seeds) > 1 else "")
-        + state
+        f"{spread_sentence(study)}{state}"
     )
 
 

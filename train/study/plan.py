@@ -82,7 +82,7 @@ class ArmPlan:
         return tuple(sorted({one.step for one in self.moments if one.step is not None}))
 
 
-def _said(step: StepConfig) -> dict[str, Any]:
+def values_of(step: StepConfig) -> dict[str, Any]:
     """Return what the file of a training says, and what the study sets in it, but for places."""
     assert step.config is not None
     values: dict[str, Any] = read_yaml(step.config)
@@ -100,7 +100,7 @@ def check_warmup(arm: ArmConfig, plan: ArmPlan) -> None:
     for step in arm.steps:
         if step.train is None:
             continue
-        told, steps = _said(step).get("optim") or {}, plan.steps[step.name]
+        told, steps = values_of(step).get("optim") or {}, plan.steps[step.name]
         warmup = told.get("warmup_steps")
         if told.get("warmup_fraction") is None and warmup is not None and 3 * warmup >= steps:
             raise UserError(
@@ -111,7 +111,7 @@ def check_warmup(arm: ArmConfig, plan: ArmPlan) -> None:
 
 def samples_per_step(step: StepConfig) -> int:
     """Return what one step of a training sees on all devices, as its configuration says."""
-    values = _said(step)
+    values = values_of(step)
     run, data = values.get("run") or {}, values.get("data") or {}
     if "batch_size" not in data:
         raise UserError(f"{step.config}: data.batch_size is missing; a study counts samples by it")

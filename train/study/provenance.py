@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shlex
@@ -12,14 +11,13 @@ from pathlib import Path
 
 import torch
 
+from cascade.checkpoints.files import file_hash
 from cascade.checkpoints.hub import ModelFiles
 from cascade.evaluate.provenance import commit, machine
 from cascade.pipelines.spec import model_hash
 from cascade.pipelines.unet_parts import is_unet, open_unet_source
 from train.environment import ENVIRONMENT_FILE
 from train.study.settings import StudyConfig
-
-_DIGITS = 12
 
 
 @dataclass(frozen=True)
@@ -83,15 +81,7 @@ def inputs_of(config: StudyConfig) -> dict[str, str]:
         for step in arm.steps:
             named += [step.config, *step.set.values()]
     paths = {str(one) for one in named if isinstance(one, str) and Path(one).is_file()}
-    return {path: _hash_of(Path(path)) for path in sorted(paths)}
-
-
-def _hash_of(path: Path) -> str:
-    found = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()[:_DIGITS]
+    return {path: file_hash(path) for path in sorted(paths)}
 
 
 def _portable(word: str) -> str:

@@ -6,7 +6,6 @@ in; ``arms`` are others that stand beside the curve, such as the baseline of equ
 
 from __future__ import annotations
 
-import json
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -15,6 +14,7 @@ from pathlib import Path
 from cascade.config import apply_overrides, from_dict, nearest, read_yaml
 from cascade.errors import UserError
 from stages.semantic_compressor import CompressorConfig
+from train.study.plan import values_of
 from train.study.settings import PLACES, ArmConfig, JudgeConfig, Option, StudyConfig
 
 RATE_KEYS = ("name", "grid", "channels", "stride", "fraction", "cell")
@@ -218,10 +218,7 @@ def _check_compressor(arm: ArmConfig, rate: RateConfig, sweep: SweepConfig) -> N
     for step in arm.steps:
         if step.train != "stage_b" or step.config is None:
             continue
-        training = read_yaml(step.config)
-        plain = {key: value for key, value in step.set.items() if "{" not in str(value)}
-        apply_overrides(training, [f"{key}={json.dumps(value)}" for key, value in plain.items()])
-        section = training.get("compressor")
+        section = values_of(step).get("compressor")
         if not isinstance(section, Mapping):
             raise UserError(f"{step.config}: has no compressor section; {arm.name} is its size")
         sizes = from_dict(CompressorConfig, section, f"{step.config} ({arm.name}): compressor")

@@ -78,6 +78,13 @@ def mean_and_spread(values: Sequence[float]) -> str:
     return f"{mean:.4g} ± {statistics.stdev(values):.2g}"
 
 
+def spread_sentence(config: StudyConfig) -> str:
+    """Return what the spreads of a study's tables are of."""
+    if len(config.seeds) > 1:
+        return "Means and standard deviations are over seeds."
+    return "One seed: what another would give is not known."
+
+
 def _asked(config: StudyConfig, rows: Sequence[Row]) -> list[Block]:
     unit = UNIT_TITLES[config.budget.unit]
     amounts = " and ".join(f"{amount:,g}" for amount in config.budget.amounts)
@@ -141,10 +148,7 @@ def _whole(config: StudyConfig, rows: Sequence[Row]) -> list[Block]:
         if config.price_per_device_hour is not None:
             head.append("price")
         blocks.append(Table(tuple(head), tuple(table)))
-    if len(config.seeds) > 1:
-        blocks.append(Paragraph("Means and standard deviations are over seeds."))
-    else:
-        blocks.append(Paragraph("One seed: what another would give is not known."))
+    blocks.append(Paragraph(spread_sentence(config)))
     return blocks
 
 

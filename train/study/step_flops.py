@@ -57,11 +57,6 @@ class StepFlops:
     of pictures. The ledger has their seconds and not their operations."""
 
     @property
-    def counted(self) -> float:
-        """What the ledger counts; a budget of FLOPs is spent by ``learning`` alone."""
-        return self.learning + self.teacher
-
-    @property
     def total(self) -> float:
         """All that the device does."""
         return self.learning + self.teacher + self.encoders
