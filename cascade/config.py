@@ -28,6 +28,20 @@ def nearest(word: str, choices: Iterable[str]) -> str | None:
     return matches[0] if matches else None
 
 
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """Return the choice most like a word as the end of a message, ``"; did you mean 'x'?"``."""
+    guess = nearest(word, choices)
+    return f"; did you mean {guess!r}?" if guess and guess != word else ""
+
+
+def not_among(what: str, value: object, choices: Iterable[str]) -> UserError:
+    """Return the error of a value that is none of the choices, which it names."""
+    listed = list(choices)
+    guess = nearest(str(value), listed)
+    hint = f"did you mean {guess!r}? " if guess else ""
+    return UserError(f"{what} {value!r}: {hint}valid: {', '.join(listed)}")
+
+
 def from_dict(cls: type[T], data: Mapping[str, object], where: str, told: Sequence[str] = ()) -> T:
     """Build the dataclass ``cls`` from plain values.
 
@@ -166,9 +180,8 @@ def _dataclass(cls: type[T], data: object, where: str, prefix: str) -> T:
 
 
 def _hint(key: str, fields: Iterable[str]) -> str:
-    guess = nearest(key, fields)
-    listed = ", ".join(fields)
-    return f"; did you mean '{guess}'? valid: {listed}" if guess else f"; valid: {listed}"
+    hint, listed = did_you_mean(key, fields), ", ".join(fields)
+    return f"{hint} valid: {listed}" if hint else f"; valid: {listed}"
 
 
 def _value(kind: object, value: object, where: str, key: str) -> object:
@@ -179,8 +192,7 @@ def _value(kind: object, value: object, where: str, key: str) -> object:
         if value in arguments:
             return value
         choices = ", ".join(str(choice) for choice in arguments)
-        guess = nearest(str(value), [str(choice) for choice in arguments])
-        hint = f"; did you mean '{guess}'?" if guess else ""
+        hint = did_you_mean(str(value), [str(choice) for choice in arguments])
         raise UserError(f"{where}: {key}: {value!r} is not one of {choices}{hint}")
     if origin is tuple:
         return _tuple(arguments, value, where, key)

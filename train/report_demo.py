@@ -22,7 +22,7 @@ from torch import Tensor
 from cascade.checkpoints.files import atomic_write_bytes, atomic_write_text
 from cascade.checkpoints.hub import ModelFiles
 from cascade.command import Parser, parse_all
-from cascade.config import nearest
+from cascade.config import not_among
 from cascade.errors import UserError, run_main
 from cascade.evaluate.clip_scorer import ClipScorer
 from cascade.evaluate.sheet import SheetLayout, contact_sheet
@@ -134,9 +134,7 @@ def parse_parts(text: str) -> tuple[str, ...]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in PARTS:
-            guess = nearest(name, PARTS)
-            hint = f"did you mean {guess!r}? " if guess else ""
-            raise UserError(f"--parts: no part {name!r}; {hint}valid: {', '.join(PARTS)}")
+            raise not_among("--parts: no part", name, PARTS)
     if not names:
         raise UserError(f"--parts names nothing; valid: {', '.join(PARTS)}")
     return tuple(part for part in PARTS if part in names)

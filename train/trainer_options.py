@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import lightning.pytorch as pl
 
-from cascade.config import nearest
+from cascade.config import not_among
 from cascade.errors import UserError
 
 _OWN_LOGGERS = "the run logs to CSV, TensorBoard and run.wandb_project"
@@ -56,9 +56,4 @@ def check_trainer_options(options: Mapping[str, Option]) -> None:
         if name in _DECIDED:
             raise UserError(f"run.trainer.{name}: the run decides this; {_DECIDED[name]}")
         if name not in known:
-            guess = nearest(name, known)
-            hint = f"did you mean '{guess}'? " if guess else ""
-            raise UserError(
-                f"run.trainer.{name}: Lightning's Trainer has no such option; {hint}valid: "
-                f"{', '.join(known)}"
-            )
+            raise not_among(f"run.trainer.{name}: Lightning's Trainer has no option", name, known)

@@ -11,7 +11,7 @@ from pathlib import Path
 from cascade.checkpoints.hub_choice import Part, choose
 from cascade.checkpoints.hub_errors import NoAnswer, NotThere
 from cascade.checkpoints.hub_fetch import Listing, fetch, list_files
-from cascade.config import nearest
+from cascade.config import did_you_mean
 from cascade.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -96,10 +96,9 @@ def resolve(
         return _choose_local(folder, lite, variant)
     match = _NAME.fullmatch(str(model))
     if match is None or not is_hub_name(model):
-        guess = nearest(str(model), COMPANIONS)
         raise UserError(
             f"{model}: no such folder; name a model's folder, or a hub id as organisation/name"
-            + (f"; did you mean {guess}?" if guess else "")
+            f"{did_you_mean(str(model), COMPANIONS)}"
         )
     named = match["revision"]
     if None not in (named, revision) and named != revision:
@@ -211,9 +210,7 @@ def _list(name: str, revisions: Mapping[str, str | None], *, whole: bool) -> lis
             raise silent
         return listings
     except NotThere as error:
-        guess = nearest(name, COMPANIONS)
-        hint = f"; did you mean {guess}?" if guess and guess != name else ""
-        raise UserError(f"{error}{hint}") from error
+        raise UserError(f"{error}{did_you_mean(name, COMPANIONS)}") from error
     # Whatever goes wrong (no network, offline mode, a proxy's answer) has the same way out.
     except NoAnswer as error:
         single = len(revisions) == 1

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from cascade.config import nearest
+from cascade.config import not_among
 from cascade.errors import UserError
 from cascade.pipelines.memory import Footprint
 
@@ -100,9 +100,7 @@ def check_offload(offload: str | None) -> Offload | None:
             return known
     if offload is None:
         return None
-    guess = nearest(str(offload), OFFLOADS)
-    hint = f"did you mean {guess!r}? " if guess else ""
-    raise UserError(f"offload {offload!r}: {hint}valid: {', '.join(OFFLOADS)}")
+    raise not_among("offload", offload, OFFLOADS)
 
 
 def check_vram(vram: float | None) -> int | None:

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
-from cascade.config import nearest
+from cascade.config import not_among
 from cascade.errors import UserError
 from cascade.images import flatten, image_to_pixels, pixels_to_images
 from cascade.pipelines.sizes import Sized, fit_size, is_far
@@ -128,9 +128,7 @@ def fingerprint(*tensors: Tensor | None) -> str:
 
 def _check(given: PictureInput) -> None:
     if given.mode not in MODES:
-        guess = nearest(str(given.mode), MODES)
-        hint = f"did you mean {guess!r}? " if guess else ""
-        raise UserError(f"mode {given.mode!r}: {hint}valid: {', '.join(MODES)}")
+        raise not_among("mode", given.mode, MODES)
     if given.mode == "inpaint":
         if given.mask is None:
             raise UserError("inpainting needs a mask beside the picture: white is drawn anew")

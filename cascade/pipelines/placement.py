@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from cascade.config import nearest
+from cascade.config import not_among
 from cascade.errors import UserError
 from cascade.pipelines.spec import CascadeSpec
 
@@ -86,9 +86,7 @@ def pick_device(name: str) -> torch.device:
         return torch.device(next((kind for kind, here in available.items() if here), "cpu"))
     kind = name.split(":", 1)[0]
     if kind not in DEVICES[1:]:
-        guess = nearest(name, DEVICES)
-        hint = f"did you mean {guess!r}? " if guess else ""
-        raise UserError(f"device {name!r}: {hint}valid: {', '.join(DEVICES)}")
+        raise not_among("device", name, DEVICES)
     if not available.get(kind, True):
         raise UserError(f"device {name!r}: torch finds none on this machine; use 'auto' or 'cpu'")
     try:
@@ -119,9 +117,7 @@ def pick_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
         in_hardware = device.type == "cuda" and torch.cuda.is_bf16_supported(False)
         return torch.bfloat16 if in_hardware else torch.float32
     if name not in DTYPES:
-        guess = nearest(name, DTYPES)
-        hint = f"did you mean {guess!r}? " if guess else ""
-        raise UserError(f"dtype {name!r}: {hint}valid: auto, {', '.join(DTYPES)}")
+        raise not_among("dtype", name, ("auto", *DTYPES))
     return DTYPES[name]
 
 
@@ -196,9 +192,7 @@ def pick_by_part(
         return dict.fromkeys(parts, pick_dtype(choice, device))
     for name in choice:
         if name not in parts:
-            guess = nearest(str(name), parts)
-            hint = f"did you mean {guess!r}? " if guess else ""
-            raise UserError(f"dtype of {name!r}: {hint}valid: {', '.join(parts)}")
+            raise not_among("dtype of", name, parts)
     return {part: pick_dtype(choice.get(part, "auto"), device) for part in parts}
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 
-from cascade.config import nearest
+from cascade.config import not_among
 from cascade.errors import UserError
 from cascade.pipelines.control_input import ControlInput, ControlTask, fit_control
 from cascade.pipelines.few_steps import check_range, check_sampler, check_steps, choose
@@ -228,9 +228,7 @@ def _override(
         sampling = replace(sampling, guidance=scale)
     if sampler is not None:
         if sampler not in SAMPLER_NAMES:
-            guess = nearest(sampler, SAMPLER_NAMES)
-            hint = f"did you mean {guess!r}? " if guess else ""
-            raise UserError(f"sampler {sampler!r}: {hint}valid: {', '.join(SAMPLER_NAMES)}")
+            raise not_among("sampler", sampler, SAMPLER_NAMES)
         check_sampler(f"Stage {stage.upper()}", sampler, sampling)
         # The check above is what makes the narrower type true.
         sampling = replace(sampling, sampler=sampler)  # type: ignore[arg-type]

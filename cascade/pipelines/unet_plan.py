@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from cascade.config import nearest
+from cascade.config import not_among
 from cascade.diffusion.discrete import Spacing
 from cascade.errors import UserError
 from cascade.pipelines.picture_input import MODES, PictureInput, PictureTask, fit_picture
@@ -210,6 +210,4 @@ def _one_of(name: str, value: str | None, choices: Iterable[S]) -> S | None:
     for choice in choices:
         if choice == value:
             return choice
-    guess = nearest(value, choices)
-    hint = f"did you mean {guess!r}? " if guess else ""
-    raise UserError(f"{name} {value!r}: {hint}valid: {', '.join(choices)}")
+    raise not_among(name, value, choices)

@@ -19,8 +19,8 @@ def test_every_option_that_the_run_decides_is_one_of_the_trainer_s() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("proflier", "no such option; did you mean 'profiler'? valid: "),
-        ("max_step", "no such option; "),
+        ("proflier", "no option 'proflier': did you mean 'profiler'? valid: "),
+        ("max_step", "no option 'max_step': "),
         ("precision", "the run decides this; set run.precision"),
         ("callbacks", "the run decides this; the run has its own"),
     ],

@@ -388,7 +388,7 @@ def test_features_that_are_not_there_are_told_in_one_line(features, message):
     ("changes", "message"),
     [
         ({"distill": None}, "distill is missing"),
-        ({"distill": {"recipe": "koala_7b"}}, "did you mean koala"),
+        ({"distill": {"recipe": "koala_7b"}}, "did you mean 'koala"),
         ({"distill": {"recipe": "koala_700m"}}, "the recipe removes '\\*.transformer_blocks"),
         ({"distill": {"recipe": "bk_sdxl_base"}}, "its student has other sizes"),
         ({"distill": {"recipe": None}}, "distill.recipe is missing"),

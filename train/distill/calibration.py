@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cascade.checkpoints.files import read_tensors
-from cascade.config import load_yaml, nearest
+from cascade.config import did_you_mean, load_yaml
 from cascade.diffusion.discrete import NUM_TIMESTEPS, DiscreteSchedule, time_of
 from cascade.errors import UserError
 from stages.unet.config import NUM_SIZES, UNetConfig
@@ -171,8 +171,7 @@ def _of_run(name: str, config: UNetConfig, count: int, seed: int) -> dict[str, T
 def _read(name: str, config: UNetConfig) -> dict[str, Tensor]:
     path = Path(name)
     if not path.is_file():
-        guess = nearest(name, [RANDOM])
-        hint = f"; did you mean {guess}?" if guess else ""
+        hint = did_you_mean(name, [RANDOM])
         raise UserError(f"--calibration {name}: no such file; name one, or {RANDOM}{hint}")
     tensors = read_tensors(path)
     needed: dict[str, tuple[int | None, ...]] = {

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cascade.checkpoints.part_files import find_network
-from cascade.config import from_dict, load_yaml, nearest, to_dict
+from cascade.config import from_dict, load_yaml, not_among, to_dict
 from cascade.errors import UserError
 from stages.unet.compress import PUBLISHED, Recipe, StudentPlan, plan_student
 from stages.unet.config import UNetConfig
@@ -36,12 +36,7 @@ def read_recipe(name: str) -> NamedRecipe:
     path = Path(name)
     if path.suffix in (".yaml", ".yml") or path.is_file():
         return NamedRecipe(name, load_yaml(Recipe, path))
-    guess = nearest(name, (*PUBLISHED, "auto"))
-    hint = f"did you mean {guess}? " if guess else ""
-    raise UserError(
-        f"recipe {name}: no such recipe; {hint}There are {', '.join(PUBLISHED)}, auto, or a "
-        "file as my.yaml"
-    )
+    raise not_among("no recipe", name, (*PUBLISHED, "auto", "a file as my.yaml"))
 
 
 def read_plan(metadata: Mapping[str, str], where: str) -> StudentPlan:

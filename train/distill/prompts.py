@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from cascade.config import nearest
+from cascade.config import not_among
 from cascade.errors import UserError
 from train.data.archive import DamagedTarError, entries_of
 from train.data.members import CAPTION_KEY, METADATA_KEY, read_captions, read_metadata
@@ -134,9 +134,7 @@ def _column(names: list[str], column: str | None, where: str) -> str:
     if column is not None:
         if column in names:
             return column
-        guess = nearest(column, names)
-        hint = f"did you mean {guess}? " if guess else ""
-        raise UserError(f"{where}: no column {column}: {hint}it has {', '.join(names)}")
+        raise not_among(f"{where}: no column", column, names)
     for wanted in COLUMNS:
         for name in names:
             if name.lower() == wanted:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from cascade.config import nearest
+from cascade.config import did_you_mean
 from stages.unet.compress import StudentPlan
 from stages.unet.features import Features, Kind, Site, sites
 
@@ -55,11 +55,15 @@ def site_pairs(config: FeatureConfig, plan: StudentPlan) -> tuple[SitePair, ...]
     ours, theirs = sites(plan.student), sites(plan.teacher)
     for name in config.leave_out:
         if not any(site == name or site.startswith(f"{name}.") for site in ours):
-            raise ValueError(f"leave_out: {name!r} is no place of the student{_like(name, ours)}")
+            raise ValueError(
+                f"leave_out: {name!r} is no place of the student{did_you_mean(name, ours)}"
+            )
     for name, other in config.sites.items():
         for which, one, known in (("student", name, ours), ("teacher", other, theirs)):
             if one not in known:
-                raise ValueError(f"sites: {one!r} is no place of the {which}{_like(one, known)}")
+                raise ValueError(
+                    f"sites: {one!r} is no place of the {which}{did_you_mean(one, known)}"
+                )
     pairs = []
     for name, site in ours.items():
         left_out = any(name == one or name.startswith(f"{one}.") for one in config.leave_out)
@@ -89,11 +93,6 @@ def _check_pair(site: Site, other: Site | None, name: str) -> None:
             f"{site.name} can't imitate the teacher's {name}: {', '.join(differing)}; leave it "
             "out, or name another under sites"
         )
-
-
-def _like(name: str, known: Mapping[str, Site]) -> str:
-    like = nearest(name, known)
-    return f"; did you mean {like!r}?" if like else ""
 
 
 def output_loss(predicted: Tensor, taught: Tensor, weight: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from cascade.config import nearest
+from cascade.config import did_you_mean
 from cascade.errors import UserError
 from cascade.evaluate.metrics import asked_of
 from cascade.evaluate.protocol import Protocol, load_protocol
@@ -28,8 +28,7 @@ def check_study(config: StudyConfig) -> None:
     known = figure_names(protocol)
     for name in config.headline:
         if name not in known:
-            guess = nearest(name, known)
-            hint = f"; did you mean {guess}?" if guess else ""
+            hint = did_you_mean(name, known)
             raise UserError(
                 f"headline: {name} is no figure of {config.judge.protocol}, which has "
                 f"{', '.join(known)}{hint}"

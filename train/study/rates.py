@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from cascade.config import apply_overrides, from_dict, nearest, read_yaml
+from cascade.config import apply_overrides, did_you_mean, from_dict, read_yaml
 from cascade.errors import UserError
 from stages.semantic_compressor import CompressorConfig
 from train.study.plan import values_of
@@ -148,8 +148,7 @@ def load_compression(path: str | Path, overrides: Sequence[str] = ()) -> Compres
     curve = [arm_of(template, rate, sweep, where) for rate in sweep.rates]
     known = {one.name for one in fields(StudyConfig)}
     for key in values.keys() - known:
-        guess = nearest(key, [*known, *own, "arm"])
-        hint = f"; did you mean '{guess}'?" if guess else ""
+        hint = did_you_mean(key, [*known, *own, "arm"])
         raise UserError(f"{where}: {key}: unknown key{hint}")
     study = from_dict(StudyConfig, {**values, "arms": [*curve, *beside]}, where)
     if len(study.budget.amounts) > 1:
@@ -198,8 +197,7 @@ def _filled(value: object, values: Mapping[str, Option], where: str) -> object:
     named = [name for _, name, _, _ in parts if name is not None]
     for name in named:
         if name not in values and name not in PLACES:
-            guess = nearest(name, [*values, *PLACES])
-            hint = f"; did you mean {{{guess}}}?" if guess else ""
+            hint = did_you_mean(name, [*values, *PLACES])
             raise UserError(f"{where}: names {{{name}}}, which no rate has{hint}")
     if len(named) == 1 and value == f"{{{named[0]}}}" and named[0] in values:
         return values[named[0]]  # a number stays one

@@ -460,7 +460,7 @@ def test_refused_access_is_one_line(own: Hub) -> None:
 def test_an_unknown_name_is_one_line_with_the_nearest_known_one(hub: Hub) -> None:
     with pytest.raises(UserError, match="stabilityai/stable-cascde: the hub has no such") as caught:
         resolve("stabilityai/stable-cascde")
-    assert the_line(caught).endswith(f"did you mean {V3}?")
+    assert the_line(caught).endswith(f"did you mean '{V3}'?")
     with pytest.raises(UserError, match="the hub has no such model") as caught:
         resolve("someone/model")
     assert "did you mean" not in the_line(caught)

@@ -236,7 +236,7 @@ def test_a_file_of_other_tensors_is_refused(tensors, tmp_path, change, message):
 
 
 def test_a_calibration_that_is_not_there_is_refused():
-    with pytest.raises(UserError, match=r"rando: no such file; .* did you mean random\?"):
+    with pytest.raises(UserError, match=r"rando: no such file; .* did you mean 'random'\?"):
         calibrate("rando", MIDDLING, count=2, latent_size=4)
 
 

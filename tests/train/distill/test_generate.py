@@ -419,7 +419,7 @@ def test_prompts_are_read_from_text_tables_and_shards(tmp_path, several_prompts_
     assert read_prompts(str(tmp_path / "rows.parquet")) == ["one", "two"]
     with pytest.raises(UserError, match="column n: the prompt is 1; text is needed"):
         read_prompts(str(tmp_path / "rows.parquet"), "n")
-    with pytest.raises(UserError, match="no column othr: did you mean other"):
+    with pytest.raises(UserError, match="no column 'othr': did you mean 'other'"):
         read_prompts(str(table), "othr")
     lines.write_text("{broken\n")
     with pytest.raises(UserError, match="line 1: not valid JSON"):

@@ -202,7 +202,7 @@ def test_an_arm_that_cannot_be_tried_is_a_failed_one_and_the_others_go_on(study,
     [
         ({"judge.protocol": "nope.yaml"}, r"nope\.yaml"),
         ({"judge.real": "nope"}, r"judge\.real: nope is not there"),
-        ({"headline": ["clip_skore"]}, "clip_skore is no figure of .* did you mean clip_score"),
+        ({"headline": ["clip_skore"]}, "clip_skore is no figure of .* did you mean 'clip_score'"),
     ],
 )
 def test_what_could_not_be_judged_is_refused_before_it_is_trained(
