@@ -36,6 +36,24 @@ def alone(environment: Mapping[str, str]) -> dict[str, str]:
     return {key: value for key, value in environment.items() if key not in RANK_VARIABLES}
 
 
+def told_number(name: str, default: int | None = None) -> int:
+    """Return a launcher's variable.
+
+    Raises:
+        UserError: It is no number, or missing where the launcher has set its fellows.
+    """
+    told = os.environ.get(name)
+    if told is None and default is not None:
+        return default
+    if told is None or not told.isdecimal():
+        is_ = "not set" if told is None else f"{told!r}"
+        raise UserError(
+            f"{name} is {is_}: torchrun, accelerate and srun set it, with a number, for each "
+            "process; start with one of them, or unset its variables"
+        )
+    return int(told)
+
+
 @dataclass(frozen=True)
 class Part:
     """Which share of the work is this process's."""
@@ -61,13 +79,7 @@ class Part:
             if os.environ.get(count, "1") == "1":
                 continue
             # Without a number every process would take the first share, and nobody the others.
-            values = [os.environ.get(number), os.environ.get(count), os.environ.get(local, "0")]
-            if not all(value is not None and value.isdecimal() for value in values):
-                raise UserError(
-                    f"{number}, {count} and {local} are {', '.join(map(str, values))}: the "
-                    f"launcher sets them; start with it, or unset {count}"
-                )
-            return cls(*(int(value) for value in values if value is not None))
+            return cls(told_number(number), told_number(count), told_number(local, 0))
         return cls()
 
     def of(self, whole: Sequence[T]) -> Sequence[T]:

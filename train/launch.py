@@ -12,6 +12,7 @@ from lightning.fabric.plugins.environments import (
 )
 
 from cascade.errors import UserError
+from cascade.launchers import told_number
 from train.settings import RunConfig
 
 
@@ -66,7 +67,7 @@ def check_processes(run: RunConfig) -> None:
     asked = run.devices * run.num_nodes
     counts = f"run.devices is {run.devices} and run.num_nodes {run.num_nodes}"
     if "WORLD_SIZE" in os.environ:  # of torchrun, or of Lightning for those that it starts
-        started, here = _number("WORLD_SIZE"), _number("LOCAL_WORLD_SIZE", run.devices)
+        started, here = told_number("WORLD_SIZE"), told_number("LOCAL_WORLD_SIZE", run.devices)
         if (started, here) != (asked, run.devices):
             where = "" if here == run.devices else f", {here} of them here,"
             raise UserError(
@@ -76,9 +77,9 @@ def check_processes(run: RunConfig) -> None:
         return
     tasks = _step_tasks()
     if tasks > 1:
-        nodes = _number("SLURM_STEP_NUM_NODES", run.num_nodes)
-        _number("SLURM_PROCID")
-        if (tasks, nodes) != (asked, run.num_nodes) or _number("SLURM_LOCALID") >= run.devices:
+        nodes = told_number("SLURM_STEP_NUM_NODES", run.num_nodes)
+        told_number("SLURM_PROCID")
+        if (tasks, nodes) != (asked, run.num_nodes) or told_number("SLURM_LOCALID") >= run.devices:
             raise UserError(
                 f"srun has started {tasks} tasks on {nodes} machine(s) but {counts}; set them to "
                 "what the step has (--ntasks-per-node, --nodes), a task a device"
@@ -97,11 +98,11 @@ def global_rank() -> int:
     it is only told that it is not the first.
     """
     if "RANK" in os.environ:
-        return _number("RANK")
+        return told_number("RANK")
     if _step_tasks() > 1:
-        return _number("SLURM_PROCID")
+        return told_number("SLURM_PROCID")
     # LOCAL_RANK is what Lightning gives to those that it starts.
-    places = [_number(name, 0) for name in ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK")]
+    places = [told_number(name, 0) for name in ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK")]
     return next((place for place in places if place > 0), 0)
 
 
@@ -118,22 +119,4 @@ def cluster_environment() -> ClusterEnvironment | None:
 
 def _step_tasks() -> int:
     """Return how many tasks ``srun`` has started; 1 without it."""
-    return _number("SLURM_STEP_NUM_TASKS", 1)
-
-
-def _number(name: str, default: int | None = None) -> int:
-    """Return a launcher's variable.
-
-    Raises:
-        UserError: It is no number, or missing where the launcher has set its fellows.
-    """
-    told = os.environ.get(name)
-    if told is None and default is not None:
-        return default
-    if told is None or not told.isdecimal():
-        is_ = "not set" if told is None else f"{told!r}"
-        raise UserError(
-            f"{name} is {is_}: torchrun and srun set it, with a number, for each process; start "
-            "with one of them, or unset its variables"
-        )
-    return int(told)
+    return told_number("SLURM_STEP_NUM_TASKS", 1)

@@ -166,8 +166,8 @@ def test_a_step_meets_on_its_own_machine_and_port(monkeypatch) -> None:
     [
         (task(0, of=4), {"devices": 2}, "srun has started 4 tasks on 1 machine.* run.devi"),
         ({"SLURM_PROCID": "0"}, {"num_nodes": 2}, "the only process of its SLURM step: .* start w"),
-        ({"SLURM_STEP_NUM_TASKS": "2"}, {"devices": 2}, "SLURM_PROCID is not set: torchrun and s"),
-        ({"SLURM_STEP_NUM_TASKS": "two"}, {}, "SLURM_STEP_NUM_TASKS is 'two': torchrun and srun"),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, {"devices": 2}, "SLURM_PROCID is not set: torchrun, acc"),
+        ({"SLURM_STEP_NUM_TASKS": "two"}, {}, "SLURM_STEP_NUM_TASKS is 'two': torchrun, acc"),
         (
             {**task(0), "SLURM_STEP_NUM_NODES": "1"},
             {"num_nodes": 2},

@@ -154,12 +154,10 @@ def test_launchers_tell_a_process_its_share(monkeypatch):
         Part(4, 4)
     # A process that is told how many there are, but not which it is, must not take the first share.
     monkeypatch.delenv("SLURM_PROCID")
-    with pytest.raises(
-        UserError, match=r"SLURM_PROCID, .* are None, 4, 0: .* unset SLURM_STEP_NUM_TASKS"
-    ):
+    with pytest.raises(UserError, match=r"SLURM_PROCID is not set: .* or unset its variables"):
         Part.of_environment()
     monkeypatch.setenv("WORLD_SIZE", "four")
-    with pytest.raises(UserError, match="5, four, 1"):
+    with pytest.raises(UserError, match="WORLD_SIZE is 'four': "):
         Part.of_environment()
 
 
