@@ -182,17 +182,19 @@ def _knees(
             points = _points(kind, name, curve)
             higher = some_figure(kind.rows, name)["better"] == "higher"
             knee = find_knee(points, higher_is_better=higher)
-            place = "no clear knee" if knee.x is None else names[int(knee.x)]
             distance = "" if knee.distance is None else f"{knee.distance:.2f}"
-            found = "" if knee.x is None else f"{knee.x:,.0f}"
             title = f"{kind.title}: {figure_title(kind.rows, name)}"
+            if knee.x is None:
+                found, place, where = "", "no clear knee", f"no clear knee ({knee.why})"
+            else:
+                found = f"{knee.x:,.0f}"
+                what = "best, both ends are worse" if knee.is_peak else "knee"
+                place = f"{names[int(knee.x)]} ({what})"
+                where = f"{names[int(knee.x)]} ({what}; {found} bytes)"
             table.append((title, place, knee.why, found, distance))
             if index == 0:
-                where = (
-                    f"no clear knee ({knee.why})" if knee.x is None else f"{place} ({found} bytes)"
-                )
                 sentences.append(f"{title}: {where}.")
-    head = ("figure", "knee", "why none", "bytes", "above the chord")
+    head = ("figure", "knee", "why none", "bytes", "above the chord, or the better end")
     least = "" if len(curve) >= LEAST_POINTS else f" It has {len(curve)} rates only."
     return [
         Heading("The knee"),
@@ -333,7 +335,8 @@ def _plots(
 def _axes(title: str, knee: Knee) -> Axes:
     if knee.x is None:
         return Axes(_BYTES, title, log_x=True)
-    return Axes(_BYTES, title, log_x=True, marked_x=knee.x, marked=f"knee: {knee.x:,.0f} bytes")
+    what = "best" if knee.is_peak else "knee"
+    return Axes(_BYTES, title, log_x=True, marked_x=knee.x, marked=f"{what}: {knee.x:,.0f} bytes")
 
 
 def _lines(

@@ -21,9 +21,10 @@ LEAST_DISTANCE = 0.1
 DEFINITION = (
     "The knee is the rate at which the curve (bytes on a logarithmic axis, both axes normalised "
     "to [0, 1], quality upwards) lies farthest above the chord between its ends, as in Kneedle. "
-    f"There is no clear knee with fewer than {LEAST_POINTS} rates, where that distance is below "
-    f"{LEAST_DISTANCE:g} or below twice the standard error of the mean over seeds, or where "
-    "quality does not rise from the fewest bytes to the most, or is best in between."
+    "A curve that is best at a rate in between, and worse at both ends, has its best rate named "
+    f"in its place. There is neither with fewer than {LEAST_POINTS} rates, where such a distance "
+    f"is below {LEAST_DISTANCE:g} of the curve's height or below twice the standard error of the "
+    "mean over seeds, or where quality does not rise from the fewest bytes to the most."
 )
 
 
@@ -34,13 +35,16 @@ class Knee:
     x: float | None
     """Its place; None: there is no clear knee."""
     distance: float | None
-    """Of the curve above its chord there, normalised; None: it was not measured."""
+    """Of the curve above its chord there, normalised; of a peak, above the better of its ends.
+    None: it was not measured."""
     why: str = ""
     """Why there is none."""
+    is_peak: bool = False
+    """Quality is best there, and falls to both sides: more bytes are not only dear, but worse."""
 
 
 def find_knee(points: Sequence[Point], *, higher_is_better: bool) -> Knee:
-    """Find the knee of a curve.
+    """Find the knee of a curve, or its peak.
 
     Args:
         points: Bytes and what each seed measured, in any order.
@@ -57,12 +61,14 @@ def find_knee(points: Sequence[Point], *, higher_is_better: bool) -> Knee:
     if height == 0:
         return Knee(None, None, "all rates are alike")
     errors = [point.spread / math.sqrt(len(point.values)) for point in points]
+    best = max(range(len(points)), key=quality.__getitem__)
+    rises = [
+        (quality[best] - quality[end], 2 * math.hypot(errors[best], errors[end])) for end in (0, -1)
+    ]
+    if all(rise > max(noise, LEAST_DISTANCE * height) for rise, noise in rises):
+        return Knee(points[best].x, min(rise for rise, _ in rises) / height, is_peak=True)
     if quality[-1] <= quality[0]:
         return Knee(None, None, "quality does not rise from the fewest bytes to the most")
-    best = max(range(len(points)), key=quality.__getitem__)
-    noise = 2 * math.hypot(errors[best], errors[-1])
-    if quality[best] - quality[-1] > max(noise, LEAST_DISTANCE * height):
-        return Knee(None, None, f"quality is best in between, at {points[best].x:,.0f} bytes")
     logs = [math.log(point.x) for point in points]
     across = [(x - logs[0]) / (logs[-1] - logs[0]) for x in logs]
     chord = [quality[0] + (quality[-1] - quality[0]) * x for x in across]

@@ -41,7 +41,8 @@ def test_bytes_are_on_a_logarithmic_axis():
         ((1, 1, 1, 1, 1), 0.0, "all rates are alike"),
         ((1, 1.1, 1.2, 1.4, 5), 0.0, "the curve is nearly straight"),  # it bends the other way
         ((5, 4, 3, 2, 1), 0.0, "does not rise"),
-        ((1, 4, 9, 4, 2), 0.0, "best in between, at 2,048 bytes"),
+        ((5, 5.2, 4, 3, 2), 0.0, "does not rise"),  # the peak is no higher than the first end
+        ((1, 4, 9, 4, 2), 9.0, "no larger than the spread over seeds"),
         ((10, 20, 28, 29, 30), 20.0, "no larger than the spread over seeds"),
         ((10, 20, math.inf, 29, 30), 0.0, "not finite"),
     ],
@@ -50,6 +51,17 @@ def test_where_there_is_no_clear_knee_it_says_why(means, spread, why):
     found = find_knee(curve(*means, spread=spread), higher_is_better=True)
     assert found.x is None
     assert why in found.why
+
+
+@pytest.mark.parametrize("means", [(1, 4, 9, 4, 2), (2, 4, 9, 4, 1)])
+def test_a_curve_that_is_best_in_between_has_its_peak_named(means):
+    found = find_knee(curve(*means), higher_is_better=True)
+    assert found.x == 2048 and found.is_peak and not found.why
+    # Above the better of its ends: (9 - 2) / (9 - 1).
+    assert found.distance == pytest.approx(7 / 8)
+    less = find_knee(curve(*(-mean for mean in means)), higher_is_better=False)
+    assert less == found
+    assert not find_knee(curve(10, 20, 28, 29, 30), higher_is_better=True).is_peak
 
 
 def test_three_rates_have_no_shape():
