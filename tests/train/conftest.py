@@ -13,10 +13,13 @@ import yaml
 from PIL import Image
 
 from cascade.checkpoints.files import read_metadata
+from cascade.checkpoints.part_files import weights_hash
 from train.__main__ import main as train_main
 from train.data.__main__ import main as data_main
 from train.data.precompute import precompute
 from train.data.write import WriteOptions, write_shards
+from train.distill.bias_curve import BiasCurve, BiasPoint
+from train.distill.picture_teacher import PictureTeacher, PictureTeacherConfig
 from train.encode import FrozenPaths
 
 COLORS = ["red", "green", "blue", "black"]
@@ -176,6 +179,62 @@ def make_run(
         path = tmp_path / f"{name}.yaml"
         path.write_text(yaml.safe_dump(config))
         return TinyRun(kind, out, path)
+
+    return make
+
+
+def write_curve(path: Path, unet: Path, model: Path, *, captions: bool = False, **changes) -> str:
+    """A measured curve of the tiny networks: trusted down to a log-SNR of about 0."""
+    config = PictureTeacherConfig(**picture_teacher(unet))  # type: ignore[arg-type]
+    values = {
+        "teacher": PictureTeacher(config).fingerprint(),
+        "compressor": weights_hash(model / "compressor.safetensors"),
+        "captions": captions,
+        "pictures": 8,
+        "roundtrip_ratio": 1.0,
+        "roundtrip_distance": 0.0,
+        "points": (BiasPoint(0, 7.0, 0.99, 0.0), BiasPoint(400, -0.3, 0.89, 0.5)),
+    }
+    BiasCurve(**(values | changes)).write(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def taught_cache(cache, shards, tiny_unet, tmp_path_factory) -> Path:
+    """The tiny cache with the teacher's features, made by the command."""
+    folder = tmp_path_factory.mktemp("taught") / "cache"
+    shutil.copytree(cache, folder)
+    run = folder.parent / "run.yaml"
+    run.write_text(precompute_run(tiny_unet))
+    words = ["precompute", "--shards", shards, "--out", str(folder), "--teacher-of", str(run)]
+    assert data_main([*words, "--batch-size", "5"]) == 0
+    return folder
+
+
+def precompute_run(unet: Path) -> str:
+    """A run file that names the tiny U-Net as teacher, and nothing else of use."""
+    return json.dumps(
+        {
+            "run": {"out": "x", "max_steps": 1},
+            "data": {"shards": "x", "batch_size": 1},
+            "text": "x",
+            "compressor": "x",
+            "init_from": "x",
+            "teacher": picture_teacher(unet),
+        }
+    )
+
+
+@pytest.fixture
+def make_taught(make_run, taught_cache, tiny_unet, tiny_model, tmp_path):
+    """Make a run with the terms that are given."""
+
+    def make(name: str = "run", captions: bool = False, **sections):
+        curve = write_curve(tmp_path / f"{name}.json", tiny_unet, tiny_model, captions=captions)
+        if "estimate" in sections:
+            sections["estimate"] = {"curve": curve} | sections["estimate"]
+        data = {"folder": str(taught_cache)} | sections.pop("data", {})
+        return make_run("cascade_kd", name, data=data, teacher_captions=captions, **sections)
 
     return make
 

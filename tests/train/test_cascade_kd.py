@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from cascade.checkpoints.files import load_network, read_metadata
-from cascade.checkpoints.part_files import weights_hash
 from cascade.config import load_yaml
 from cascade.errors import UserError, run_main
 from stages.stage_c import StageC
@@ -19,84 +16,20 @@ from train.callbacks.checkpoints import newest_checkpoint
 from train.cascade_kd_runs import _lesson
 from train.data.__main__ import main as data_main
 from train.data.cached import CachedBatch
-from train.distill.bias_curve import BiasCurve, BiasPoint
+from train.distill.bias_curve import BiasPoint
 from train.distill.picture_teacher import PictureTeacher, PictureTeacherConfig
 from train.draws import StepDraws
 from train.losses.denoising import noise_batch
 from train.runs import frozen_of_stage_c, open_stage_c
 from train.systems.cascade_kd import CascadeKDRun, CascadeKDSystem
 
+from .conftest import precompute_run, write_curve
+
 ALL = {
     "align": {"weight": 0.5, "hidden_channels": 8},
     "relations": {"weight": 2.0, "min_log_snr": -1.0},
     "estimate": {"weight": 0.25},
 }
-
-
-def write_curve(path: Path, unet: Path, model: Path, *, captions: bool = False, **changes) -> str:
-    """A measured curve of the tiny networks: trusted down to a log-SNR of about 0."""
-    config = PictureTeacherConfig(
-        str(unet / "unet.safetensors"),
-        str(unet / "autoencoder_kl.safetensors"),
-        32,
-        dtype="float32",
-    )
-    values = {
-        "teacher": PictureTeacher(config).fingerprint(),
-        "compressor": weights_hash(model / "compressor.safetensors"),
-        "captions": captions,
-        "pictures": 8,
-        "roundtrip_ratio": 1.0,
-        "roundtrip_distance": 0.0,
-        "points": (BiasPoint(0, 7.0, 0.99, 0.0), BiasPoint(400, -0.3, 0.89, 0.5)),
-    }
-    BiasCurve(**(values | changes)).write(path)
-    return str(path)
-
-
-@pytest.fixture(scope="session")
-def taught_cache(cache, shards, tiny_unet, tmp_path_factory) -> Path:
-    """The tiny cache with the teacher's features, made by the command."""
-    folder = tmp_path_factory.mktemp("taught") / "cache"
-    shutil.copytree(cache, folder)
-    run = folder.parent / "run.yaml"
-    run.write_text(_precompute_run(tiny_unet))
-    words = ["precompute", "--shards", shards, "--out", str(folder), "--teacher-of", str(run)]
-    assert data_main([*words, "--batch-size", "5"]) == 0
-    return folder
-
-
-def _precompute_run(unet: Path) -> str:
-    teacher = {
-        "unet": str(unet / "unet.safetensors"),
-        "autoencoder": str(unet / "autoencoder_kl.safetensors"),
-        "image_size": 32,
-        "dtype": "float32",
-    }
-    return json.dumps(
-        {
-            "run": {"out": "x", "max_steps": 1},
-            "data": {"shards": "x", "batch_size": 1},
-            "text": "x",
-            "compressor": "x",
-            "init_from": "x",
-            "teacher": teacher,
-        }
-    )
-
-
-@pytest.fixture
-def make_taught(make_run, taught_cache, tiny_unet, tiny_model, tmp_path):
-    """Make a run with the terms that are given."""
-
-    def make(name: str = "run", captions: bool = False, **sections):
-        curve = write_curve(tmp_path / f"{name}.json", tiny_unet, tiny_model, captions=captions)
-        if "estimate" in sections:
-            sections["estimate"] = {"curve": curve} | sections["estimate"]
-        data = {"folder": str(taught_cache)}
-        return make_run("cascade_kd", name, data=data, teacher_captions=captions, **sections)
-
-    return make
 
 
 def system_of(made, *, loaded: bool = True) -> tuple[CascadeKDSystem, CachedBatch]:
@@ -206,7 +139,7 @@ def test_a_stream_of_pictures_and_shards_of_a_cache_hold_the_features_as_well(
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
     config = tmp_path / "of.yaml"
-    config.write_text(_precompute_run(tiny_unet))
+    config.write_text(precompute_run(tiny_unet))
     words = ["precompute", "--shards", shards, "--shards-out", str(tmp_path / "latents")]
     words += ["--size", "32", "--text", str(tiny_model / "text"), "--dtype", "float32"]
     words += ["--compressor", str(tiny_model / "compressor.safetensors")]
@@ -268,6 +201,23 @@ def test_a_sample_weighs_the_same_however_many_are_asked_beside_it(make_taught):
         system, batch = system_of(make_taught(f"run{number}", relations=relations))
         losses.append(float(terms(system, batch)["kd_relations"].detach()))
     assert 0 < losses[1] < losses[0]
+
+
+def test_a_teachers_operations_are_those_of_the_samples_it_is_asked_about(make_taught):
+    """Not those of the first step, of which there may have been more or fewer."""
+    system, batch = system_of(make_taught(relations={"weight": 1.0, "min_log_snr": 0.0}))
+    schedule = system.config.diffusion.noise_schedule()
+    asked, by_sample = [], []
+    for step in range(6):
+        before = system.teacher_flops
+        terms(system, batch, step)
+        latents = batch.require("stage_c_latents")
+        noised = noise_batch(latents, system.config.diffusion, StepDraws(0, step))
+        asked.append(int((schedule.log_snr(noised.t) >= 0.0).sum()))
+        if asked[-1]:
+            by_sample.append((system.teacher_flops - before) / asked[-1])
+    assert len(set(asked)) > 1, "another number in each step"
+    assert by_sample == pytest.approx([by_sample[0]] * len(by_sample)) and by_sample[0] > 0
 
 
 # What is refused

@@ -30,7 +30,8 @@ class Ledger(Callback):
     was spent after ``from_step``: ``seconds`` by phase (their sum is the wall time),
     ``device_seconds``, ``flops`` of all devices (counted by torch at the first step of each kind,
     which is its shapes and what else the system's ``step_kind`` tells apart; null under
-    torch.compile), ``teacher_flops``, those of a teacher among them,
+    torch.compile), ``teacher_flops``, those of a teacher among them (a system that asks one of
+    another number of samples in each step says itself how many, as ``teacher_flops``),
     ``energy_j`` of this machine's GPUs (null where none tells) and
     ``peak_memory_mib`` of the first device, or of the process on a CPU. Steps that a killed run
     makes again are spent again: the sum of all rows is the whole cost. A run on several sets
@@ -54,7 +55,8 @@ class Ledger(Callback):
         self._energy = EnergyMeter()
         self._counter: FlopCounter | None = None
         self._flops_by_kind: dict[object, tuple[float, float]] = {}
-        """Of a step: all, and the teacher's among them."""
+        """Of a step: what is learned, and the teacher's."""
+        self._teacher_flops_before = 0.0
         self._kind: object = None
         self._step = 0
         self._from_step = 0
@@ -94,8 +96,11 @@ class Ledger(Callback):
         """Count the batch."""
         # What the step was, not what the next one would be: a system may have gone on.
         self._stop_counting(self._kind)
-        flops, of_teacher = self._flops_by_kind.get(self._kind, (0.0, 0.0))
-        self.flops += flops * trainer.world_size
+        learning, of_teacher = self._flops_by_kind.get(self._kind, (0.0, 0.0))
+        told = getattr(pl_module, "teacher_flops", None)
+        if told is not None and self._flops_by_kind:
+            of_teacher, self._teacher_flops_before = told - self._teacher_flops_before, told
+        self.flops += (learning + of_teacher) * trainer.world_size
         self.teacher_flops += of_teacher * trainer.world_size
         self.samples += len(batch) * trainer.world_size
         self.samples_by_set.update(getattr(batch, "drawn", None) or {})
@@ -202,7 +207,7 @@ class Ledger(Callback):
         if self._counter is not None:
             self._counter.__exit__(None, None, None)
             of_teacher = self._counter.by_place.get("teacher", 0.0)
-            self._flops_by_kind[kind] = self._counter.total, of_teacher
+            self._flops_by_kind[kind] = self._counter.total - of_teacher, of_teacher
             self._counter = None
 
 

@@ -31,6 +31,7 @@ from train.study.published_sizes import (
 )
 from train.study.settings import ArmConfig, StepConfig
 from train.study.steps import Places
+from train.systems.cascade_kd import CascadeKDRun
 from train.systems.stage_a import StageARun
 from train.systems.stage_b import StageBRun
 from train.systems.stage_c import StageCRun
@@ -42,6 +43,7 @@ _RUNS = {
     "stage_a": StageARun,
     "stage_b": StageBRun,
     "stage_c": StageCRun,
+    "cascade_kd": CascadeKDRun,
     "unet": UNetRun,
     "unet_kd": UNetRun,
 }
@@ -111,7 +113,8 @@ class Known:
         if config.model is not None or getattr(config, "model_v2", None) is not None:
             return config
         kind = {StageARun: "stage_a", StageBRun: "stage_b", StageCRun: "stage_c", UNetRun: "unet"}
-        found = self.sizes(config.init_from, kind[type(config)])
+        own = next(name for run, name in kind.items() if isinstance(config, run))
+        found = self.sizes(config.init_from, own)
         is_v2 = isinstance(found, (StageBV2Config, StageCV2Config))
         return replace(config, **{"model_v2" if is_v2 else "model": found})
 

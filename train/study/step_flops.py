@@ -9,7 +9,7 @@ weights, from :mod:`train.study.published_sizes`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,13 +24,13 @@ from stages.semantic_compressor import CompressorConfig, SemanticCompressor
 from stages.stage_a import StageA, StageAConfig
 from stages.stage_c import StageCConfig
 from stages.unet.config import UNetConfig
-from stages.unet.unet import UNet, UNetCondition, UNetOutput
 from train.data.cached import CachedBatch
-from train.distill.teacher import FrozenTeacher
 from train.losses.distillation import site_pairs
 from train.optim import make_optimizer
 from train.study.known_sizes import Known, picture_tower, run_of
 from train.study.settings import ArmConfig, StepConfig
+from train.study.teacher_flops import TeacherOnMeta, count_picture_teacher
+from train.systems.cascade_kd import CascadeKDRun, CascadeKDSystem
 from train.systems.stage_a import StageARun, StageASystem
 from train.systems.stage_b import StageBRun, StageBSystem
 from train.systems.stage_c import StageCRun, StageCSystem
@@ -83,24 +83,6 @@ def count_step(step: StepConfig, arm: ArmConfig, image_size: int) -> StepFlops:
     if isinstance(config, StageCRun):
         return _count_stage_c(config, known, side)
     return _count_unet(config, known, side)
-
-
-class _TeacherOnMeta(FrozenTeacher):
-    """A teacher of known sizes and no weights, whose operations are counted apart."""
-
-    def __init__(self, sizes: UNetConfig) -> None:
-        with on_meta():
-            self._unet = UNet(sizes).eval().requires_grad_(False)
-        self.flops = 0.0
-
-    @torch.no_grad()
-    def __call__(
-        self, x_t: Tensor, timesteps: Tensor, cond: UNetCondition, features: Sequence[str] = ()
-    ) -> UNetOutput:
-        with FlopCounter() as counter:
-            output = self._unet(x_t, timesteps, cond, features)
-        self.flops += counter.total
-        return output
 
 
 class _Trainer:
@@ -247,7 +229,6 @@ def _count_stage_c(config: StageCRun, known: Known, side: int) -> StepFlops:
     caption, tokens, channels, pooled = known.text(config.text, sizes.text_channels)
     made = known.compressor(config.compressor)
     with on_meta():
-        system = StageCSystem(config, _null(tokens, channels, pooled))
         encoder: Any = (
             AutoencoderKL(made)
             if isinstance(made, AutoencoderKLConfig)
@@ -267,9 +248,31 @@ def _count_stage_c(config: StageCRun, known: Known, side: int) -> StepFlops:
         picture, projection, _ = picture_tower(config.image or config.text)
         parts["image_embeds"] = _empty(projection)
         encoders += picture
+    null, teacher = _null(tokens, channels, pooled), 0.0
+    if isinstance(config, CascadeKDRun):
+        taught = count_picture_teacher(config, known, side, tokens)
+        teacher, encoders = taught.step, encoders + taught.encoders
+        width = None if taught.features is None else taught.features[0]
+        if taught.features is not None:
+            parts["teacher_features"] = _empty(*taught.features)
+        # What the student adds of its own is the projection; products of affinities are few.
+        with on_meta():
+            system: StageCSystem = CascadeKDSystem(_projecting(config), null, None, width)
+    else:
+        with on_meta():
+            system = StageCSystem(config, null)
     learning = _counted(system, _batch(**parts))
-    return StepFlops(
-        _learning(system.network), learning, 0.0, 0.0 if config.data.folder else encoders
+    parameters = sum(one.numel() for one in system.trained_parameters())
+    return StepFlops(parameters, learning, teacher, 0.0 if config.data.folder else encoders)
+
+
+def _projecting(config: CascadeKDRun) -> CascadeKDRun:
+    """Return a run whose only term is ``align``, of features that come with the batch."""
+    return replace(
+        config,
+        align=replace(config.align, source="data"),
+        relations=replace(config.relations, weight=0.0),
+        estimate=replace(config.estimate, weight=0.0),
     )
 
 
@@ -287,7 +290,7 @@ def _count_unet(config: UNetRun, known: Known, side: int) -> StepFlops:
     lesson, teacher = None, None
     if config.distill is not None:
         theirs: UNetConfig = known.sizes(config.distill.teacher, "unet")
-        teacher = _TeacherOnMeta(theirs)
+        teacher = TeacherOnMeta(theirs)
         pairs: Any = ()
         if config.distill.features is not None and config.distill.feature_weight > 0:
             pairs = site_pairs(config.distill.features, known.plan(config, theirs))

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from cascade.checkpoints.found import FoundNetwork
 from cascade.diffusion.prediction import Prediction, to_x0
+from cascade.evaluate.flops import FlopCounter
 from stages.block_features import BlockOutput
 from stages.semantic_compressor import SemanticCompressor
 from stages.stage_c import StageCConfig
@@ -181,6 +182,10 @@ class CascadeLesson:
     clock: PhaseClock = field(default_factory=PhaseClock)
     """The run's."""
     device: torch.device | None = None
+    flops: float = 0.0
+    """Operations of the teacher so far. Each step asks it of other samples, so that the first step
+    does not tell what the others take: a sample of each question is counted once."""
+    _flops_by_row: dict[tuple[str, torch.Size], float] = field(default_factory=dict)
     _compressor: SemanticCompressor | None = None
 
     def load(self, device: torch.device) -> None:
@@ -191,10 +196,22 @@ class CascadeLesson:
             self._compressor = load_frozen(self.compressor, device)
 
     @contextmanager
-    def speaks(self) -> Iterator[None]:
-        """Count the time as the teacher's; no gradient is wanted of what it says."""
+    def speaks(self, question: str, asked: Tensor) -> Iterator[None]:
+        """Count time and operations as the teacher's; no gradient is wanted of what it says.
+
+        Args:
+            question: What it is asked.
+            asked: Of which samples, ``(B, ...)``.
+        """
+        key = (question, asked.shape[1:])
         with self.clock.within("teacher", self.device), torch.no_grad():
-            yield
+            if key in self._flops_by_row:
+                yield
+            else:
+                with FlopCounter() as counter:
+                    yield
+                self._flops_by_row[key] = counter.total / len(asked)
+        self.flops += self._flops_by_row[key] * len(asked)
 
     def reencoded(self, latents: Tensor) -> Tensor:
         """Bring the teacher's latents (B, 4, h', w') into Stage C's space, (B, 16, h, w)."""
@@ -261,6 +278,11 @@ class CascadeKDSystem(StageCSystem):
         aligned = () if self.projector is None else (self.align_block,)
         return (*aligned, *(ours for ours, _ in pairs))
 
+    @property
+    def teacher_flops(self) -> float:
+        """Operations of the teacher so far, for the ledger."""
+        return 0.0 if self.lesson is None else self.lesson.flops
+
     def trained_parameters(self) -> list[nn.Parameter]:
         """Return what the optimizer steps: the network, and the projection, which is not kept."""
         projection = () if self.projector is None else self.projector.parameters()
@@ -289,8 +311,9 @@ class CascadeKDSystem(StageCSystem):
         assert self.projector is not None
         if self.config.align.source == "latents":
             assert self.lesson is not None and self.lesson.align is not None
-            with self.lesson.speaks():
-                theirs = self.lesson.align.of_latents(batch.require("autoencoder_mean").float())
+            latents = batch.require("autoencoder_mean").float()
+            with self.lesson.speaks("features", latents):
+                theirs = self.lesson.align.of_latents(latents)
         else:
             theirs = batch.require("teacher_features")
         ours = self.projector(output.features[self.align_block])
@@ -322,7 +345,7 @@ class CascadeKDSystem(StageCSystem):
             if config.teacher_captions:
                 states = (batch.require("text_hidden"), batch.require("text_pooled"))
                 text = (states[0][asked], states[1][asked])
-            with lesson.speaks():
+            with lesson.speaks("relations and prediction", latents):
                 x_t = teacher.noised(latents, noise, timesteps)
                 wanted = [theirs for _, theirs in lesson.pairs]
                 predicted, features = teacher.ask(x_t, timesteps, text, wanted)
@@ -334,8 +357,8 @@ class CascadeKDSystem(StageCSystem):
                 added = weight * mean_over_batch(distance, count)
                 found["kd_relations"] = found["kd_relations"] + added
             if bool(trusted.any()):
-                with lesson.speaks():
-                    estimate = teacher.estimate(predicted, x_t, timesteps)[trusted]
+                estimate = teacher.estimate(predicted, x_t, timesteps)[trusted]
+                with lesson.speaks("estimate", estimate):
                     target = lesson.reencoded(estimate)
                 distance = self._estimate_distances(output, noised, asked[trusted], target)
                 added = config.estimate.weight * mean_over_batch(distance, count)

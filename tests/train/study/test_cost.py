@@ -16,6 +16,8 @@ from transformers.models.clip.modeling_clip import (
 from cascade.config import from_dict, load_yaml
 from cascade.errors import UserError, run_main
 from cascade.evaluate.flops import FlopCounter
+from tests.train.conftest import write_curve
+from train.distill.bias_curve import BiasPoint
 from train.study.__main__ import main
 from train.study.cost import DeviceRate, cost_of_arm
 from train.study.published_sizes import Tower, picture_tower_flops
@@ -52,6 +54,58 @@ def test_a_step_on_meta_takes_what_the_ledger_of_a_real_one_counts(kind, make_ru
     assert taught.flops is not None and (counted.teacher > 0) == (kind == "unet_kd")
     assert counted.teacher == pytest.approx(taught.flops / spent.samples, rel=0.02)
     assert (taught.device_seconds > 0) == (kind == "unet_kd") and taught.samples == 0
+
+
+SELDOM = {"log_every_steps": 3, "max_steps": 3}
+ONLINE = {"align": {"weight": 0.5, "source": "latents", "hidden_channels": 8}}
+CACHED = {"align": {"weight": 0.5, "hidden_channels": 8}}
+RELATED = {"relations": {"weight": 2.0, "min_log_snr": -100.0}}
+TRUSTED = {"estimate": {"weight": 0.25}}
+
+
+@pytest.mark.parametrize("terms", [{}, ONLINE, CACHED, RELATED, ONLINE | RELATED, TRUSTED])
+def test_what_a_teacher_of_pictures_takes_is_what_the_ledger_counts(
+    terms, make_taught, tiny_unet, tiny_model, tmp_path
+):
+    sections = dict(terms)
+    if terms is TRUSTED:
+        at_any_noise = (BiasPoint(0, 90.0, 1.0, 0.0), BiasPoint(999, -90.0, 1.0, 0.0))
+        curve = write_curve(tmp_path / "any.json", tiny_unet, tiny_model, points=at_any_noise)
+        sections = {"estimate": {"weight": 0.25, "curve": curve}}
+    run = make_taught(run=SELDOM, **sections)
+    assert run.start() == 0
+    rows = read_ledger(run.out)
+    own, taught = spent_until(rows), spent_until(rows, whose="teacher")
+    assert own.flops is not None and taught.flops is not None
+    arm = arm_of("cascade_kd", run.config)
+    counted = count_step(arm.last, arm, 32)
+    assert counted.learning == pytest.approx(own.flops / own.samples, rel=0.02)
+    assert counted.teacher == pytest.approx(taught.flops / own.samples, rel=0.02)
+    assert (counted.teacher > 0) == (terms not in ({}, CACHED)) and counted.encoders == 0
+
+
+def test_without_a_cache_features_of_pictures_are_made_in_the_step(make_taught):
+    online, cached = (
+        make_taught(name, run=SELDOM, data={"folder": None}, **terms).config
+        for name, terms in (("online", ONLINE), ("cached", CACHED))
+    )
+    found = [
+        count_step(arm.last, arm, 32)
+        for arm in (arm_of("cascade_kd", online), arm_of("cascade_kd", cached))
+    ]
+    assert found[0].learning == found[1].learning and found[1].teacher == 0
+    assert found[1].encoders == pytest.approx(found[0].encoders + found[0].teacher)
+
+
+def test_a_teacher_is_counted_for_the_share_of_samples_that_it_is_asked_about(make_taught):
+    found = []
+    for number, bound in enumerate((-100.0, 0.0, 100.0)):
+        relations = {"weight": 1.0, "min_log_snr": bound}
+        run = make_taught(f"r{number}", run=SELDOM, relations=relations)
+        arm = arm_of("cascade_kd", run.config)
+        found.append(count_step(arm.last, arm, 32).teacher)
+    # The straight path is at log-SNR 0 half-way, and its times are drawn around the middle.
+    assert found[1] == pytest.approx(found[0] / 2, rel=0.05) and found[2] == 0
 
 
 @pytest.mark.parametrize("pictures", [False, True])
