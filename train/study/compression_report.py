@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade.checkpoints.files import atomic_write_text
+from train.study.curves import PLOTS
 from train.study.doubts import fairness_blocks, figure_blocks
 from train.study.grids import grid_of
 from train.study.knee import DEFINITION, LEAST_POINTS, Knee, find_knee
@@ -22,17 +23,18 @@ from train.study.rates import CompressionConfig
 from train.study.report import (
     HTML_FILE,
     MARKDOWN_FILE,
-    PLOTS,
-    UNIT_TITLES,
-    Row,
     arm_blocks,
     failure_blocks,
+    source_blocks,
+    spread_sentence,
+)
+from train.study.rows import (
+    UNIT_TITLES,
+    Row,
     figure_title,
     mean_and_spread,
     metric_names,
     some_figure,
-    source_blocks,
-    spread_sentence,
     values_of,
 )
 from train.study.settings import ArmConfig, arm_folder

@@ -8,24 +8,29 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from cascade.checkpoints.files import atomic_write_text
+from train.study.curves import PLOTS, curve_blocks
 from train.study.doubts import fairness_blocks, figure_blocks
 from train.study.grids import grid_of
 from train.study.page import Block, Heading, Paragraph, Picture, Table, to_html, to_markdown
-from train.study.plots import Axes, Line, Point, plot_front, plot_lines
-from train.study.settings import StudyConfig, arm_folder
+from train.study.plots import Axes, Line, Point, plot_front
+from train.study.rows import (
+    UNIT_TITLES,
+    Row,
+    figure_title,
+    judged_rows,
+    mean_and_spread,
+    mean_cost,
+    metric_names,
+    rows_of,
+    some_figure,
+    values_of,
+)
+from train.study.settings import StudyConfig
 
-Row = Mapping[str, Any]
 MARKDOWN_FILE = "report.md"
 HTML_FILE = "report.html"
-PLOTS = "plots"
-UNIT_TITLES = {
-    "device_seconds": "device seconds",
-    "samples": "samples",
-    "flops": "FLOPs",
-}
 _COSTS = (
     ("latency_s", "latency, s a picture"),
     ("peak_memory_mib", "memory with the weights, MiB"),
@@ -53,7 +58,7 @@ def write_report(
     blocks += _asked(config, rows)
     blocks += fairness_blocks(rows, config.budget.unit)
     blocks += _whole(config, rows)
-    blocks += _curves(config, rows, out)
+    blocks += curve_blocks(config, rows, out)
     blocks += _pareto(config, rows, out)
     blocks += _pictures(config, rows, out)
     blocks += arm_blocks(config, given)
@@ -62,20 +67,6 @@ def write_report(
     blocks += source_blocks(rows)
     atomic_write_text(out / MARKDOWN_FILE, to_markdown(blocks))
     atomic_write_text(out / HTML_FILE, to_html(blocks, out, f"Study: {config.name}"))
-
-
-def metric_names(config: StudyConfig, rows: Sequence[Row]) -> list[str]:
-    """Return the figures that are shown: the headline's, or all that were measured."""
-    found = dict.fromkeys(name for row in rows for name in row.get("metrics", {}))
-    return [name for name in config.headline if name in found] or list(found)
-
-
-def mean_and_spread(values: Sequence[float]) -> str:
-    """Write a mean with the standard deviation over seeds; of one seed there is none."""
-    mean = statistics.mean(values)
-    if len(values) == 1:
-        return f"{mean:.4g}"
-    return f"{mean:.4g} ± {statistics.stdev(values):.2g}"
 
 
 def spread_sentence(config: StudyConfig) -> str:
@@ -118,7 +109,7 @@ def _whole(config: StudyConfig, rows: Sequence[Row]) -> list[Block]:
         blocks.append(Heading(f"With {amount:,g} {unit}"))
         table = []
         for arm in config.arms:
-            every = _of(rows, arm.name, amount, 1.0)
+            every = rows_of(rows, arm.name, amount, 1.0)
             judged = [row for row in every if row["status"] == "judged"]
             cells = [arm.name, f"{len(judged)} of {len(config.seeds)}"]
             for name in names:
@@ -152,64 +143,10 @@ def _whole(config: StudyConfig, rows: Sequence[Row]) -> list[Block]:
     return blocks
 
 
-def _curves(config: StudyConfig, rows: Sequence[Row], out: Path) -> list[Block]:
-    blocks: list[Block] = [Heading("Quality against budget")]
-    unit = config.budget.unit
-    missing = sorted({row["arm"] for row in rows if row["status"] == "no model yet"})
-    told = []
-    if len(config.evaluate_at) > 1:
-        told.append(
-            "Within a budget the learning rate is still high at the earlier points: what an arm "
-            "would reach with so small a budget alone"
-            + (
-                " is what the smaller budget shows."
-                if len(config.budget.amounts) > 1
-                else ", only a smaller budget would show."
-            )
-        )
-    if len(config.seeds) > 1:
-        told.append(
-            "A band is one standard deviation over the seeds; the small dots are the seeds."
-        )
-    text = " ".join(told)
-    if missing:
-        text += (
-            f" Points that are missing: {', '.join(missing)} had no whole model yet, the budget "
-            "having gone to what the last training builds on."
-        )
-    if text:
-        blocks.append(Paragraph(text.strip()))
-    amounts, fractions = config.budget.amounts, config.evaluate_at
-    # Judged at its end alone, a budget is a point: an arm's line goes from budget to budget.
-    curves = [tuple((amount, one) for one in fractions) for amount in amounts]
-    if len(fractions) == 1:
-        curves = [tuple((amount, 1.0) for amount in sorted(amounts))]
-    for name in metric_names(config, rows):
-        lines = []
-        for style, curve in enumerate(curves):
-            for colour, arm in enumerate(config.arms):
-                points = []
-                for amount, fraction in curve:
-                    judged = _judged(rows, arm.name, amount, fraction)
-                    values = values_of(judged, name)
-                    if values:
-                        spent = [row["spent"][unit] for row in judged]
-                        points.append(Point(statistics.mean(spent), tuple(values)))
-                if points:
-                    label = arm.name if len(curves) == 1 else f"{arm.name}, {curve[0][0]:,g}"
-                    lines.append(Line(label, tuple(points), colour, style))
-        if lines:
-            file = f"{PLOTS}/{arm_folder(name)}.svg"
-            axes = Axes(UNIT_TITLES[unit] + " spent", figure_title(rows, name))
-            plot_lines(out / file, lines, axes)
-            blocks.append(Picture(file, f"{figure_title(rows, name)} against {UNIT_TITLES[unit]}"))
-    return blocks
-
-
 def _pareto(config: StudyConfig, rows: Sequence[Row], out: Path) -> list[Block]:
     """Return what a picture costs beside what it is worth, at the largest budget."""
     amount = max(config.budget.amounts)
-    by_arm = {arm.name: _judged(rows, arm.name, amount, 1.0) for arm in config.arms}
+    by_arm = {arm.name: judged_rows(rows, arm.name, amount, 1.0) for arm in config.arms}
     names = metric_names(config, rows)
     if not names or not any(by_arm.values()):
         return []
@@ -249,7 +186,7 @@ def _pictures(config: StudyConfig, rows: Sequence[Row], out: Path) -> list[Block
     amount = max(config.budget.amounts)
     folders = {}
     for arm in config.arms:
-        judged = _judged(rows, arm.name, amount, 1.0)
+        judged = judged_rows(rows, arm.name, amount, 1.0)
         if judged:
             folders[arm.name] = out / judged[0]["pictures"]
     file = "pictures.png"
@@ -322,42 +259,3 @@ def source_blocks(rows: Sequence[Row]) -> list[Block]:
         ),
         Table(("protocol", "trained by commit", "judged by commit", "machine", "rows"), table, 4),
     ]
-
-
-def _of(rows: Sequence[Row], arm: str, amount: float, fraction: float) -> list[Row]:
-    return [
-        row
-        for row in rows
-        if row["arm"] == arm and row["budget"] == amount and row["fraction"] == fraction
-    ]
-
-
-def _judged(rows: Sequence[Row], arm: str, amount: float, fraction: float) -> list[Row]:
-    return [row for row in _of(rows, arm, amount, fraction) if row["status"] == "judged"]
-
-
-def values_of(rows: Sequence[Row], name: str) -> list[float]:
-    """Return what each row measured of a figure."""
-    return [row["metrics"][name]["value"] for row in rows if name in row["metrics"]]
-
-
-def some_figure(rows: Sequence[Row], name: str) -> Mapping[str, Any]:
-    """Return what some row says of a figure that at least one has."""
-    found: Mapping[str, Any] = next(
-        row["metrics"][name] for row in rows if name in row.get("metrics", {})
-    )
-    return found
-
-
-def figure_title(rows: Sequence[Row], name: str) -> str:
-    """Return a figure's name with an arrow to where it is better."""
-    figure = some_figure(rows, name)
-    return f"{figure['label']} {'↑' if figure['better'] == 'higher' else '↓'}"
-
-
-def mean_cost(costs: Sequence[Mapping[str, Any]], key: str, form: str) -> str:
-    """Write the mean of a cost, where it was counted."""
-    values = [cost[key] for cost in costs if cost.get(key) is not None]
-    if not costs:
-        return ""
-    return format(statistics.mean(values), form) if values else "not counted"
