@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -263,10 +263,12 @@ def _one(config: StudyConfig, run: Run, out: Path, commands: Commands, kind: Kin
                 folder = None if written is None else Path(places.fill(written))
                 cost = spent_by_command(folder, seconds)
                 counted = step.cost == "teacher" and config.budget.teacher == "counted"
-                if step.cost == "arm" or counted:
-                    spent += cost
                 if step.cost == "teacher":
                     teacher += cost
+                if counted:
+                    spent += cost
+                elif step.cost == "arm":  # what a budget of operations leaves free is 0 of them
+                    spent += replace(cost, flops=cost.flops or 0.0)
                 continue
             steps = run.plan.steps[step.name]
             options: dict[str, Any] = {"run.max_steps": steps}

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from cascade.checkpoints.files import atomic_write_text
 from cascade.config import apply_overrides, from_dict, read_yaml, to_dict
 from cascade.errors import UserError
 from train.study.settings import ArmConfig, BudgetConfig, StepConfig, StudyConfig, arm_folder
-from train.study.spent import read_ledger, spent_until
+from train.study.spent import read_ledger, spent_by_command, spent_until
 from train.study.steps import Commands, Places
 
 _log = logging.getLogger(__name__)
@@ -52,6 +52,8 @@ class ArmRates:
     """By the step's name."""
     commands: dict[str, float]
     """Seconds."""
+    command_flops: dict[str, float | None] = field(default_factory=dict)
+    """None where it writes no ledger, so that they are not counted."""
 
     @property
     def device_seconds(self) -> float:
@@ -146,12 +148,18 @@ def calibrate(config: StudyConfig, arm: ArmConfig, out: Path, commands: Commands
         return from_dict(ArmRates, json.loads(file.read_text(encoding="utf-8")), str(file))
     trainings: dict[str, Rate] = {}
     seconds: dict[str, float] = {}
+    flops: dict[str, float | None] = {}
     steps = config.calibration_steps
     half = steps // 2
     for step in arm.steps:
         if step.command is not None:
             tried = replace(step, set={**step.set, **step.trial})
-            seconds[step.name] = commands.other(arm, tried, places) / step.trial_part
+            took = commands.other(arm, tried, places)
+            written = tried.set.get("out")
+            folder = None if written is None else Path(places.of(step).fill(written))
+            cost = spent_by_command(folder, took)
+            seconds[step.name] = took / step.trial_part
+            flops[step.name] = None if cost.flops is None else cost.flops / step.trial_part
             continue
         options = {
             "run.max_steps": steps,
@@ -172,7 +180,7 @@ def calibrate(config: StudyConfig, arm: ArmConfig, out: Path, commands: Commands
             (taught.device_seconds - taught_first.device_seconds) / half,
             _per_step(taught.flops, taught_first.flops, half),
         )
-    rates = ArmRates(trainings, seconds)
+    rates = ArmRates(trainings, seconds, flops)
     atomic_write_text(file, json.dumps(to_dict(rates), indent=2) + "\n")
     return rates
 
@@ -182,13 +190,31 @@ def _per_step(whole: float | None, first: float | None, steps: int) -> float | N
 
 
 def overhead(arm: ArmConfig, rates: ArmRates, budget: BudgetConfig) -> float:
-    """Return the seconds of an arm's commands that it pays for."""
-    payers = ("arm", "teacher") if budget.teacher == "counted" else ("arm",)
-    return sum(
-        rates.commands.get(step.name, 0.0)
-        for step in arm.steps
-        if step.command is not None and step.cost in payers
-    )
+    """Return what an arm's commands take of its budget.
+
+    In seconds they are its own commands and a counted teacher's; in operations the latter alone.
+
+    Raises:
+        UserError: A teacher's operations are to be counted, and are not.
+    """
+    payers = {"teacher"} if budget.teacher == "counted" else set()
+    if budget.unit == "device_seconds":
+        payers.add("arm")
+    paid = 0.0
+    for step in arm.steps:
+        if step.command is None or step.cost not in payers:
+            continue
+        if budget.unit == "device_seconds":
+            paid += rates.commands.get(step.name, 0.0)
+            continue
+        flops = rates.command_flops.get(step.name)
+        if flops is None:
+            raise UserError(
+                f"{arm.name}: nobody counts the FLOPs of {step.name}, which writes no ledger; "
+                "give budget.unit device_seconds, or budget.teacher apart"
+            )
+        paid += flops
+    return paid
 
 
 def plan_arm(
@@ -210,12 +236,12 @@ def plan_arm(
     Raises:
         UserError: A training would make no step.
     """
-    paid = overhead(arm, rates, budget) if budget.unit == "device_seconds" else 0.0
+    paid = overhead(arm, rates, budget)
     left = amount - paid
     if left <= 0:
         raise UserError(
-            f"{arm.name}: its commands take {paid:.0f} s and the budget is {amount:g} s; raise "
-            "budget.amounts, or make beforehand what can be given to every arm"
+            f"{arm.name}: its commands take {paid:.4g} {budget.unit} and the budget is {amount:g}; "
+            "raise budget.amounts, or make beforehand what can be given to every arm"
         )
     steps: dict[str, int] = {}
     per_step: dict[str, float] = {}

@@ -36,10 +36,10 @@ class BudgetConfig:
             raise ValueError(f"amounts is {self.amounts}; give one or more positive numbers")
         if len(set(self.amounts)) != len(self.amounts):
             raise ValueError(f"amounts is {self.amounts}; each is to be given once")
-        if self.teacher == "counted" and self.unit != "device_seconds":
+        if self.teacher == "counted" and self.unit == "samples":
             raise ValueError(
-                f"teacher is counted but unit is {self.unit}: what a teacher draws costs seconds; "
-                "count device_seconds, or tell its cost apart"
+                "teacher is counted but unit is samples: a teacher has none; count device_seconds "
+                "or flops, or tell its cost apart"
             )
 
 

@@ -80,12 +80,14 @@ def spent_until(
 def spent_by_command(folder: Path | None, seconds: float) -> Spent:
     """Return what a command has cost: what its own ledger says, or the seconds of the clock.
 
+    Without a ledger its operations are not counted: None.
+
     Args:
         folder: Where it wrote; None: unknown.
         seconds: Of the clock, on one device.
     """
     if folder is None or not (folder / LEDGER_FILE).is_file():
-        return Spent(device_seconds=seconds)
+        return Spent(device_seconds=seconds, flops=None)
     cost = read_teacher_cost(folder / LEDGER_FILE)
     return Spent(cost.device_seconds, 0, cost.flops, cost.energy_j)
 

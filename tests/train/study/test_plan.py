@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -65,6 +66,19 @@ def test_a_teacher_in_a_step_is_apart_or_counted_as_its_pictures_are():
     apart, counted = (budget("device_seconds", teacher=told) for told in ("apart", "counted"))
     assert plan_arm(one, 100, apart, rates, (1.0,)).steps == {"b": 200}
     assert plan_arm(one, 100, counted, rates, (1.0,)).steps == {"b": 100}
+    both = budget("flops", teacher="counted")
+    assert plan_arm(one, 1600, both, rates, (1.0,)).steps == {"b": 10}
+
+
+def test_a_counted_teachers_pictures_are_paid_in_operations_as_well():
+    counted = budget("flops", teacher="counted")
+    rates = replace(RATES, command_flops={"draw": 400.0, "cache": None})
+    commands = {step.name: step.cost for step in arm().steps if step.command is not None}
+    assert commands == {"draw": "teacher", "cache": "arm"}
+    assert overhead(arm(), rates, counted) == 400  # the arm's own commands are free in operations
+    assert overhead(arm(), rates, budget("flops")) == 0
+    with pytest.raises(UserError, match="nobody counts the FLOPs of draw, which writes no ledger"):
+        overhead(arm(), RATES, counted)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +139,7 @@ def test_numbers_that_are_none_are_refused(section, value, message):
 
 
 def test_budgets_that_buy_nothing_are_refused():
-    with pytest.raises(UserError, match="one: its commands take 10 s and the budget is 9 s"):
+    with pytest.raises(UserError, match="its commands take 10 device_seconds and the budget is 9;"):
         plan_arm(arm(), 9, budget("device_seconds"), RATES, (1.0,))
     with pytest.raises(UserError, match="one: b gets 2 samples and one step takes 4"):
         plan_arm(arm(), 8, budget("samples"), RATES, (1.0,))
@@ -194,7 +208,10 @@ def test_arms_that_can_not_be_are_told(changes, message):
         ({"evaluate_at": [0.5]}, "its last is 1, the whole budget"),
         ({"seeds": [1, 1]}, "give each once"),
         ({"budget": {"unit": "samples", "amounts": [0]}}, "positive"),
-        ({"budget": {"unit": "samples", "amounts": [1], "teacher": "counted"}}, "costs seconds"),
+        (
+            {"budget": {"unit": "samples", "amounts": [1], "teacher": "counted"}},
+            "a teacher has none",
+        ),
         ({"arms": []}, "arms is empty"),
     ],
     ids=str,
