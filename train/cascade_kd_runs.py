@@ -38,6 +38,8 @@ def train_cascade_kd(config: CascadeKDRun, *, resume: bool) -> None:
     assert data.null_text is not None, "open_data gives the null text with the text part"
     lesson, channels = _lesson(config, data)
     system = CascadeKDSystem(config, data.null_text, lesson, channels)
+    if lesson is not None:
+        data = data.taught_by(lesson.teacher.fingerprint())
     first = [] if lesson is None else [LoadLesson(lesson)]
     fit_stage_c(system, data, config, judged, prepared, first=first)
 

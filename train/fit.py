@@ -37,8 +37,9 @@ from train.callbacks.ledger import Ledger
 from train.callbacks.progress import Progress
 from train.callbacks.rehearsal import Rehearsal
 from train.callbacks.stall import Stall
-from train.callbacks.stop import Stop, StopAtOnce
+from train.callbacks.stop import NoBatchWhileEnding, Stop, StopAtOnce
 from train.clock import PhaseClock
+from train.course import go_on
 from train.data.pictures import BOMB_WARNING
 from train.draws import SeedLayers
 from train.launch import cluster_environment, global_rank
@@ -200,14 +201,16 @@ def fit(
     optim: OptimConfig,
     prepared: Prepared,
     *,
+    batch_size: int,
     callbacks: Sequence[pl.Callback] = (),
     last: Sequence[pl.Callback] = (),
 ) -> None:
     """Train ``system`` for ``run.max_steps`` steps or ``run.max_minutes`` minutes.
 
-    Ctrl-C and SIGTERM end the run after the step in hand, with a checkpoint and an export. A run
-    that has made all its steps leaves a file ``done``. ``callbacks`` act before those that all
-    runs have, ``last`` after them.
+    Ctrl-C and SIGTERM end the run after the step in hand, with a checkpoint and an export, and
+    without what can wait: pictures, a look at held-out ones, a batch that does not come. A run that
+    has made all its steps leaves a file ``done``. ``batch_size`` is that of each rank;
+    ``callbacks`` act before those that all runs have, ``last`` after them.
 
     Raises:
         UserError: A broken checkpoint, a device that is not there, a loss that is not finite.
@@ -227,16 +230,25 @@ def fit(
     stop, ledger = Stop(run.max_minutes, errors), Ledger(prepared.clock, out, run.log_every_steps)
     last = [NoteStart(out, prepared.config, errors), *last]
     trainer = _trainer(system, run, optim, stop, ledger, callbacks, last)
+    first = go_on(
+        out,
+        start_step,
+        accumulate=run.accumulate,
+        world=trainer.world_size,
+        batch_size=batch_size,
+        writes=trainer.is_global_zero,
+    )
     try:
         with stop.listening():
-            trainer.fit(
-                system,
-                train_dataloaders=loader_from(
-                    start_step * run.accumulate, trainer.global_rank, trainer.world_size
-                ),
-                ckpt_path=newest,
-                weights_only=True,
-            )
+            try:
+                trainer.fit(
+                    system,
+                    train_dataloaders=loader_from(first, trainer.global_rank, trainer.world_size),
+                    ckpt_path=newest,
+                    weights_only=True,
+                )
+            except NoBatchWhileEnding:
+                _log.info("%s: no batch came; what was learned before is saved", out)
             trainer.save_checkpoint(checkpoint_path(out, trainer.global_step))
             ledger.write_row(trainer)
     except StopAtOnce:
@@ -377,7 +389,7 @@ def _trainer(
             finite,
             Progress(run.log_every_steps, run.max_steps, stop, ledger, finite, show=not terminal),
             stop,
-            Stall(),
+            Stall(on_wait=stop.ask_again),
             export,
             Rehearsal(out, export),
             *last,

@@ -303,6 +303,7 @@ def fit_system(
         config.run,
         config.optim,
         prepared,
+        batch_size=config.data.batch_size,
         callbacks=callbacks,
         last=last,
     )

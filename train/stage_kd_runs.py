@@ -7,6 +7,7 @@ import logging
 import torch
 
 from cascade.checkpoints.load import build
+from cascade.checkpoints.part_files import weights_hash
 from cascade.checkpoints.said import said_in
 from cascade.errors import UserError
 from cascade.pipelines.few_steps import DISTILLED_KEY
@@ -66,6 +67,7 @@ def train_stage_b_kd(config: StageBKDRun, *, resume: bool) -> None:
             start_from(system.network, config.init_from, "stage_b")
         elif taught_by.init:
             _begin_as(system, sizes, teacher)
+    data = data.taught_by(weights_hash(teacher.found.path))
     first = [LoadStageBTeacher(teacher)]
     fit_stage_b(system, data, config, frozen, prepared, first=first)
 
@@ -83,7 +85,7 @@ def train_stage_a_decoder(config: StageADecoderRun, *, resume: bool) -> None:
                 f"model.{key}: the fast decoder has {name} {ours}, but {config.stage_a} {value}"
             )
     prepared = prepare(config.run, config, resume=resume)
-    data = open_data(config.data)
+    data = open_data(config.data).taught_by(weights_hash(found.path))
     check_crop(config, data, "Stage A", stage_a.downscale)
     teacher = DecoderTeacher(found)
     system = StageADecoderSystem(config, teacher)

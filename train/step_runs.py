@@ -6,6 +6,7 @@ import logging
 
 import torch
 
+from cascade.checkpoints.part_files import weights_hash
 from cascade.errors import UserError
 from stages.stage_c import StageCConfig
 from train.data.open import open_data
@@ -56,7 +57,7 @@ def train_step_distil(config: StepDistilRun, *, resume: bool) -> None:
             start_from(system.network, config.init_from, config.stage, "this run's teacher")
         else:
             _start_from_teacher(system, teacher)
-    fit_system(system, data, config, prepared)
+    fit_system(system, data.taught_by(weights_hash(teacher.file)), config, prepared)
 
 
 def _start_from_teacher(system: StepDistilSystem, teacher: StageTeacher) -> None:

@@ -47,6 +47,8 @@ def _train(config: UNetRun, *, resume: bool) -> None:
     lesson = None if config.distill is None else _lesson(config.distill, config)
     opened = open_unet_data(config, lesson)
     frozen, data, system = opened.frozen, opened.data, opened.system
+    if lesson is not None:
+        data = data.taught_by(weights_hash(lesson.teacher.path))
     if config.prior is not None:
         data = _with_prior(config.prior, config, frozen, data)
     if config.init_from is not None and (config.lora is not None or prepared.newest is None):

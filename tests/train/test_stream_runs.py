@@ -6,17 +6,21 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from cascade.checkpoints.files import read_metadata
 from cascade.errors import run_main
 from train.callbacks.checkpoints import newest_checkpoint
 from train.callbacks.stop import Stop
 from train.data.__main__ import main as data_main
+from train.data.exact import ExactSource
+from train.data.resampled import ResampledSource
 
 ROOT = Path(__file__).parents[2]
 STREAM = {"mode": "exact", "size": 32, "folder": None}
@@ -111,6 +115,68 @@ def test_a_run_killed_at_any_moment_ends_as_one_that_was_not(make_run):
     names = ["compressor.safetensors", "previewer.safetensors"]
     for expected, found in ((load_file(r.out / n) for r in (whole, killed)) for n in names):
         assert all(torch.equal(value, found[key]) for key, value in expected.items())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_told_to_end_while_no_batch_comes_saves_and_ends(workers, make_run, monkeypatch):
+    """A shard that hangs must not cost what was learned since the last checkpoint."""
+    data = {**STREAM, "mode": "resampled", "workers": workers}
+    sections = {"data": data, "run": {"max_steps": 6, "checkpoint_every_steps": 100}}
+    whole = make_run("stage_a", "whole", **sections)
+    assert whole.start() == 0
+    run = make_run("stage_a", "run", **sections)
+    with monkeypatch.context() as patch:
+        serve = ResampledSource.serve
+
+        def hang(self: ResampledSource, step: int) -> object:
+            if step >= 4:
+                time.sleep(300)
+            return serve(self, step)
+
+        patch.setattr(ResampledSource, "serve", hang)
+        threading.Timer(8.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        assert run.start() == 0
+    newest = newest_checkpoint(run.out)
+    assert newest is not None and not (run.out / "done").exists()
+    assert torch.load(newest, weights_only=True)["global_step"] >= 2 * 3  # two optimizers
+    assert run.start("--resume") == 0
+    assert_equal_ends(whole, run)
+
+
+@pytest.mark.parametrize("change", [("--run.accumulate", 2), ("--data.batch_size", 2)])
+def test_a_run_goes_on_where_it_was_in_its_data_whatever_its_steps_take(
+    change, make_run, monkeypatch
+):
+    data = {**STREAM, "batch_size": 1, "workers": 0}
+    run = make_run("stage_c", data=data, run={"checkpoint_every_steps": 100})
+    assert run.start("--run.max_steps", 4) == 0
+    served = []
+    serve = ExactSource.serve
+    monkeypatch.setattr(
+        ExactSource, "serve", lambda self, step: served.append(step) or serve(self, step)
+    )
+    assert run.start("--run.max_steps", 5, "--resume", *change) == 0
+    # Four samples were seen: batches 0 to 3 of one, or 0 and 1 of two.
+    assert served[0] == (4 if change[0] == "--run.accumulate" else 2)
+
+
+def test_frozen_weights_that_have_changed_are_no_part_of_a_resumed_run(
+    make_run, tiny_model, tmp_path, capsys
+):
+    compressor = tmp_path / "compressor.safetensors"
+    weights = load_file(tiny_model / "compressor.safetensors")
+    metadata = read_metadata(tiny_model / "compressor.safetensors")
+    save_file(weights, compressor, metadata)
+    run = make_run("stage_c", data=STREAM, compressor=str(compressor))
+    assert run.start("--run.max_steps", 2) == 0
+    before = (run.out / "stage_c.safetensors").read_bytes()
+    save_file({name: 1.5 * one.float() for name, one in weights.items()}, compressor, metadata)
+    words = ("--run.max_steps", 3, "--resume")
+    line = refusal(run, capsys, *words)
+    assert "--resume: the compressor has the weights" in line and "and had" in line
+    assert (run.out / "stage_c.safetensors").read_bytes() == before
+    save_file(weights, compressor, metadata)
+    assert run.start(*words) == 0
 
 
 def test_a_resumed_run_is_told_when_its_data_are_others(make_run, caplog):

@@ -16,6 +16,7 @@ from train.callbacks.drawing import Drawing
 from train.callbacks.ema import WeightAverage
 from train.callbacks.find import find_callback
 from train.callbacks.ledger import Ledger
+from train.callbacks.stop import all_are_to_end, was_told_to_end
 from train.clock import PhaseClock
 from train.networks import plain_copy
 from train.sharding import gathered
@@ -82,12 +83,14 @@ class SamplePictures(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Draw every so many steps."""
-        if ends_step(trainer, batch_idx) and trainer.global_step % self.config.every_steps == 0:
+        due = ends_step(trainer, batch_idx) and trainer.global_step % self.config.every_steps == 0
+        if due and not all_are_to_end(trainer):
             self.draw(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw what the run ended with."""
-        self.draw(trainer, pl_module)
+        """Draw what the run ended with; not if it was told to end: who told it may not wait."""
+        if not all_are_to_end(trainer):
+            self.draw(trainer, pl_module)
 
     def draw(self, trainer: Trainer, system: LightningModule) -> None:
         """Draw this rank's prompts with both weights; the first rank lays all out in grids."""
@@ -113,15 +116,18 @@ class SamplePictures(Callback):
         state = {key: value.to(system.device) for key, value in state.items()}
         drawing = plain_copy(network, state).eval()
         for number in range(trainer.global_rank, len(prompts), trainer.world_size):
+            if was_told_to_end(trainer):
+                break  # the ranks meet below all the same
             save_png(self._picture(drawing, number), self._part(kind, step, number))
         trainer.strategy.barrier()
         if trainer.is_global_zero:
             parts = [self._part(kind, step, number) for number in range(len(prompts))]
-            pictures: list[Image.Image] = [open_image(part) for part in parts]
-            save_png(image_grid(pictures), self.folder / f"step_{step:07d}_{kind}.png")
+            if all(part.is_file() for part in parts):
+                pictures: list[Image.Image] = [open_image(part) for part in parts]
+                save_png(image_grid(pictures), self.folder / f"step_{step:07d}_{kind}.png")
+                _log.info("drew %s", self.folder / f"step_{step:07d}_{kind}.png")
             for part in parts:
-                part.unlink()
-            _log.info("drew %s", self.folder / f"step_{step:07d}_{kind}.png")
+                part.unlink(missing_ok=True)
 
     def _picture(self, network: nn.Module, number: int) -> Image.Image:
         """Draw a prompt. What goes wrong is told and shown as grey: it must not end the run."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -27,9 +28,17 @@ class Waited(Protocol):
 class Stall(Callback):
     """Warns once a minute, from a thread of its own, while no batch comes."""
 
-    def __init__(self, after_s: float = 60.0, look_every_s: float = 5.0) -> None:
-        """Take the seconds without a batch that are worth a word, and how often to look."""
-        self.after_s = after_s
+    def __init__(
+        self,
+        after_s: float = 60.0,
+        look_every_s: float = 5.0,
+        on_wait: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Take the seconds without a batch that are worth a word, and how often to look.
+
+        ``on_wait`` is called at every look at which a batch is waited for.
+        """
+        self.after_s, self.on_wait = after_s, on_wait
         self.look_every_s = look_every_s
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
@@ -56,6 +65,8 @@ class Stall(Callback):
         next_s = self.after_s
         while not self._done.wait(self.look_every_s):
             waited_s = loader.waiting_s()
+            if waited_s > 0:
+                self.on_wait()
             if waited_s < self.after_s:
                 next_s = self.after_s
             elif waited_s >= next_s:

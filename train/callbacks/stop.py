@@ -14,17 +14,37 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from train.callbacks.find import find_callback
+from train.callbacks.stall import Waited
 from train.rank_errors import RankErrors
 from train.steps import ends_step
 
 _log = logging.getLogger(__name__)
 
+_WAITS_S = 2.0
+"""A batch that takes longer than this is not waited for once the run is to end."""
 _SIGNALS = (
     signal.SIGTERM,
     signal.SIGINT,
     # sbatch --signal=USR1@120 announces the end of a job so; Windows has none.
     *((signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()),
 )
+
+
+def was_told_to_end(trainer: Trainer) -> bool:
+    """Return whether this process was told to end: what it can leave out by itself, it does."""
+    stop = find_callback(trainer, Stop)
+    return stop is not None and stop.interrupted_by is not None
+
+
+def all_are_to_end(trainer: Trainer) -> bool:
+    """Return whether all ranks know by now that one was told to end: what can wait is left out."""
+    stop = find_callback(trainer, Stop)
+    return stop is not None and stop.all_know
+
+
+class NoBatchWhileEnding(BaseException):
+    """The run was told to end while it waited for a batch that may never come."""
 
 
 class StopAtOnce(BaseException):
@@ -44,10 +64,13 @@ class Stop(Callback):
         self.max_minutes = max_minutes
         self.errors = RankErrors() if errors is None else errors
         self.interrupted_by: str | None = None
+        self.all_know = False
+        """Whether all ranks know that one of them was interrupted."""
         self._impatient = False
         """Whether Ctrl-C was pressed, whatever came before it."""
         self._started_s = 0.0
         self._listens = False
+        self._loader: Waited | None = None
 
     def seconds_left(self) -> float:
         """Return what the time limit leaves."""
@@ -74,6 +97,9 @@ class Stop(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock; take the signals back from Lightning's own handlers."""
         self._started_s = time.monotonic()
+        # Of several ranks the others would wait for this one in the middle of their step.
+        loader: Any = trainer.train_dataloader
+        self._loader = loader if trainer.world_size == 1 and isinstance(loader, Waited) else None
         self.errors.world = trainer.world_size
         if self._listens:
             for number in _SIGNALS:
@@ -98,7 +124,7 @@ class Stop(Callback):
             self.errors.raise_for_all()
         for number, wished in zip(_SIGNALS, wishes, strict=False):
             if wished:
-                self.interrupted_by = signal.Signals(number).name
+                self.interrupted_by, self.all_know = signal.Signals(number).name, True
         if any(wishes):
             trainer.should_stop = True
 
@@ -112,3 +138,11 @@ class Stop(Callback):
         if self.interrupted_by is None:
             self.interrupted_by = signal.Signals(number).name
         self._impatient = self._impatient or number == signal.SIGINT
+        if self._loader is not None and self._loader.waiting_s() > _WAITS_S:
+            self._loader = None
+            raise NoBatchWhileEnding  # of the process's main thread, which is the one that waits
+
+    def ask_again(self) -> None:
+        """End the wait for a batch, from another thread, if the run was told to end."""
+        if self._listens and self.interrupted_by is not None:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)

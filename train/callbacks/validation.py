@@ -17,6 +17,7 @@ from torch import Tensor
 from train.callbacks.ema import WeightAverage, exported_networks, with_weights
 from train.callbacks.find import find_callback
 from train.callbacks.ledger import Ledger
+from train.callbacks.stop import all_are_to_end
 from train.clock import PhaseClock
 from train.data.cached import CachedBatch
 from train.data.config import DataConfig
@@ -134,12 +135,14 @@ class Validation(Callback):
     ) -> None:
         """Look every so many steps."""
         done = steps_done(pl_module, trainer)
-        if ends_step(trainer, batch_idx) and done % self.config.every_steps == 0:
+        due = ends_step(trainer, batch_idx) and done % self.config.every_steps == 0
+        if due and not all_are_to_end(trainer):
             self.look(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at what the run ended with."""
-        self.look(trainer, pl_module)
+        """Look at what the run ended with; not if it was told to end: who told it may not wait."""
+        if not all_are_to_end(trainer):
+            self.look(trainer, pl_module)
 
     def look(self, trainer: Trainer, system: LightningModule) -> None:
         """Measure averaged and raw weights and write both down."""

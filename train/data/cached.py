@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from cascade.errors import UserError
 from train.data.config import DataConfig
+from train.data.select import check_broken
 from train.data.shards import ShardReader
 from train.draws import derived_seed
 
@@ -60,15 +61,23 @@ class Pictures:
         return hashlib.sha256(self.pixels.contiguous().numpy().data).hexdigest()[:12]
 
 
-def load_pictures(shards: str) -> Pictures:
+def load_pictures(shards: str, max_broken_share: float = 1.0) -> Pictures:
     """Read every picture of the shards into memory.
 
+    Args:
+        shards: Glob or brace pattern.
+        max_broken_share: Share of samples that may be broken.
+
     Raises:
-        UserError: No shard matches, no picture is left, or the pictures differ in size.
+        UserError: No shard matches, no picture is left, too many are broken, or they differ in
+            size.
     """
-    samples = list(ShardReader(shards))
+    reader = ShardReader(shards)
+    samples = list(reader)
     if not samples:
         raise UserError(f"{shards}: no readable picture with a caption; check the shards")
+    broken = reader.report.broken
+    check_broken(broken, len(samples) + broken.total(), max_broken_share, shards)
     shapes = {tuple(sample.pixels.shape) for sample in samples}
     if len(shapes) > 1:
         raise UserError(
@@ -186,7 +195,7 @@ def load_cache(config: DataConfig, expect: dict[str, str]) -> Cache:
     Raises:
         UserError: A part is missing, or was made from other pictures or other weights.
     """
-    pictures = load_pictures(config.shards)
+    pictures = load_pictures(config.shards, config.max_broken_share)
     cache = Cache(pictures)
     for part, weights_hash in expect.items():
         if config.folder is None:

@@ -127,7 +127,8 @@ class StreamLoader:
                     f"a data worker has died, often for want of memory: {error}; try fewer "
                     f"data.workers; {'; '.join(self.activity.lines())}"
                 ) from error
-            self._waiting_since_s = None
+            finally:
+                self._waiting_since_s = None
             if isinstance(given, str):
                 raise UserError(given)
             self._count(given)

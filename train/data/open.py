@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,18 @@ _POSITION_FREE = ("workers", "index_folder", "allow_pipe", "max_broken_share", "
 """Options that do not change which samples a step sees, in exact mode and in memory."""
 
 
+_MAKERS = {
+    "text": "the text encoder",
+    "image": "CLIP's picture tower",
+    "stage_a": "Stage A",
+    "stage_c": "the compressor",
+    "autoencoder": "the autoencoder",
+    "teacher": "the teacher",
+    "lesson": "the teacher",
+}
+"""What makes each part, for messages."""
+
+
 @dataclass(frozen=True)
 class TrainingData:
     """Where a run's batches come from."""
@@ -54,6 +66,12 @@ class TrainingData:
     """All distinct captions in their order by letter, of what is in memory."""
     encode: EncodeBatch | None = None
     """What makes the parts that the stream does not hold."""
+    hashes: dict[str, str] = field(default_factory=dict)
+    """Part -> hash of the frozen weights that make it, in a cache or in every step."""
+
+    def taught_by(self, fingerprint: str) -> TrainingData:
+        """Return the same data for a run that asks a teacher, whose weights it remembers."""
+        return replace(self, hashes={**self.hashes, "lesson": fingerprint})
 
 
 def open_data(
@@ -83,9 +101,10 @@ def open_data(
     if len({stream.found is None for stream in streams}) > 1:
         raise UserError("data.mix: all of its sets hold pictures, or all hold latents of a cache")
     encoded = frozen if hashes and streams[0].found is None else None
-    if config.mix:
-        return _mixed_streams(config, streams, encoded)
-    return _streamed(streams[0], encoded)
+    data = (
+        _mixed_streams(config, streams, encoded) if config.mix else _streamed(streams[0], encoded)
+    )
+    return replace(data, hashes=hashes)
 
 
 @dataclass(frozen=True)
@@ -135,7 +154,8 @@ def _stream(
 
 
 def _in_memory(config: DataConfig, frozen: FrozenPaths) -> TrainingData:
-    cache = load_cache(config, frozen.hashes())
+    hashes = frozen.hashes()
+    cache = load_cache(config, hashes)
     height, width = cache.pictures.pixels.shape[-2:]
 
     def loader(step: int, rank: int, world: int) -> Iterable[CachedBatch]:
@@ -148,6 +168,7 @@ def _in_memory(config: DataConfig, frozen: FrozenPaths) -> TrainingData:
         widths={name: tensor.shape[-1] for name, tensor in cache.tensors.items()},
         digest=_digest(config, cache.pictures.fingerprint()),
         captions=_captions([cache]),
+        hashes=hashes,
     )
 
 
@@ -170,6 +191,7 @@ def _mixed_in_memory(config: DataConfig, frozen: FrozenPaths) -> TrainingData:
         widths={name: tensor.shape[-1] for name, tensor in caches[0].tensors.items()},
         digest=_digest(config, json.dumps([cache.pictures.fingerprint() for cache in caches])),
         captions=_captions(caches),
+        hashes=hashes,
     )
 
 
@@ -243,6 +265,7 @@ def _streamed(stream: _Stream, encoded: FrozenPaths | None) -> TrainingData:
     make: Callable[[int, int], StepSource]
     if config.mode == "exact":
         indexed = index_set(addresses, selector, config.index_folder, config.shards)
+        indexed.report.require_mostly_whole(config.max_broken_share, config.shards)
         _log.info("%s", indexed.report.summary())
         state = indexed.digest()
 
@@ -313,18 +336,30 @@ def _digest(config: DataConfig, state: str) -> str:
 def remember_data(data: TrainingData, out: Path, *, resume: bool) -> None:
     """Keep the data's digest with the run; say so if a resumed run sees others than it began with.
 
-    The run goes on: more shards, or another batch size, may be what is wanted.
+    The run goes on: more shards, or another batch size, may be what is wanted. Other frozen weights
+    never are: what the network has learned to read or to imitate would mean something else.
+
+    Raises:
+        UserError: It goes on with other frozen weights than it began with.
     """
     path = out / "data.json"
     if resume and path.is_file():
         try:
-            earlier = json.loads(path.read_text(encoding="utf-8")).get("digest")
-        except (ValueError, AttributeError):
-            earlier = None
-        if earlier != data.digest:
+            noted = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
+            noted = {}
+        for part, earlier in (noted.get("weights") or {}).items():
+            now = data.hashes.get(part, earlier)
+            if now != earlier:
+                raise UserError(
+                    f"--resume: {_MAKERS.get(part, part)} has the weights {now} now, and "
+                    f"had {earlier} when {out} began: the network has learned with those; put "
+                    "them back, or start another run.out (init_from takes the trained weights over)"
+                )
+        if noted.get("digest") != data.digest:
             _log.warning(
                 "%s: the shards or the data options have changed since this run began: from here "
                 "on the order of the samples is another",
                 out,
             )
-    atomic_write_text(path, json.dumps({"digest": data.digest}) + "\n")
+    atomic_write_text(path, json.dumps({"digest": data.digest, "weights": data.hashes}) + "\n")

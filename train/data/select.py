@@ -16,6 +16,8 @@ from train.data.members import LATENT_KEYS, PICTURE_KEYS
 from train.data.sources import shard_title
 
 _SHOWN = 3
+_JUDGED_FROM = 100
+"""Samples of a whole set; of fewer, one broken picture is a large share."""
 LEFT_OUT = -1
 
 
@@ -108,6 +110,27 @@ def _score(index: ShardIndex, name: str) -> np.ndarray:
     return index.scores[:, index.score_names.index(name)]
 
 
+def check_broken(broken: Counter[str], samples: int, max_share: float, where: str) -> None:
+    """Refuse a whole set of which more than a share can't be used.
+
+    Args:
+        broken: Why -> how many.
+        samples: Of the set.
+        max_share: ``data.max_broken_share``.
+        where: The shards.
+
+    Raises:
+        UserError: With the most frequent reason.
+    """
+    count = broken.total()
+    if samples >= _JUDGED_FROM and count > max_share * samples:
+        reason, most = broken.most_common(1)[0]
+        raise UserError(
+            f"{where}: {count} of {samples} samples can't be used ({most}: {reason}), more than "
+            f"data.max_broken_share ({max_share:g}); look at the shards: python -m train.data check"
+        )
+
+
 @dataclass
 class SetReport:
     """What a look through shards has found."""
@@ -169,6 +192,21 @@ class SetReport:
             f"{where}: nothing to train on: {self.samples} samples in {self.shards} shards, all "
             f"left out ({most or 'the shards are empty'}{notes}); change data.filters or the shards"
         )
+
+    def require_mostly_whole(self, max_share: float, where: str) -> None:
+        """Refuse a set of which too much is broken; what filters leave out is not.
+
+        Raises:
+            UserError: With the most frequent reason.
+        """
+        broken = Counter(
+            {
+                reason: count
+                for reason, count in self.reasons.items()
+                if not reason.startswith(("filter: ", "latents of "))
+            }
+        )
+        check_broken(broken, self.samples, max_share, where)
 
     def summary(self) -> str:
         """Return one line."""

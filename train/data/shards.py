@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +52,16 @@ class ReadReport:
     """Keys of samples whose picture or metadata could not be decoded."""
     without_caption: list[str] = field(default_factory=list)
     without_picture: list[str] = field(default_factory=list)
+
+    @property
+    def broken(self) -> Counter[str]:
+        """Why samples could not be used -> how many."""
+        lists = {
+            "corrupt": self.corrupt,
+            "no caption": self.without_caption,
+            "no picture": self.without_picture,
+        }
+        return Counter({reason: len(keys) for reason, keys in lists.items() if keys})
 
     def summary(self) -> str:
         """Return one line."""

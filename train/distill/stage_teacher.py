@@ -117,6 +117,8 @@ class StageTeacher:
             raise UserError(
                 f"teacher {name}: a network of Würstchen v2; steps are distilled into those of v3"
             )
+        self.file = self._found.path
+        """Its file, or the index of its shards."""
         self._distilled = json.loads(self._found.opened.metadata.get(DISTILLED_KEY, "{}"))
         if self._distilled.get("sampler") == "lcm":
             raise UserError(

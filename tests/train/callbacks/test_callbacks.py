@@ -48,6 +48,7 @@ class Trainer:
         self.accumulate_grad_batches = 1
         self.strategy = types.SimpleNamespace(reduce=lambda value, reduce_op: value)
         self.callback_metrics = {"loss": torch.tensor(1.0)}
+        self.train_dataloader = None
 
 
 def scalar(value: float = 0.0) -> nn.Module:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from cascade.checkpoints.files import load_network
@@ -13,6 +16,7 @@ from cascade.errors import UserError
 from cascade.images import open_image
 from cascade.pipelines.cascade import CascadePipeline
 from stages.stage_c import StageC
+from train.callbacks.checkpoints import newest_checkpoint
 
 PROMPTS = ["a red hat", "one fish, green", "a blue apple"]
 
@@ -85,3 +89,26 @@ def test_a_stage_that_learns_otherwise_than_the_lent_one_is_sampled_its_own_way(
     expected = pipeline(PROMPTS[0], seed=7, progress=False).pictures[0]
     drawn = open_image(run.out / "pictures" / "step_0000004_ema.png")
     assert drawn.tobytes() == expected.tobytes()
+
+
+def test_who_tells_a_run_to_end_does_not_wait_for_pictures(
+    make_run, tiny_model, shards, cache, monkeypatch
+):
+    """Neither for those of the end, nor for the rest of those that are being drawn."""
+    pictures = {"model": str(tiny_model), "prompts": PROMPTS, "every_steps": 2}
+    validation = {"shards": shards, "folder": str(cache), "every_steps": 3, "samples": 8}
+    run = make_run("stage_c", pictures=pictures, validation=validation, run={"max_steps": 1000})
+    drawn = []
+
+    def draw(self, network, prompt, seed):
+        drawn.append(prompt)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return Image.new("RGB", (32, 32))
+
+    monkeypatch.setattr("train.callbacks.drawing.CascadeDrawing.draw", draw)
+    assert run.start() == 0
+    assert drawn == PROMPTS[:1]
+    assert list((run.out / "pictures").iterdir()) == []
+    assert not (run.out / "validation.jsonl").exists()
+    newest = newest_checkpoint(run.out)
+    assert newest is not None and newest.name in ("step=2.ckpt", "step=3.ckpt")

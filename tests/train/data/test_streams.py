@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from cascade.config import from_dict
 from cascade.errors import UserError
 from train.data.buckets import Buckets
 from train.data.cached import CachedBatch
 from train.data.config import BucketConfig, DataConfig, FilterConfig
 from train.data.open import open_data
 from train.data.plan import ExactPlan
+
+from .conftest import colored, encoded, write_members
 
 BUCKETS = BucketConfig(step=8)
 
@@ -195,6 +199,24 @@ def test_a_set_of_which_the_filters_leave_nothing_is_refused_with_the_reason(sev
     for mode in ("exact", "resampled"):
         with pytest.raises(UserError, match=r"all left out \(\d+ filter: min_size 4000"):
             open_data(config(several_shapes, mode=mode, filters=FilterConfig(min_size=4000)))
+
+
+def test_a_set_of_which_much_is_broken_is_refused_as_a_whole(tmp_path):
+    """In memory and by index, before a step is made; what filters leave out is not broken."""
+    members = []
+    for number in range(120):
+        content = b"" if number % 5 == 0 else encoded(colored(number, (8, 8)))
+        members += [(f"{number:03d}.png", content), (f"{number:03d}.txt", b"a colour")]
+    write_members(tmp_path / "0.tar", members)
+    values = {"shards": str(tmp_path / "0.tar"), "batch_size": 4}
+    for more in ({"mode": "memory"}, {"mode": "exact", "size": 8}):
+        refused = from_dict(DataConfig, values | more, "data")
+        with pytest.raises(UserError, match=r"24 of 120 samples can't be used .*\(0\.1\)"):
+            open_data(refused)
+        assert open_data(replace(refused, max_broken_share=0.3)).shapes == [(8, 8)]
+    filtered = {"mode": "exact", "size": 8, "filters": {"min_caption": 100}}
+    with pytest.raises(UserError, match="nothing to train on"):
+        open_data(from_dict(DataConfig, values | filtered | {"max_broken_share": 0.3}, "data"))
 
 
 @pytest.mark.parametrize(
