@@ -26,6 +26,8 @@ _log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 """Folder of a run that holds them."""
+REHEARSAL = "rehearsal.ckpt"
+"""Name of the checkpoint that is written before the first step, and removed."""
 _NAME = re.compile(r"step=(\d+)\.ckpt")
 _SPARE_BYTES = 64 * 2**20
 """Left free on the disk beside a checkpoint: logs and exports need some as well."""
@@ -60,7 +62,9 @@ class RunCheckpoints(TorchCheckpointIO):
 
     def _save(self, checkpoint: dict[str, Any], path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _check_space(path, checkpoint)
+        # Before the oldest goes there is one more than are kept: a rehearsal asks for all of them,
+        # at the least: an optimizer's moments come with the first step.
+        _check_space(path, checkpoint, self.keep + 1 if path.name == REHEARSAL else 1)
         with atomic_path(path) as temporary:
             torch.save(checkpoint, temporary)
             damage = find_damage(temporary)
@@ -167,15 +171,16 @@ def _stored_in(tensor: Tensor) -> list[Tensor]:
     return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
 
 
-def _check_space(path: Path, checkpoint: dict[str, Any]) -> None:
+def _check_space(path: Path, checkpoint: dict[str, Any], copies: int) -> None:
     leaves = [one for one in tree_leaves(checkpoint) if isinstance(one, Tensor)]
     tensors = [part for one in leaves for part in _stored_in(one)]
     storages = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
-    needed = sum(storages.values()) + _SPARE_BYTES
+    needed = copies * sum(storages.values()) + _SPARE_BYTES
     free = shutil.disk_usage(path.parent).free
     if free < needed:
         raise UserError(
-            f"{path}: {needed / 1e6:,.0f} MB must be free ({_SPARE_BYTES / 1e6:,.0f} MB of it for "
-            f"logs and exports), and the disk has {free / 1e6:,.0f} MB left; free some, then go on "
-            "with --resume: earlier checkpoints, if any, are untouched"
+            f"{path}: {needed / 1e6:,.0f} MB must be free ({copies} checkpoint(s), and "
+            f"{_SPARE_BYTES / 1e6:,.0f} MB for logs and exports), and the disk has "
+            f"{free / 1e6:,.0f} MB left; free some, then go on with --resume: earlier checkpoints, "
+            "if any, are untouched"
         )

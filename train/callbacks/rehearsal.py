@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from train.callbacks.checkpoints import REHEARSAL
 from train.callbacks.export import Export
 
 _log = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ class Rehearsal(Callback):
         if trainer.global_step > 0:
             return
         try:
-            trainer.save_checkpoint(self.folder / "rehearsal.ckpt")
+            trainer.save_checkpoint(self.folder / REHEARSAL)
             self.export.rehearse(trainer, pl_module, self.folder)
         finally:
             trainer.strategy.barrier()

@@ -191,6 +191,9 @@ def _knees(
             else:
                 found = f"{knee.x:,.0f}"
                 what = "best, both ends are worse" if knee.is_peak else "knee"
+                if knee.alike:
+                    others = ", ".join(names[int(x)] for x in knee.alike)
+                    what = f"best with {others}, not told apart; both ends are worse"
                 place = f"{names[int(knee.x)]} ({what})"
                 where = f"{names[int(knee.x)]} ({what}; {found} bytes)"
             table.append((title, place, knee.why, found, distance))

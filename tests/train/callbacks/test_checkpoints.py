@@ -63,7 +63,7 @@ def test_a_disk_without_room_is_told_before_anything_is_written(
     weights = torch.zeros(4000, 4000)
     with pytest.raises(
         UserError,
-        match=r"131 MB must be free \(67 MB of it .*disk has 100",
+        match=r"131 MB must be free \(1 checkpoint\(s\), and 67 MB for .*disk has 100",
     ):
         save(tmp_path, 2, weights=weights, again=weights.view(-1))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step=1.ckpt"]

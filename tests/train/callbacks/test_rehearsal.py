@@ -35,6 +35,15 @@ def test_a_checkpoint_that_can_t_be_written_is_found_before_the_first_step(make_
     assert steps == []
 
 
+def test_a_rehearsal_asks_for_the_room_of_all_checkpoints_that_are_kept(make_run, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "train.callbacks.checkpoints._check_space", lambda *given: asked.append(given[-1])
+    )
+    assert make_run("previewer", run={"keep_checkpoints": 3}).start() == 0
+    assert asked == [4, 1, 1, 1]  # the rehearsal, two checkpoints, and that of the end
+
+
 @pytest.mark.parametrize("kind", ["stage_a", "autoencoder_kl", "clip", "compressor"])
 def test_a_rehearsal_leaves_nothing_and_a_resumed_run_has_none(kind, make_run, monkeypatch):
     run = make_run(kind)

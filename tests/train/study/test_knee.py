@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 
@@ -57,11 +58,36 @@ def test_where_there_is_no_clear_knee_it_says_why(means, spread, why):
 def test_a_curve_that_is_best_in_between_has_its_peak_named(means):
     found = find_knee(curve(*means), higher_is_better=True)
     assert found.x == 2048 and found.is_peak and not found.why
+    assert found.alike == ()
     # Above the better of its ends: (9 - 2) / (9 - 1).
     assert found.distance == pytest.approx(7 / 8)
     less = find_knee(curve(*(-mean for mean in means)), higher_is_better=False)
     assert less == found
     assert not find_knee(curve(10, 20, 28, 29, 30), higher_is_better=True).is_peak
+
+
+def test_a_peak_that_others_are_as_high_as_is_named_with_them():
+    found = find_knee(curve(1, 8.5, 9, 4, 2, spread=1.0), higher_is_better=True)
+    assert found.x == 2048 and found.is_peak and found.alike == (1024,)
+
+
+def test_one_seed_names_nothing():
+    points = [Point(x, (mean,)) for x, mean in zip(BYTES, (10, 20, 28, 29, 30), strict=True)]
+    found = find_knee(points, higher_is_better=True)
+    assert found.x is None and found.why == "one seed does not tell a bend from chance"
+
+
+@pytest.mark.parametrize("slope", [0.0, 1.0])
+def test_chance_alone_seldom_names_a_rate(slope):
+    """Three seeds on a flat or a straight line: a named rate is a false one."""
+    generator, named = random.Random(0), 0
+    for _ in range(400):
+        points = [
+            Point(x, tuple(slope * n + generator.gauss(0, 1) for _ in range(3)))
+            for n, x in enumerate((512, 1024, 2048, 4096, 8192, 16384))
+        ]
+        named += find_knee(points, higher_is_better=True).x is not None
+    assert named <= 0.12 * 400
 
 
 def test_three_rates_have_no_shape():
