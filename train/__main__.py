@@ -98,7 +98,7 @@ def lay_over(data: dict[str, object], preset: str) -> None:
             own[key] = value
 
 
-def _kinds() -> dict[str, tuple[type[Any], Callable[..., None]]]:
+def kinds() -> dict[str, tuple[type[Any], Callable[..., None]]]:
     """Return each kind's configuration and what trains it."""
     # Lightning and transformers take seconds to import: only when a kind is known.
     from train import cascade_kd_runs, runs, stage_kd_runs, step_runs, unet_runs
@@ -126,11 +126,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     kind = next(iter(argv), "")
     if kind in KINDS and ("--help" in argv or "-h" in argv):
         _parser().print_help()
-        print(f"\nkeys of {kind}:\n{describe_keys(_kinds()[kind][0])}")
+        print(f"\nkeys of {kind}:\n{describe_keys(kinds()[kind][0])}")
         return 0
     options, overrides = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    run_class, start = _kinds()[options.kind]
+    run_class, start = kinds()[options.kind]
     data, where = read_yaml(options.config), options.config
     if options.preset is not None:
         lay_over(data, options.preset)

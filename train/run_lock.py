@@ -26,8 +26,13 @@ _OWNER_FILE = ".training"
 
 
 @contextmanager
-def held(out: Path) -> Iterator[None]:
+def held(out: Path, what: str = "trains", key: str = "run.out") -> Iterator[None]:
     """Hold a run's folder until the block is left; it is made where it is not there.
+
+    Args:
+        out: The folder.
+        what: What another process does there, for the message.
+        key: What names the folder, likewise.
 
     Raises:
         UserError: Another process trains there: both would write the same checkpoints. The folder
@@ -40,8 +45,8 @@ def held(out: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise UserError(
-            f"{out}: {_owner(out)} trains here already; wait for it, stop it, or choose another "
-            "run.out"
+            f"{out}: {_owner(out)} {what} here already; wait for it, stop it, or choose another "
+            f"{key}"
         ) from None
     except (NotImplementedError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in _NO_LOCKS:

@@ -23,6 +23,7 @@ from cascade.errors import UserError
 from cascade.evaluate.results import check_alike
 from cascade.pipelines.placement import pick_device
 from train.callbacks.export import export_folder
+from train.run_lock import held
 from train.settings import EXPORT_KEYS
 from train.study.checks import check_study
 from train.study.judge import judge
@@ -50,6 +51,7 @@ PLAN_FILE = "plan.json"
 INPUTS_FILE = "inputs.json"
 RESULTS_FILE = "results.jsonl"
 ROWS_FILE = "rows.json"
+RUNS, JUDGED = "runs", "judged"
 _FREE = ("description", "headline", "price_per_device_hour", "grid_prompts", "device", "launcher")
 """Keys that may change between two starts: they decide nothing that was measured."""
 
@@ -114,6 +116,13 @@ def run_study(
     kind = kind or budget_kind(config)
     check_study(config)  # what is missing is told before anything is trained
     _given(config)
+    _refuse_foreign(out)
+    with held(out, "runs a study", "--out"):
+        return _run_held(config, out, kind, dry_run=dry_run)
+
+
+def _run_held(config: StudyConfig, out: Path, kind: Kind, *, dry_run: bool) -> int:
+    """Run a study in a folder that no other process works in."""
     _claim(kind.asked, out)
     _claim_inputs(config, out)
     commands = Commands(config.launcher)
@@ -147,24 +156,71 @@ def run_study(
     return len(failed)
 
 
-def _claim(values: Mapping[str, object], out: Path) -> None:
-    """Note what is asked; refuse a folder in which something else was asked."""
-    file = out / STUDY_FILE
-    if file.is_file():
-        earlier = yaml.safe_load(file.read_text(encoding="utf-8"))
-        for key, value in values.items():
-            if key not in _FREE and earlier.get(key) != value:
-                raise UserError(
-                    f"{out} holds a study with another {key}; go on with the configuration that "
-                    "it was started with, or choose another --out"
-                )
-    elif out.is_dir() and any(one.name != SHARED for one in out.iterdir()):
+def _refuse_foreign(out: Path) -> None:
+    """Refuse a folder that holds what is no study's.
+
+    Raises:
+        UserError: Saying what to do.
+    """
+    if (out / STUDY_FILE).is_file() or not out.is_dir():
+        return
+    if any(one.name != SHARED and not one.name.startswith(".") for one in out.iterdir()):
         raise UserError(
             f"{out}: holds something else than {SHARED}, what was made for a study beforehand; "
             "choose a new folder with --out"
         )
-    out.mkdir(parents=True, exist_ok=True)
+
+
+def _claim(values: Mapping[str, object], out: Path) -> None:
+    """Note what is asked; refuse a folder in which something else was asked."""
+    file = out / STUDY_FILE
+    if file.is_file():
+        earlier = _read_own(file, yaml.safe_load)
+        free = {*_FREE, *_free_so_far(out)}
+        for key, value in values.items():
+            if key not in free and _asked(earlier.get(key)) != _asked(value):
+                raise UserError(
+                    f"{out} holds a study with another {key}; go on with the configuration that "
+                    "it was started with, or choose another --out"
+                )
     atomic_write_text(file, yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True))
+
+
+def _asked(value: object) -> object:
+    """Return what a key asks; what starts its judges decides nothing that is measured."""
+    if isinstance(value, dict) and "launcher" in value:
+        return {key: one for key, one in value.items() if key != "launcher"}
+    return value
+
+
+def _free_so_far(out: Path) -> list[str]:
+    """Return the keys that may still change: what nothing that is here was made by."""
+    free = []
+    if not (out / RUNS).exists():
+        free += ["budget", "evaluate_at"]
+        (out / PLAN_FILE).unlink(missing_ok=True)  # of other amounts
+    if not any((out / RUNS).glob(f"*/*/*/{JUDGED}/*/results.jsonl")):
+        free.append("judge")
+    return free
+
+
+def _read_own(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    """Read a file that the study has written.
+
+    Raises:
+        UserError: Somebody else has, or has cut it off.
+    """
+    try:
+        values = parse(file.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{file}: can't be read any more: {_one_line(error)}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: holds no mapping any more; put the study's own back")
+    return values
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _claim_inputs(config: StudyConfig, out: Path) -> None:
@@ -175,7 +231,7 @@ def _claim_inputs(config: StudyConfig, out: Path) -> None:
     """
     file, found = out / INPUTS_FILE, inputs_of(config)
     if file.is_file():
-        earlier = json.loads(file.read_text(encoding="utf-8"))
+        earlier = _read_own(file, json.loads)
         changed = [path for path in earlier if found.get(path) != earlier[path]]
         if changed:
             raise UserError(
@@ -218,7 +274,7 @@ def _keep_plan(file: Path, plans: Mapping[float, Mapping[str, ArmPlan]]) -> None
         for amount, by_arm in plans.items()
     }
     if file.is_file():
-        earlier = json.loads(file.read_text(encoding="utf-8"))
+        earlier = _read_own(file, json.loads)
         for amount, by_arm in earlier.items():
             again = values.get(amount, {})
             if any(again.get(name, plan) != plan for name, plan in by_arm.items()):
@@ -242,7 +298,7 @@ def _runs(
     for seed in config.seeds:
         for amount in config.budget.amounts:
             for arm in config.arms:
-                here = out / "runs" / f"{amount:g}" / arm_folder(arm.name) / f"seed_{seed}"
+                here = out / RUNS / f"{amount:g}" / arm_folder(arm.name) / f"seed_{seed}"
                 places = Places(here, out / SHARED, seed)
                 plan = plans[amount].get(arm.name, nothing)
                 yield Run(arm, amount, seed, plan, places, why.get(arm.name))
@@ -310,8 +366,11 @@ def _is_finished(run: Run) -> bool:
     """Return whether a run has its rows, and none that failed."""
     if not run.rows_file.is_file():
         return False
-    rows = json.loads(run.rows_file.read_text(encoding="utf-8"))
-    return all(row["status"] != "failed" for row in rows)
+    try:
+        rows = json.loads(run.rows_file.read_text(encoding="utf-8"))
+        return all(row["status"] != "failed" for row in rows)
+    except (ValueError, TypeError, KeyError):
+        return False  # they are made again of what the run has left
 
 
 def _row(config: StudyConfig, run: Run, moment: Moment) -> dict[str, Any]:
@@ -336,7 +395,7 @@ def _judged(
     """Return what the protocol says of what a run had learned at a moment."""
     assert moment.step is not None
     weights = export_folder(run.places.here / run.arm.last.name, moment.step)
-    judged = run.places.here / "judged" / f"{moment.fraction:g}"
+    judged = run.places.here / JUDGED / f"{moment.fraction:g}"
     commands.assemble(run.arm.model, run.places, weights, judged / "model")
     found = judge(config, judged, run.places.shared, commands)
     found["pictures"] = str(Path(found["pictures"]).relative_to(out))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 
-from cascade.config import did_you_mean
+from cascade.config import did_you_mean, from_dict, not_among
 from cascade.errors import UserError
 from cascade.evaluate.metrics import asked_of
 from cascade.evaluate.protocol import Protocol, load_protocol
-from train.study.settings import JudgeConfig, StudyConfig
+from cascade.pipelines.placement import pick_device
+from train.__main__ import kinds
+from train.study.known_sizes import filled_values
+from train.study.settings import ArmConfig, JudgeConfig, StepConfig, StudyConfig
 
 _FIGURES: Mapping[str, tuple[str, ...]] = {
     "precision_recall": ("precision", "recall"),
@@ -33,11 +37,38 @@ def check_study(config: StudyConfig) -> None:
                 f"headline: {name} is no figure of {config.judge.protocol}, which has "
                 f"{', '.join(known)}{hint}"
             )
+    pick_device(config.device)
     for arm in config.arms:
         files = [step.config for step in arm.steps] + [arm.model.config]
         for file in files:
             if file is not None and not Path(file).is_file():
                 raise UserError(f"{arm.name}: {file}: no such configuration; check the path")
+        for step in arm.steps:
+            _check_step(arm, step)
+
+
+def _check_step(arm: ArmConfig, step: StepConfig) -> None:
+    """Refuse a training that its own command would refuse, and a command that is none.
+
+    Raises:
+        UserError: Naming the arm.
+    """
+    if step.train is None:
+        assert step.command is not None
+        module = step.command.split()[0]
+        try:
+            known = importlib.util.find_spec(module) is not None
+        except ModuleNotFoundError:
+            known = False
+        if not known:
+            raise UserError(f"{arm.name}: {step.name}: there is no command {step.command!r}")
+        return
+    if step.train not in kinds():
+        raise not_among(f"{arm.name}: {step.name}: no training", step.train, kinds())
+    run_class, _ = kinds()[step.train]
+    from_dict(
+        run_class, filled_values(step), f"{arm.name}: {step.config} with what the study sets in it"
+    )
 
 
 def check_judge(judge: JudgeConfig, where: str) -> Protocol:

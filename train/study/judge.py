@@ -11,7 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cascade.errors import UserError
+from cascade.evaluate.protocol import load_protocol
 from cascade.evaluate.results import read_rows
+from train.study.checks import figure_names
 from train.study.settings import JudgeConfig, StudyConfig
 from train.study.steps import Commands
 
@@ -45,7 +48,8 @@ def judge(config: StudyConfig, folder: Path, shared: Path, commands: Commands) -
     figures, cost = folder / FIGURES_FILE, folder / COST_FILE
     model = folder / "model"
     options = judge_options(config.judge, shared)
-    if not figures.is_file():
+    if not _is_whole(figures, config.judge.protocol):
+        figures.unlink(missing_ok=True)
         words = ["--protocol", config.judge.protocol, "--model", str(model), "--out", str(folder)]
         words += ["--device", config.device, "--cost", str(cost), *options]
         log, launcher = folder / "evaluate.log", config.judge.launcher
@@ -59,6 +63,17 @@ def judge(config: StudyConfig, folder: Path, shared: Path, commands: Commands) -
         "pictures": str(folder / "pictures"),
         "cost": _cost(json.loads(cost.read_text(encoding="utf-8"))),
     }
+
+
+def _is_whole(figures: Path, protocol: str) -> bool:
+    """Return whether all figures of a protocol are there; a kill may have cut their file."""
+    if not figures.is_file():
+        return False
+    try:
+        found = {row["metric"] for row in read_rows(figures)}
+    except UserError:
+        return False
+    return found >= set(figure_names(load_protocol(protocol)))
 
 
 def figure_of(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -61,9 +61,19 @@ def run_of(step: StepConfig) -> Any:
             f"{step.name}: steps of {step.train} are not counted beforehand; there are "
             + ", ".join(_RUNS)
         )
+    return from_dict(_RUNS[step.train], filled_values(step), step.config)
+
+
+def filled_values(step: StepConfig) -> dict[str, object]:
+    """Return what a training is told, as its command line will tell it, with stand-ins for places.
+
+    Raises:
+        UserError: A key that the study sets can't be set.
+    """
+    assert step.config is not None
     values = read_yaml(step.config)
     apply_overrides(values, [f"{key}={PLACES.fill(value)}" for key, value in step.set.items()])
-    return from_dict(_RUNS[step.train], values, step.config)
+    return values
 
 
 class Known:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
@@ -10,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,9 @@ from train.fit import DONE_FILE
 from train.study.settings import ArmConfig, ModelConfig, Option, StepConfig
 
 _log = logging.getLogger(__name__)
+
+_PR_SET_PDEATHSIG = 1
+"""Of Linux's ``prctl``: the signal that a process gets when its parent is gone."""
 
 
 class StepFailedError(Exception):
@@ -191,7 +195,12 @@ class Commands:
         _log.info("%s", what)
         with open(log, "ab") as file:
             self._running = subprocess.Popen(
-                command, stdout=file, stderr=subprocess.STDOUT, env=environment
+                command,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                # The study has no threads of its own that could hold a lock at the fork.
+                preexec_fn=_dies_with(os.getpid(), by_launcher=command[0] != sys.executable),
             )
             try:
                 code = self._running.wait()
@@ -211,6 +220,25 @@ class Commands:
         self._stopped = True
         if self._running is not None:
             self._running.terminate()
+
+
+def _dies_with(study: int, *, by_launcher: bool) -> Callable[[], None] | None:
+    """Return what a command does first: ask the system to end it when the study is killed.
+
+    Else it would work on, and the study's next start would meet it in the same folders. It ends as
+    the study did, at once; a launcher is asked to, so that it ends those that it has started. Only
+    Linux can be asked; elsewhere there is nothing to do.
+    """
+    if sys.platform != "linux":
+        return None
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def ask() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM if by_launcher else signal.SIGKILL)
+        if os.getppid() != study:  # it was killed in between
+            os._exit(1)
+
+    return ask
 
 
 def _remove_within(path: Path, folder: Path) -> None:

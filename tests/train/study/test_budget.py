@@ -14,9 +14,16 @@ from typing import Any
 import pytest
 import yaml
 
-from cascade.config import apply_overrides, from_dict
+from cascade.config import apply_overrides, from_dict, to_dict
 from cascade.errors import UserError
-from train.study.budget import RESULTS_FILE, run_study
+from train.run_lock import held
+from train.study.budget import (
+    RESULTS_FILE,
+    _claim,
+    _claim_inputs,
+    _free_so_far,
+    run_study,
+)
 from train.study.report import HTML_FILE, MARKDOWN_FILE, write_report
 from train.study.settings import StudyConfig
 
@@ -119,7 +126,7 @@ def test_a_killed_study_goes_on_and_reports_what_an_unbroken_one_does(study, tmp
     while not list(run.glob("checkpoints/step=*.ckpt")):
         assert running.poll() is None and time.monotonic() < deadline_s
         time.sleep(0.05)
-    os.killpg(running.pid, signal.SIGKILL)
+    os.kill(running.pid, signal.SIGKILL)  # what it has started ends with it
     running.wait()
     assert not (killed / RESULTS_FILE).exists()
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
@@ -239,3 +246,72 @@ def test_a_study_goes_only_into_a_folder_of_its_own(study, tmp_path):
     with pytest.raises(UserError, match="holds something else"):
         run_study(from_dict(StudyConfig, study, "s.yaml"), out)
     assert [path.name for path in out.iterdir()] == ["mine.txt"]
+
+
+def _refused(study: dict[str, Any], out: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        run_study(from_dict(StudyConfig, study, "s.yaml"), out)
+    return str(caught.value)
+
+
+def test_what_a_training_or_a_judge_would_refuse_is_refused_before_anything_is_trained(
+    study, tmp_path
+):
+    out = tmp_path / "out"
+    [arm, other] = study["arms"]
+    [step] = arm["steps"]
+
+    def with_step(**changes: object) -> dict[str, Any]:
+        return study | {"arms": [arm | {"steps": [step | changes]}, other]}
+
+    mistyped = with_step(set={**step.get("set", {}), "optm.lr": 1.0})
+    assert "optm: unknown key; did you mean 'optim'?" in _refused(mistyped, out)
+    assert "no training 'stage_z': did you mean 'stage_" in _refused(
+        with_step(train="stage_z"), out
+    )
+    command = {"name": "first", "command": "train.dta check"}
+    assert "there is no command 'train.dta check'" in _refused(
+        study | {"arms": [arm | {"steps": [command, step]}, other]}, out
+    )
+    assert "device 'gpu9'" in _refused(study | {"device": "gpu9"}, out)
+    assert not out.exists()
+
+
+def test_two_studies_do_not_work_in_one_folder(study, tmp_path):
+    out = tmp_path / "out"
+    with held(out):
+        assert "runs a study here already" in _refused(study, out)
+
+
+def test_what_decided_nothing_as_yet_may_change(study, tmp_path):
+    out = tmp_path / "out"
+    little = study | {"budget": {"unit": "samples", "amounts": [1]}}
+    assert "raise budget.amounts" in _refused(little, out)
+    assert "judge" in _free_so_far(out) and "budget" in _free_so_far(out)
+    assert _claimed(study, out)
+    assert _claimed(study | {"judge": study["judge"] | {"launcher": ["srun"]}}, out)
+    (out / "runs").mkdir()
+    with pytest.raises(UserError, match="another budget"):
+        _claim(to_dict(from_dict(StudyConfig, little, "s.yaml")), out)
+    other = study["judge"] | {"protocol": "other.yaml"}
+    assert _claimed(study | {"judge": other}, out)
+    judged = out / "runs" / "32" / "it_learns" / "seed_3" / "judged" / "1"
+    judged.mkdir(parents=True)
+    (judged / "results.jsonl").touch()
+    with pytest.raises(UserError, match="another judge"):
+        _claim(to_dict(from_dict(StudyConfig, study, "s.yaml")), out)
+
+
+def _claimed(study: dict[str, Any], out: Path) -> bool:
+    _claim(to_dict(from_dict(StudyConfig, study, "s.yaml")), out)
+    return True
+
+
+@pytest.mark.parametrize("name", ["study.yaml", "inputs.json"])
+def test_a_study_whose_notes_are_damaged_says_which(name, study, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    _claimed(study, out)
+    _claim_inputs(from_dict(StudyConfig, study, "s.yaml"), out)
+    (out / name).write_text("{ [")
+    assert f"{out / name}: can't be read any more" in _refused(study, out)
