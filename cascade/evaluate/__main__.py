@@ -87,7 +87,11 @@ def compare(files: Sequence[Path]) -> int:
     """Print the results of all files in one table."""
     from cascade.evaluate.results import comparison, read_rows
 
-    found = [(row, str(path)) for path in files for row in read_rows(path)]
+    found = [
+        (row, f"{path} ({row['model']}, {row['protocol_hash']})")
+        for path in files
+        for row in read_rows(path)
+    ]
     print(comparison([row for row, _ in found], [name for _, name in found]))
     return 0
 
@@ -129,6 +133,8 @@ def measure(options: argparse.Namespace) -> int:
         protocol, features=features, clip=options.clip, lpips=options.lpips, device=device
     )
     judge = Judge(protocol, yardsticks, prompts, real)
+    if part.number == 0 and options.out.exists() and not options.out.is_dir():
+        raise UserError(f"--out {options.out}: is a file; name a folder")
     folder, model, sampling = options.pictures, str(options.pictures), None
     if options.model is not None:
         maker = maker_of(
@@ -151,8 +157,8 @@ def measure(options: argparse.Namespace) -> int:
         pictures = pictures.select([prompt.key for prompt in prompts])
     results = judge(pictures, model=options.name or model, sampling=sampling)
     path = options.out / "results.jsonl"
+    print(table(results), flush=True)
     append_rows(path, results.rows())
-    print(table(results))
     print(f"wrote {len(results.figures)} lines to {path}")
     return 0
 

@@ -54,6 +54,8 @@ VERSIONS: Mapping[str, int] = {
     "lpips": 1,
 }
 """Of the code of each metric; a change of its figures raises the number and so the hash."""
+SSIM_WINDOW = 11
+"""Pixels of a side that SSIM looks at together."""
 PAIRED: frozenset[str] = frozenset({"psnr", "ssim", "lpips"})
 """Metrics of a picture and its original: the reference holds a picture of each key."""
 PROMPTED: frozenset[str] = frozenset({"clip_score", "retrieval", "attributes"})
@@ -198,6 +200,8 @@ class Protocol:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.kernel_subset_size < 2 or self.candidates < 2 or self.resamples in (1,):
             raise ValueError("kernel_subset_size, candidates and resamples must be at least 2")
+        if "ssim" in self.metrics and self.size < SSIM_WINDOW:
+            raise ValueError(f"size is {self.size}; ssim needs {SSIM_WINDOW} pixels at the least")
         if self.resamples < 0 or self.seed < 0:
             raise ValueError("resamples and seed must not be negative")
         if self.clip.kind != "clip":

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_WINDOW = 11
+from cascade.evaluate.protocol import SSIM_WINDOW
+
 _WINDOW_SIGMA = 1.5
 _K1 = 0.01
 _K2 = 0.03
@@ -66,9 +67,10 @@ def ssim(pixels: Tensor, reference: Tensor) -> Tensor:
         similarity", eq. 13.
     """
     _check_shapes(pixels, reference)
-    if min(pixels.shape[-2:]) < _WINDOW:
+    if min(pixels.shape[-2:]) < SSIM_WINDOW:
         raise ValueError(
-            f"SSIM needs pictures of at least {_WINDOW} pixels a side, got {tuple(pixels.shape)}"
+            f"SSIM needs pictures of at least {SSIM_WINDOW} pixels a side, got "
+            f"{tuple(pixels.shape)}"
         )
     # The variances are small differences of large numbers on the plain grounds of drawings.
     x, y = pixels.double(), reference.double()
@@ -84,7 +86,7 @@ def ssim(pixels: Tensor, reference: Tensor) -> Tensor:
 
 def _blur(pixels: Tensor) -> Tensor:
     """Average under the Gaussian window: ``(B, C, H, W)`` to ``(B, C, H - 10, W - 10)``."""
-    offsets = torch.arange(_WINDOW, dtype=pixels.dtype, device=pixels.device) - _WINDOW // 2
+    offsets = torch.arange(SSIM_WINDOW, dtype=pixels.dtype, device=pixels.device) - SSIM_WINDOW // 2
     window = torch.exp(-offsets.square() / (2 * _WINDOW_SIGMA**2))
     window = window / window.sum()
     channels = pixels.shape[1]

@@ -115,7 +115,9 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)
     number = os.open(path, flags, 0o644)
     try:
-        before, data = os.fstat(number).st_size, text.encode()
+        before = os.fstat(number).st_size
+        # After a line that was cut off: what is whole must not be glued to it.
+        data = (text if _ends_a_line(path) else f"\n{text}").encode()
         try:
             written = os.write(number, data)
             if written < len(data):
@@ -128,6 +130,14 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         os.close(number)
 
 
+def _ends_a_line(path: Path) -> bool:
+    with open(path, "rb") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return True
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Read a file of results.
 
@@ -137,7 +147,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"{path}: no such file of results; check the path")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is no text; a file of results is named results.jsonl") from error
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         where = f"{path}: line {number}"
@@ -148,6 +162,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         needed = ("metric", "label", "value", "model", "protocol", "protocol_hash")
         if not isinstance(row, dict) or any(name not in row for name in needed):
             raise UserError(f"{where}: not a result: {', '.join(needed)} are needed")
+        value = row["value"]
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise UserError(f"{where}: value is {value!r}; a figure is a finite number")
         if content_hash(row["protocol"]) != row["protocol_hash"]:
             raise UserError(f"{where}: its protocol was changed: the hash does not fit it")
         rows.append(row)

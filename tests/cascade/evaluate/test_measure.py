@@ -368,3 +368,29 @@ def test_phrases_take_the_prompts_own_words() -> None:
         make_questions(Attribute("style", {**styles, "flat": ("{mood}",)}), PROMPTS)
     with pytest.raises(UserError, match="two are needed"):
         make_questions(Attribute("color"), inline_prompts(["a red hat"]))
+
+
+def test_a_line_that_was_cut_off_costs_no_later_one(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    append_rows(path, [{"one": 1}])
+    with open(path, "a") as file:
+        file.write('{"metr')
+    append_rows(path, [{"two": 2}])
+    assert path.read_text() == '{"one": 1}\n{"metr\n{"two": 2}\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe\x00", "is no text"),
+        (b'{"metric": "a", "label": "a", "value": "x", "model": "m", "protocol": {}, '
+         b'"protocol_hash": "h"}\n', "line 1: value is 'x'; a figure is a finite number"),
+        (b'{"metric": "a", "label": "a", "value": NaN, "model": "m", "protocol": {}, '
+         b'"protocol_hash": "h"}\n', "line 1: value is nan"),
+    ],
+)  # fmt: skip
+def test_what_is_no_result_is_one_line(content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_rows(path)

@@ -119,6 +119,7 @@ def test_a_yaml_file_is_read_strictly(tmp_path: Path) -> None:
     for change, words in (
         ({"metrics": ["frechett"]}, "did you mean 'frechet'"),
         ({"metrics": []}, "metrics is empty"),
+        ({"metrics": ["ssim"], "size": 8}, "size is 8; ssim needs 11 pixels"),
         ({"rezise": "bicubic"}, "did you mean 'resize'"),
         ({"metrics": ["attributes"]}, "attributes names none"),
         ({"size": 0}, "size is 0"),
