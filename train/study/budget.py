@@ -232,7 +232,9 @@ def _claim_inputs(config: StudyConfig, out: Path) -> None:
     file, found = out / INPUTS_FILE, inputs_of(config)
     if file.is_file():
         earlier = _read_own(file, json.loads)
-        changed = [path for path in earlier if found.get(path) != earlier[path]]
+        # What is there and not among them was the judge's, and that may have changed.
+        named = [path for path in earlier if path in found or not Path(path).exists()]
+        changed = [path for path in named if found.get(path) != earlier[path]]
         if changed:
             raise UserError(
                 f"{changed[0]}: has changed since the study in {out} was begun, whose runs would "

@@ -8,7 +8,15 @@ from pathlib import Path
 
 from train.study.page import Block, Heading, Paragraph, Picture
 from train.study.plots import Axes, Line, Point, plot_lines
-from train.study.rows import UNIT_TITLES, Row, figure_title, judged_rows, metric_names, values_of
+from train.study.rows import (
+    UNIT_TITLES,
+    Row,
+    figure_title,
+    interval_of,
+    judged_rows,
+    metric_names,
+    values_of,
+)
 from train.study.settings import StudyConfig, arm_folder
 
 PLOTS = "plots"
@@ -40,6 +48,11 @@ def curve_blocks(config: StudyConfig, rows: Sequence[Row], out: Path) -> list[Bl
     if len(config.seeds) > 1:
         told.append(
             "A band is one standard deviation over the seeds; the small dots are the seeds."
+        )
+    else:
+        told.append(
+            "A band is what other pictures of the same models may give, as far as the figure "
+            "tells it; there is one seed."
         )
     text = " ".join(told)
     if missing:
@@ -98,7 +111,8 @@ def _lines(
                         row["spent"][unit] + (row["teacher"][unit] if with_teacher else 0.0)
                         for row in judged
                     ]
-                    points.append(Point(statistics.mean(spent), tuple(values)))
+                    interval = interval_of(judged[0], name) if len(values) == 1 else None
+                    points.append(Point(statistics.mean(spent), tuple(values), interval))
             if points:
                 label = arm.name if len(curves) == 1 else f"{arm.name}, {curve[0][0]:,g}"
                 lines.append(Line(label, tuple(points), colour, style))

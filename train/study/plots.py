@@ -29,6 +29,15 @@ class Point:
 
     x: float
     values: tuple[float, ...]
+    interval: tuple[float, float] | None = None
+    """Of one seed: what other pictures of it may give; None: not known."""
+
+    @property
+    def band(self) -> tuple[float, float]:
+        """One standard deviation over the seeds to both sides; of one seed ``interval``."""
+        if len(self.values) == 1 and self.interval is not None:
+            return self.interval
+        return self.mean - self.spread, self.mean + self.spread
 
     @property
     def mean(self) -> float:
@@ -67,7 +76,7 @@ class Axes:
 
 
 def plot_lines(path: Path, lines: Sequence[Line], axes: Axes) -> None:
-    """Draw curves; the band is one standard deviation over the seeds to each side."""
+    """Draw curves, each with the bands of its points."""
     figure, plane = _figure(axes)
     for line in lines:
         xs = [point.x for point in line.points]
@@ -76,8 +85,7 @@ def plot_lines(path: Path, lines: Sequence[Line], axes: Axes) -> None:
         marker = MARKERS[line.colour % len(MARKERS)]
         style = _STYLES[line.style % len(_STYLES)]
         plane.plot(xs, means, style, color=colour, marker=marker, label=line.name)
-        lows = [point.mean - point.spread for point in line.points]
-        highs = [point.mean + point.spread for point in line.points]
+        lows, highs = zip(*(point.band for point in line.points), strict=True)
         plane.fill_between(xs, lows, highs, color=colour, alpha=0.18, linewidth=0)
         for point in line.points:  # each seed, so that nobody takes a band for many runs
             plane.plot([point.x] * len(point.values), point.values, ".", color=colour, markersize=3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shlex
@@ -80,8 +81,27 @@ def inputs_of(config: StudyConfig) -> dict[str, str]:
         named += [arm.model.config, *arm.model.set.values(), *arm.given]
         for step in arm.steps:
             named += [step.config, *step.set.values()]
-    paths = {str(one) for one in named if isinstance(one, str) and Path(one).is_file()}
-    return {path: file_hash(path) for path in sorted(paths)}
+    judge = config.judge
+    named += [judge.real, judge.prompts, judge.features, judge.clip, judge.lpips]
+    found = {}
+    for path in sorted({one for one in named if isinstance(one, str)}):
+        if Path(path).is_file():
+            found[path] = file_hash(path)
+        elif Path(path).is_dir() and path in (
+            judge.real,
+            judge.prompts,
+            judge.features,
+            judge.clip,
+        ):
+            found[path] = _listing_hash(Path(path))
+    return found
+
+
+def _listing_hash(folder: Path) -> str:
+    """Return a hash over the names and sizes of a folder's files, which may be many."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    lines = [f"{path.relative_to(folder)} {path.stat().st_size}\n" for path in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:12]
 
 
 def _portable(word: str) -> str:

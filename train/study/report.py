@@ -151,14 +151,18 @@ def _pareto(config: StudyConfig, rows: Sequence[Row], out: Path) -> list[Block]:
     if not names or not any(by_arm.values()):
         return []
     blocks: list[Block] = [Heading("What a picture costs")]
-    head = ("arm", "parameters", "GFLOPs a picture", *(title for _, title in _COSTS))
+    latency, memory = (title for _, title in _COSTS)
+    head = ("arm", "parameters", "GFLOPs a picture", f"{latency} (quartiles)", memory)
     table = []
     for arm, judged in by_arm.items():
         if not judged:
             continue
         costs = [row["cost"] for row in judged]
         cells = [arm, f"{costs[0]['parameters']:,}", mean_cost(costs, "gflops", ",.3g")]
-        cells += [mean_cost(costs, key, ",.3g") for key, _ in _COSTS]
+        quartiles = [cost["latency_quartiles_s"] for cost in costs]
+        lower, upper = (statistics.mean(one) for one in zip(*quartiles, strict=True))
+        latency, memory = (mean_cost(costs, key, ",.3g") for key, _ in _COSTS)
+        cells += [f"{latency} ({lower:,.3g} to {upper:,.3g})", memory]
         table.append(tuple(cells))
     blocks.append(Table(head, tuple(table)))
     best = names[0]

@@ -49,6 +49,17 @@ def values_of(rows: Sequence[Row], name: str) -> list[float]:
     return [row["metrics"][name]["value"] for row in rows if name in row["metrics"]]
 
 
+def interval_of(row: Row, name: str) -> tuple[float, float] | None:
+    """Return within what a row's figure lies, by its pictures; None: it does not tell."""
+    figure = row["metrics"].get(name, {})
+    low, high, spread = (figure.get(key) for key in ("low", "high", "spread"))
+    if low is not None and high is not None:
+        return float(low), float(high)
+    if spread is not None:
+        return figure["value"] - spread, figure["value"] + spread
+    return None
+
+
 def some_figure(rows: Sequence[Row], name: str) -> Mapping[str, Any]:
     """Return what some row says of a figure that at least one has."""
     found: Mapping[str, Any] = next(

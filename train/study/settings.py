@@ -34,7 +34,8 @@ class BudgetConfig:
         """Refuse budgets that buy nothing."""
         if not self.amounts or not all(0 < amount < math.inf for amount in self.amounts):
             raise ValueError(f"amounts is {self.amounts}; give one or more positive numbers")
-        if len(set(self.amounts)) != len(self.amounts):
+        # Folders are named by six digits.
+        if len({f"{amount:g}" for amount in self.amounts}) != len(self.amounts):
             raise ValueError(f"amounts is {self.amounts}; each is to be given once")
         if self.teacher == "counted" and self.unit == "samples":
             raise ValueError(
@@ -219,7 +220,11 @@ class StudyConfig:
         """Refuse what could not be told apart or judged."""
         if not self.arms:
             raise ValueError("arms is empty; give two or more")
-        names = [arm_folder(arm.name) for arm in self.arms]
+        # Some file systems do not tell letters' cases apart.
+        names = [arm_folder(arm.name).lower() for arm in self.arms]
+        for arm, folder in zip(self.arms, names, strict=True):
+            if not folder.strip(".") or not arm.name.isprintable():
+                raise ValueError(f"an arm is named {arm.name!r}; its folder needs letters")
         for index, name in enumerate(names):
             if name in names[:index]:
                 raise ValueError(f"two arms are named {self.arms[index].name!r}")
@@ -230,7 +235,8 @@ class StudyConfig:
             if shared.setdefault(step.name, step) != step:
                 raise ValueError(f"two shared steps are named {step.name!r} and are not the same")
         outside = [one for one in self.evaluate_at if not 0 < one <= 1]
-        if outside or list(self.evaluate_at) != sorted(set(self.evaluate_at)):
+        alike = len({f"{one:g}" for one in self.evaluate_at}) != len(self.evaluate_at)
+        if outside or alike or list(self.evaluate_at) != sorted(self.evaluate_at):
             raise ValueError(f"evaluate_at is {self.evaluate_at}; fractions rise, within (0, 1]")
         if not self.evaluate_at or self.evaluate_at[-1] != 1.0:
             raise ValueError(f"evaluate_at is {self.evaluate_at}; its last is 1, the whole budget")

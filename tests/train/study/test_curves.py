@@ -68,6 +68,23 @@ def test_a_teacher_whose_operations_nobody_counted_is_not_taken_for_free():
     assert only.name == "plain"
 
 
+def test_one_seed_has_the_band_of_its_pictures_and_several_that_of_theirs():
+    found = rows(0.0)
+    for one in found:
+        one["metrics"]["score"] |= {"low": one["budget"] - 3, "high": one["budget"] + 1}
+    first = [one for one in found if one["seed"] == 0]
+    config = study("apart")
+    assert [point.band for point in _lines(config, first, "score", CURVE)[0].points] == [
+        (7, 11),
+        (17, 21),
+    ]
+    band = _lines(config, found, "score", CURVE)[0].points[0].band
+    assert band == pytest.approx((10.5 - 0.7071, 10.5 + 0.7071), abs=1e-4)
+    for one in first:
+        one["metrics"]["score"] |= {"low": None, "high": None, "spread": 2.0}
+    assert _lines(config, first, "score", CURVE)[0].points[0].band == (8, 12)
+
+
 @pytest.mark.parametrize(
     ("teacher", "share", "wanted"),
     [("apart", 0.5, True), ("apart", 0.0, False), ("counted", 0.5, False)],

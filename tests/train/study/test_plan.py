@@ -206,6 +206,9 @@ def test_arms_that_can_not_be_are_told(changes, message):
     [
         ({"evaluate_at": [0.5, 0.25, 1.0]}, "fractions rise"),
         ({"evaluate_at": [0.5]}, "its last is 1, the whole budget"),
+        ({"evaluate_at": [0.5, 0.50000001, 1.0]}, "fractions rise"),
+        ({"budget": {"unit": "samples", "amounts": [16e5, 1600000.1]}}, "each is to be given once"),
+        ({"arms": [{"name": "..", "steps": [WHOLE], "model": MODEL}]}, "its folder needs letters"),
         ({"seeds": [1, 1]}, "give each once"),
         ({"budget": {"unit": "samples", "amounts": [0]}}, "positive"),
         (
