@@ -94,10 +94,14 @@ def _timed_alike(value: Any) -> Any:
     """Return rows with the same number in place of every time."""
     if isinstance(value, dict):
         return {
-            key: (1.0 if key in TIMES and one is not None else _timed_alike(one))
+            key: (_ones(one) if key in TIMES and one is not None else _timed_alike(one))
             for key, one in value.items()
         }
     return [_timed_alike(one) for one in value] if isinstance(value, list) else value
+
+
+def _ones(times: Any) -> Any:
+    return [1.0 for _ in times] if isinstance(times, list) else 1.0
 
 
 def _report(out: Path, config: StudyConfig) -> tuple[bytes, ...]:
