@@ -6,10 +6,13 @@ import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 
+from cascade.checkpoints.hub import is_hub_name
 from cascade.config import did_you_mean, from_dict, not_among
 from cascade.errors import UserError
+from cascade.evaluate.__main__ import DEMO_CLIP
 from cascade.evaluate.metrics import asked_of
-from cascade.evaluate.protocol import Protocol, load_protocol
+from cascade.evaluate.protocol import PROMPTED, REFERRED, Protocol, load_protocol
+from cascade.evaluate.yardsticks import load_yardsticks
 from cascade.pipelines.placement import pick_device
 from train.__main__ import kinds
 from train.study.known_sizes import filled_values
@@ -88,10 +91,36 @@ def check_judge(judge: JudgeConfig, where: str) -> Protocol:
         place = getattr(judge, key)
         if place is not None and "{" not in place and not Path(place).exists():
             raise UserError(f"{where}.{key}: {place} is not there; check the path")
+    for key, group in (("real", REFERRED), ("prompts", PROMPTED)):
+        names = ", ".join(name for name in protocol.metrics if name in group)
+        given = getattr(judge, key) is not None or (key == "prompts" and protocol.prompts.inline)
+        if names and not given:
+            raise UserError(f"{where}.{key}: missing; {judge.protocol} measures {names}")
+    _check_yardsticks(judge, protocol)
     own = judge.prompts is not None and "{" not in judge.prompts
     if own or (judge.prompts is None and protocol.prompts.inline):
         asked_of(protocol, protocol.read_prompts(Path(judge.prompts) if judge.prompts else None))
     return protocol
+
+
+def _check_yardsticks(judge: JudgeConfig, protocol: Protocol) -> None:
+    """Load what a protocol measures with, once, where all of it is given and here.
+
+    Raises:
+        UserError: It can't be loaded, is not the protocol's, or is not given.
+    """
+    clip, features = judge.clip or DEMO_CLIP, judge.features
+    if features is None and protocol.features.kind == "clip":
+        features = clip
+    places = [one for one in (features, clip, judge.lpips) if one is not None]
+    if any("{" in place or (is_hub_name(place) and not Path(place).exists()) for place in places):
+        return  # made by the study, or fetched when it is needed
+    load_yardsticks(
+        protocol,
+        features=features,
+        clip=clip,
+        lpips=None if judge.lpips is None else Path(judge.lpips),
+    )
 
 
 def figure_names(protocol: Protocol) -> list[str]:
