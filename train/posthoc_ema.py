@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from cascade.checkpoints.files import atomic_path, read_metadata
+from cascade.checkpoints.written_tensors import save_tensors
 from cascade.command import Parser, parse_all
 from cascade.errors import UserError, run_main
 from train.callbacks.posthoc_ema import FOLDER, LENGTH_KEY, STEP_KEY, exponent
@@ -118,7 +118,7 @@ def average(
     metadata |= {"weights": "posthoc_ema", LENGTH_KEY: f"{length:g}"}
     state = {key: value.to(dtype).contiguous() for key, value in total.items()} | kept
     with atomic_path(out) as temporary:
-        save_file(state, temporary, metadata=metadata)
+        save_tensors(state, temporary, metadata)
     return last
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cascade.adapters.lora import DEFAULT, LowRank, Updates, adapter_of
@@ -15,6 +14,7 @@ from cascade.adapters.lora_metadata import METADATA_KEY, settings_of
 from cascade.adapters.lora_names import PARTS, Part, flat, kohya_prefix, published_path
 from cascade.checkpoints.files import atomic_path, finite_in
 from cascade.checkpoints.unet import unet_original_layers
+from cascade.checkpoints.written_tensors import save_tensors
 from stages.unet.config import UNetConfig
 from stages.unet.unet import UNet
 
@@ -89,7 +89,7 @@ def write_lora(
     if naming == "peft":
         said[METADATA_KEY] = settings_of(updates)
     with atomic_path(path) as temporary:
-        save_file(cast, temporary, metadata=said)
+        save_tensors(cast, temporary, said)
 
 
 def named(

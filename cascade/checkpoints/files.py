@@ -15,11 +15,11 @@ from typing import Any, TypeVar, get_type_hints
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from cascade.checkpoints.mapped import SafetensorsFile, Stored, StoredTensors, open_safetensors
+from cascade.checkpoints.written_tensors import save_tensors
 from cascade.config import from_dict, to_dict
 from cascade.errors import UserError, describe_os_error
 
@@ -173,7 +173,7 @@ def save_network(
         **(metadata or {}),
     }
     with atomic_path(path) as temporary:
-        save_file(state, temporary, metadata=described)
+        save_tensors(state, temporary, described)
 
 
 def finite_in(value: Tensor, dtype: torch.dtype | None, what: str) -> Tensor:

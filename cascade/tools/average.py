@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from cascade.checkpoints.detect import Published
@@ -23,6 +22,7 @@ from cascade.checkpoints.files import CLASS_KEY, CONFIG_KEY, atomic_path, sides
 from cascade.checkpoints.load import identify
 from cascade.checkpoints.part_files import title, weights_hash
 from cascade.checkpoints.readers import Opened, open_weights
+from cascade.checkpoints.written_tensors import save_tensors
 from cascade.errors import UserError
 from cascade.tools.written import check_new
 
@@ -69,7 +69,7 @@ def average(paths: Sequence[Path], weights: Sequence[float], out: Path) -> None:
     metadata[AVERAGE_KEY] = json.dumps(sources)
     tensors = {key: _mean([one.tensors[key] for one in opened], weights) for key in first.tensors}
     with atomic_path(out) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+        save_tensors(tensors, temporary, metadata)
 
 
 def _open(path: Path) -> Opened:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cascade.checkpoints.autoencoder_kl import autoencoder_kl_to_original
@@ -33,6 +32,7 @@ from cascade.checkpoints.single_file import (
 )
 from cascade.checkpoints.text_tower import text_from_transformers, text_to_original
 from cascade.checkpoints.unet import unet_to_original
+from cascade.checkpoints.written_tensors import save_tensors
 from cascade.config import to_dict
 from cascade.diffusion.discrete import NUM_TIMESTEPS
 from cascade.errors import UserError
@@ -173,7 +173,7 @@ def write_unet_file(
         for key, one in tensors.items()
     }
     with atomic_path(path) as temporary:
-        save_file(cast, temporary, metadata=metadata)
+        save_tensors(cast, temporary, metadata)
     return Written((path, *folders), ())
 
 

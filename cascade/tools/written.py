@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from cascade.checkpoints.files import CLASS_KEY, CONFIG_KEY, atomic_path, finite_in
+from cascade.checkpoints.written_tensors import save_tensors
 from cascade.config import to_dict
 from cascade.errors import UserError
 from cascade.text.encoder import TextEncoder
@@ -67,7 +67,7 @@ def save_state(
     }
     own = {CLASS_KEY: name, CONFIG_KEY: json.dumps(to_dict(network.config))}
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={**notes, "format": "pt", **own})
+        save_tensors(tensors, temporary, {**notes, "format": "pt", **own})
 
 
 def write_text(encoder: TextEncoder, folder: Path, tokens: Path, dtype: torch.dtype) -> None:

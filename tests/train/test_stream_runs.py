@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from cascade.checkpoints.files import read_metadata
+from cascade.checkpoints.written_tensors import save_tensors
 from cascade.errors import run_main
 from train.callbacks.checkpoints import newest_checkpoint
 from train.callbacks.stop import Stop
@@ -166,16 +167,16 @@ def test_frozen_weights_that_have_changed_are_no_part_of_a_resumed_run(
     compressor = tmp_path / "compressor.safetensors"
     weights = load_file(tiny_model / "compressor.safetensors")
     metadata = read_metadata(tiny_model / "compressor.safetensors")
-    save_file(weights, compressor, metadata)
+    save_tensors(weights, compressor, metadata)
     run = make_run("stage_c", data=STREAM, compressor=str(compressor))
     assert run.start("--run.max_steps", 2) == 0
     before = (run.out / "stage_c.safetensors").read_bytes()
-    save_file({name: 1.5 * one.float() for name, one in weights.items()}, compressor, metadata)
+    save_tensors({name: 1.5 * one.float() for name, one in weights.items()}, compressor, metadata)
     words = ("--run.max_steps", 3, "--resume")
     line = refusal(run, capsys, *words)
     assert "--resume: the compressor has the weights" in line and "and had" in line
     assert (run.out / "stage_c.safetensors").read_bytes() == before
-    save_file(weights, compressor, metadata)
+    save_tensors(weights, compressor, metadata)
     assert run.start(*words) == 0
 
 

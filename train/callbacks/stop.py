@@ -68,6 +68,8 @@ class Stop(Callback):
         """Whether all ranks know that one of them was interrupted."""
         self._impatient = False
         """Whether Ctrl-C was pressed, whatever came before it."""
+        self._at_once = False
+        """Whether it was pressed again."""
         self._started_s = 0.0
         self._listens = False
         self._loader: Waited | None = None
@@ -112,7 +114,10 @@ class Stop(Callback):
 
         Raises:
             UserError: One of several ranks could not do its work.
+            StopAtOnce: A second Ctrl-C came where Python drops errors, such as in a ``__del__``.
         """
+        if self._at_once:
+            raise StopAtOnce
         if not ends_step(trainer, batch_idx):
             return  # half a step can't be gone on with
         wishes = [self.interrupted_by == signal.Signals(number).name for number in _SIGNALS]
@@ -131,13 +136,15 @@ class Stop(Callback):
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         # Only a second Ctrl-C is impatience: systems send SIGTERM more than once.
         if number == signal.SIGINT and self._impatient:
+            self._at_once = True
             raise StopAtOnce
-        if self.interrupted_by is None or number == signal.SIGINT:
+        is_news = self.interrupted_by is None or number == signal.SIGINT
+        # Known before it is said: the answer to what is said may come within this very call.
+        self.interrupted_by = self.interrupted_by or signal.Signals(number).name
+        self._impatient = self._impatient or number == signal.SIGINT
+        if is_news:
             again = "; Ctrl-C again to stop at once" if number == signal.SIGINT else ""
             _log.info("%s: stopping after this step%s", signal.Signals(number).name, again)
-        if self.interrupted_by is None:
-            self.interrupted_by = signal.Signals(number).name
-        self._impatient = self._impatient or number == signal.SIGINT
         if self._loader is not None and self._loader.waiting_s() > _WAITS_S:
             self._loader = None
             raise NoBatchWhileEnding  # of the process's main thread, which is the one that waits

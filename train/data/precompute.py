@@ -15,10 +15,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from cascade.checkpoints.files import atomic_path, read_metadata
+from cascade.checkpoints.written_tensors import save_tensors
 from cascade.errors import UserError
 from cascade.pipelines.placement import pick_device
 from train.data.cached import Pictures, load_pictures
@@ -129,6 +129,6 @@ def _write(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor]) -> 
             raise UserError(f"{path}: {name} would hold values that are not finite; not written")
     started_s = time.monotonic()
     with atomic_path(path) as temporary:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata=metadata)
+        save_tensors({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     _log.info("wrote %s: %s in %.1f s", path, shapes, time.monotonic() - started_s)

@@ -15,10 +15,11 @@ from typing import cast
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from cascade.checkpoints.files import atomic_path, file_hash
+from cascade.checkpoints.written_tensors import save_tensors
 from cascade.errors import UserError
 from train.distill.picture_teacher import PictureTeacher, PictureTeacherConfig, default_site
 from train.losses.cascade_distillation import on_grid
@@ -142,7 +143,7 @@ class Basis:
         """Write the basis with what it was measured on."""
         tensors = {"mean": self.mean.contiguous(), "components": self.components.contiguous()}
         with atomic_path(path) as temporary:
-            save_file(tensors, temporary, metadata=_measured_on(source))
+            save_tensors(tensors, temporary, _measured_on(source))
 
 
 def _measured_on(source: FeatureSource) -> dict[str, str]:

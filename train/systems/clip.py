@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
 from cascade.checkpoints.files import atomic_path, atomic_write_text
+from cascade.checkpoints.written_tensors import save_tensors
 from cascade.errors import UserError
 from train.data.cached import CachedBatch
 from train.data.config import DataConfig
@@ -194,7 +194,7 @@ class ClipSystem(LightningModule):
             for key, value in network.state_dict().items()
         }
         with atomic_path(folder / "model.safetensors") as temporary:
-            save_file(state, temporary, metadata={"format": "pt", **metadata})
+            save_tensors(state, temporary, {"format": "pt", **metadata})
 
 
 def load_clip(folder: str | Path, attention: str | None = None) -> CLIPModel:
