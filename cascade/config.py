@@ -42,6 +42,15 @@ def not_among(what: str, value: object, choices: Iterable[str]) -> UserError:
     return UserError(f"{what} {value!r}: {hint}valid: {', '.join(listed)}")
 
 
+class DependentDefaults:
+    """A dataclass in which some keys that are left out depend on those that are given."""
+
+    @classmethod
+    def defaults_beside(cls, given: Mapping[str, object]) -> Mapping[str, object]:
+        """Return values, by key, that take the place of the fields' own defaults."""
+        raise NotImplementedError
+
+
 def from_dict(cls: type[T], data: Mapping[str, object], where: str, told: Sequence[str] = ()) -> T:
     """Build the dataclass ``cls`` from plain values.
 
@@ -165,6 +174,8 @@ def _dataclass(cls: type[T], data: object, where: str, prefix: str) -> T:
         if key not in fields:
             raise UserError(f"{where}: {prefix}{key}: unknown key{_hint(str(key), fields)}")
         values[key] = _value(hints[key], value, where, f"{prefix}{key}")
+    if issubclass(cls, DependentDefaults):
+        values = {**cls.defaults_beside(values), **values}
     for name, field in fields.items():
         required = (
             field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING

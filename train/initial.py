@@ -6,6 +6,7 @@ The ``model`` section may be left out then: the sizes are those of the weights.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +26,11 @@ from stages.semantic_compressor import SemanticCompressor
 from stages.stage_b_v2 import StageBV2Config
 from stages.stage_c_v2 import StageCV2Config
 from train.callbacks.checkpoints import newest_checkpoint
+from train.fit import Prepared
+from train.losses.denoising import DiffusionConfig, learned_diffusion
 from train.noted import CONFIG_FILE, read_noted
+
+_log = logging.getLogger(__name__)
 
 R = TypeVar("R")
 _FREE = (
@@ -105,6 +110,49 @@ def with_architecture(config: R, kind: Kind, *, resume: bool) -> R:
         return dataclasses.replace(given, **{section: sizes})
     except ValueError as error:
         raise UserError(f"init_from {given.init_from}: {error}") from error
+
+
+def start(
+    network: nn.Module,
+    name: str | None,
+    kind: Kind,
+    prepared: Prepared,
+    section: str = "model",
+    taught: DiffusionConfig | None = None,
+) -> None:
+    """Give a fresh run the weights of its ``init_from``; one that goes on has its own.
+
+    Args:
+        network: A network of the run.
+        name: Its ``init_from``.
+        kind: Which network it is.
+        prepared: The run's folder.
+        section: The section of the run's configuration that says the network's sizes.
+        taught: What a stage learns to predict here; it is said where the weights learned another.
+    """
+    if name is not None and prepared.newest is None:
+        start_from(network, name, kind, section)
+        if taught is not None:
+            _tell_of_unlearning(name, kind, taught)
+
+
+def _tell_of_unlearning(name: str, kind: Kind, taught: DiffusionConfig) -> None:
+    """Warn that a run teaches a network another prediction or path than it has learned."""
+    found = find_network(name, kind)
+    learned = learned_diffusion(found.opened.metadata, str(found.path))
+    differing = {
+        key: learned[key]
+        for key in ("prediction", "schedule", "zero_terminal_snr")
+        if learned[key] != getattr(taught, key)
+    }
+    if differing:
+        ours = ", ".join(f"{key} {getattr(taught, key)}" for key in differing)
+        theirs = ", ".join(f"{key}: {value}" for key, value in differing.items())
+        _log.warning(
+            "init_from %s was not trained with %s, as this run is: it learns anew much of what it "
+            "knows; to go on as it was trained, set diffusion: {%s}",
+            *(name, ours, theirs),
+        )
 
 
 def start_from(network: nn.Module, name: str, kind: Kind, section: str = "model") -> None:

@@ -11,7 +11,6 @@ import lightning.pytorch as pl
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from cascade.checkpoints.detect import Kind
 from cascade.checkpoints.part_files import find_network
 from cascade.errors import UserError
 from cascade.text.tokenizer import train_tokenizer
@@ -27,7 +26,7 @@ from train.callbacks.validation import Validation
 from train.data.open import TrainingData, open_data, remember_data
 from train.encode import FrozenPaths
 from train.fit import Prepared, fit, prepare
-from train.initial import start_compressor_from, start_from, with_architecture
+from train.initial import start, start_compressor_from, start_from, with_architecture
 from train.systems.adversarial import AutoencoderRun
 from train.systems.autoencoder_kl import AutoencoderKLRun, AutoencoderKLSystem
 from train.systems.clip import ClipRun, ClipSystem, load_clip, load_tokenizer
@@ -107,7 +106,7 @@ def train_stage_b(config: StageBRun, *, resume: bool) -> None:
     assert data.null_text is not None, "open_data gives the null text with the text part"
     system = StageBSystem(config, data.null_text, finished_compressor(config))
     section = "model_v2" if isinstance(config.sizes, StageBV2Config) else "model"
-    start(system.network, config.init_from, "stage_b", prepared, section)
+    start(system.network, config.init_from, "stage_b", prepared, section, config.diffusion)
     if system.compressor is not None and prepared.newest is None:
         folder = None if config.init_from is None else Path(config.init_from)
         if config.compressor_init_from is not None:
@@ -238,7 +237,7 @@ def fit_stage_c(
         first: Callbacks that act before all others.
     """
     section = "model_v2" if isinstance(config.sizes, StageCV2Config) else "model"
-    start(system.network, config.init_from, "stage_c", prepared, section)
+    start(system.network, config.init_from, "stage_c", prepared, section, config.diffusion)
     # Held-out pictures are judged by their captions alone.
     judged = replace(frozen, image=None)
     last = validation(config, judged, prepared, pixels=False)
@@ -373,14 +372,6 @@ def _check_shapes(sizes: StageBV2Config, config: StageBRun, data: TrainingData) 
             raise UserError(
                 f"the pictures are {width}x{height}; this Stage B needs multiples of {multiple} px"
             )
-
-
-def start(
-    network: nn.Module, name: str | None, kind: Kind, prepared: Prepared, section: str = "model"
-) -> None:
-    """Give a fresh run the weights of its ``init_from``; one that goes on has its own."""
-    if name is not None and prepared.newest is None:
-        start_from(network, name, kind, section)
 
 
 def _copy(start: nn.Module, network: nn.Module, path: str) -> None:

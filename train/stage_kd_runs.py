@@ -8,17 +8,15 @@ import torch
 
 from cascade.checkpoints.load import build
 from cascade.checkpoints.part_files import weights_hash
-from cascade.checkpoints.said import said_in
 from cascade.errors import UserError
 from cascade.pipelines.few_steps import DISTILLED_KEY
-from cascade.pipelines.trained import DIFFUSION_KEY
 from stages.stage_b import StageBConfig
 from train.data.open import open_data
 from train.distill.thinned import thinned
 from train.encode import find_stage_a
 from train.fit import prepare
 from train.initial import start_from, with_architecture
-from train.losses.denoising import SAMPLED, DiffusionConfig
+from train.losses.denoising import SAMPLED, learned_diffusion
 from train.runs import (
     check_crop,
     finished_compressor,
@@ -120,9 +118,7 @@ def _check_teacher(config: StageBKDRun, sizes: StageBConfig, teacher: FrozenStag
             f"teacher.network {teacher.name}: was distilled for few steps or a guidance scale; "
             "name the plain network that it was distilled from"
         )
-    # Published files say nothing, and are epsilon on the cosine.
-    said = {name: getattr(DiffusionConfig(), name) for name in SAMPLED}
-    said |= said_in(teacher.found.opened.metadata, DIFFUSION_KEY, str(teacher.found.path))
+    said = learned_diffusion(teacher.found.opened.metadata, str(teacher.found.path))
     for name in SAMPLED:
         if getattr(config.diffusion, name) != said[name]:
             raise UserError(

@@ -19,9 +19,9 @@ from train.distill.plans import STUDENT_KEY, plan_of
 from train.distill.teacher import FrozenTeacher
 from train.encode import FrozenPaths
 from train.fit import prepare
-from train.initial import start_from, with_architecture
+from train.initial import start, start_from, with_architecture
 from train.losses.distillation import site_pairs
-from train.runs import fit_system, start, validation
+from train.runs import fit_system, validation
 from train.systems.unet import BASE_KEY, DistillConfig, Lesson, LoadTeacher, UNetRun, UNetSystem
 
 _log = logging.getLogger(__name__)

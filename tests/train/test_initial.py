@@ -43,7 +43,7 @@ STAGE_C = StageCConfig(
 )
 STAGE_C_V2 = StageCV2Config(hidden_channels=64, num_blocks=2, num_heads=1, text_channels=16)
 NETWORKS = {StageCConfig: StageC, StageCV2Config: StageCV2}
-NO_SIZES = {"model": None, "optim": {"lr": 1e-9}}
+NO_SIZES = {"model": None, "optim": {"name": "adamw", "lr": 1e-9}}
 
 
 def save_as(layout: str, network: torch.nn.Module, folder: Path) -> Path:
@@ -93,6 +93,23 @@ def test_a_run_takes_weights_and_sizes_of_others_layouts(layout, sizes, make_run
     noted = yaml.safe_load((run.out / "config.yaml").read_text())
     section = "model_v2" if sizes is STAGE_C_V2 else "model"
     assert noted[section]["num_heads"] == json.loads(json.dumps(sizes.num_heads))
+
+
+@pytest.mark.parametrize("diffusion", [{}, {"prediction": "epsilon"}])
+def test_a_run_tells_that_it_teaches_other_than_its_weights_learned(
+    diffusion, make_run, tmp_path, caplog
+):
+    path = save_as("original", random_network(STAGE_C), tmp_path / "theirs")
+    run = make_run("stage_c", init_from=str(path), diffusion=diffusion, **NO_SIZES)
+    assert run.start("--run.max_steps", 1) == 0
+    told = [one.getMessage() for one in caplog.records if "was not trained with" in one.msg]
+    assert len(told) == (0 if diffusion else 1)
+    if told:
+        assert "prediction flow, schedule linear, as this run is" in told[0]
+        assert told[0].endswith("set diffusion: {prediction: epsilon, schedule: cosine}")
+    assert run.start("--run.max_steps", 2, "--resume") == 0
+    again = [one for one in caplog.records if "was not trained with" in one.msg]
+    assert len(again) == len(told), "a run that goes on has weights of its own"
 
 
 def test_a_run_that_goes_on_needs_its_initial_weights_no_more(make_run, tmp_path):

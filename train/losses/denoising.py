@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from cascade.checkpoints.said import said_in
 from cascade.diffusion import weighting
 from cascade.diffusion.prediction import Prediction, target, to_x0
 from cascade.diffusion.schedules import (
@@ -79,6 +80,19 @@ class DiffusionConfig:
     def network_time(self, t: Tensor) -> Tensor:
         """Return what the network is told of times ``t``."""
         return t if self.time_input == "raw" else self.noise_schedule().network_time(t)
+
+
+def learned_diffusion(metadata: Mapping[str, str], where: str) -> dict[str, object]:
+    """Return what a stage's file says of how it was trained, by the names of ``SAMPLED``.
+
+    Published files say nothing, and are epsilon on the cosine.
+
+    Args:
+        metadata: The file's.
+        where: The file, for errors.
+    """
+    published = {name: getattr(DiffusionConfig(), name) for name in SAMPLED}
+    return published | said_in(metadata, DIFFUSION_KEY, where)
 
 
 @dataclass(frozen=True)

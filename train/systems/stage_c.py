@@ -22,7 +22,6 @@ from train.draws import StepDraws, step_draws
 from train.initial import check_architecture
 from train.losses.adaptive import AdaptiveWeight
 from train.losses.denoising import (
-    DiffusionConfig,
     Noised,
     denoising_loss,
     errors_by_noise,
@@ -32,23 +31,8 @@ from train.losses.denoising import (
 )
 from train.networks import configure_networks
 from train.optim import make_optimizer
-from train.settings import OptimConfig, RunConfig
-
-
-def _best_diffusion() -> DiffusionConfig:
-    """Return what won ``benchmarks/RECIPES.md``: flow matching, more of the middle."""
-    return DiffusionConfig(
-        prediction="flow",
-        schedule="linear",
-        weight="constant",
-        draw="logit_normal",
-        stratified=False,
-    )
-
-
-def _best_optim() -> OptimConfig:
-    """Return what won there, for networks of about a million parameters: larger ones want less."""
-    return OptimConfig(name="muon", muon_lr=0.02, lr=3e-3, warmup_steps=30)
+from train.settings import RunConfig
+from train.systems.stage_c_defaults import NewStageC, StageCDiffusion, StageCOptim
 
 
 @dataclass(frozen=True)
@@ -63,7 +47,7 @@ class StageCRun:
     """Semantic compressor's file, or a model with one; a cache must come from it. The file of a KL
     autoencoder, written here, has Stage C learn its latents instead: see ``train.assemble_latent``.
     """
-    model: StageCConfig | None = None
+    model: NewStageC | None = None
     """Sizes of Stage C."""
     model_v2: StageCV2Config | None = None
     """Sizes of Würstchen v2's Stage C instead. Neither: those of ``init_from``."""
@@ -72,11 +56,10 @@ class StageCRun:
     text_states: TextConfig = field(default_factory=TextConfig)
     """Which hidden states the network reads; the cache must hold these, and the model folder's
     ``model.json`` must name them under ``text``."""
-    optim: OptimConfig = field(default_factory=_best_optim)
-    """Left out as a whole, it is the one that won ``benchmarks/RECIPES.md``; give ``model.qk_norm:
-    true`` beside it. Keys left out of a section that is there have the published values."""
-    diffusion: DiffusionConfig = field(default_factory=_best_diffusion)
-    """Left out as a whole, it is the one that won there."""
+    optim: StageCOptim = field(default_factory=StageCOptim)
+    """Keys that are left out have the values that won ``benchmarks/RECIPES.md``."""
+    diffusion: StageCDiffusion = field(default_factory=StageCDiffusion)
+    """Keys that are left out have the values that won there, whatever ``init_from`` learned."""
     caption_dropout: float = 0.05
     """Share of samples, drawn one by one, that see the null prompt (0.05 in the papers)."""
     image_share: float = 0.0
@@ -121,7 +104,10 @@ class StageCRun:
     @property
     def sizes(self) -> StageCConfig | StageCV2Config:
         """The network's, once they are known."""
-        sizes = self.model_v2 if self.model is None else self.model
+        sizes: StageCConfig | StageCV2Config | None = self.model_v2
+        if self.model is not None:
+            # Those of other weights are plain already.
+            sizes = self.model.plain() if isinstance(self.model, NewStageC) else self.model
         assert sizes is not None, "with_architecture comes first"
         return sizes
 
