@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
+
+import train
 
 Phase = Literal[
     "setup",
@@ -29,13 +32,22 @@ Phase = Literal[
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
+def process_began_s() -> float | None:
+    """Return when a process that is one training began; None in a process that is more than that.
+
+    Its imports take seconds, which the run's ledger would miss.
+    """
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    return train.BEGAN_S if spec is not None and spec.name == "train.__main__" else None
+
+
 class PhaseClock:
     """Adds up seconds by phase; their sum is the time since it was made."""
 
-    def __init__(self) -> None:
-        """Start in ``setup``."""
+    def __init__(self, began_s: float | None = None) -> None:
+        """Start in ``setup``, at a time of ``time.monotonic``; None: now."""
         self._phase: Phase = "setup"
-        self._since_s = time.monotonic()
+        self._since_s = time.monotonic() if began_s is None else began_s
         self._seconds: dict[Phase, float] = dict.fromkeys(PHASES, 0.0)
         self._queued: list[_Queued] = []
 

@@ -38,7 +38,7 @@ from train.callbacks.progress import Progress
 from train.callbacks.rehearsal import Rehearsal
 from train.callbacks.stall import Stall
 from train.callbacks.stop import NoBatchWhileEnding, Stop, StopAtOnce
-from train.clock import PhaseClock
+from train.clock import PhaseClock, process_began_s
 from train.course import go_on
 from train.data.pictures import BOMB_WARNING
 from train.draws import SeedLayers
@@ -126,7 +126,7 @@ def prepare(run: RunConfig, config: object, *, resume: bool) -> Prepared:
     """
     _quiet()
     check_trainer_options(run.trainer)
-    clock = PhaseClock()
+    clock = PhaseClock(process_began_s())
     out = Path(run.out)
     newest = newest_checkpoint(out, tidy=global_rank() == 0)
     if not resume and newest is not None:

@@ -21,10 +21,12 @@ from train.data.activity import Activity
 from train.data.config import DataConfig
 from train.data.index import IndexStore, ShardIndex
 from train.data.loader import StepSource
+from train.data.patience import Patience
 from train.data.plan import ExactPlan, Step
 from train.data.read import BatchMaker, Ref, Served
 from train.data.select import Selector, SetReport
 from train.data.sources import PieceReader, scheme_of, shard_title
+from train.data.transport import shown
 from train.draws import derived_seed
 
 _log = logging.getLogger(__name__)
@@ -63,8 +65,14 @@ def index_set(
     store = IndexStore(Path(folder) if folder is not None else None)
     report = SetReport(selector.buckets)
     numbers, starts, said_s = [], [0], time.monotonic()
-    with ThreadPoolExecutor(_INDEXERS) as pool:
-        for address, index in zip(addresses, pool.map(store.read, addresses), strict=True):
+    patience = Patience()
+
+    def read(address: str) -> ShardIndex:
+        with patience.reading(shown(address)):
+            return store.read(address)
+
+    with ThreadPoolExecutor(_INDEXERS) as pool, patience.watching():
+        for address, index in zip(addresses, pool.map(read, addresses), strict=True):
             chosen, reasons = selector.choose(index)
             report.add(address, index, chosen, reasons)
             numbers.append(chosen)

@@ -27,6 +27,7 @@ from train.data.activity import Activity
 from train.data.config import DataConfig
 from train.data.index import ShardIndex, index_of
 from train.data.loader import StepSource
+from train.data.patience import Patience
 from train.data.read import BatchMaker, Ref, Served
 from train.data.select import Selector, SetReport
 from train.data.sources import fetched, shard_title
@@ -85,7 +86,9 @@ def probe_shards(addresses: list[str], config: DataConfig, selector: Selector) -
     """
     report = SetReport(selector.buckets)
     for place in sorted({0, len(addresses) // 2})[:_PROBED]:
-        shard = FetchedShard(addresses[place], allow_pipe=config.allow_pipe)
+        patience = Patience()
+        with patience.watching(), patience.reading(shown(addresses[place])):
+            shard = FetchedShard(addresses[place], allow_pipe=config.allow_pipe)
         report.add(shard.address, shard.index, *selector.choose(shard.index))
         shard.close()
     report.require_any(config.shards)
@@ -200,14 +203,15 @@ class ResampledSource(StepSource):
             for key in [key for key in self._blocks if key[0] == lane]:
                 self._blocks.pop(key).close()
             coming = self._coming.pop((lane, number), None)
-            self.activity.say(f"fetching the shards of block {number}")
-            block = coming.result() if coming is not None else self._fetch(lane, number)
-            self._blocks[lane, number] = block
-            self._coming[lane, number + 1] = _Coming(lambda: self._fetch(lane, number + 1))
+            if coming is not None:
+                self._blocks[lane, number] = coming.result(self.activity.say)
+            else:
+                self._blocks[lane, number] = self._fetch(lane, number, self.activity.say)
+            self._coming[lane, number + 1] = _Coming(lambda say: self._fetch(lane, number + 1, say))
         return self._blocks[lane, number]
 
-    def _fetch(self, lane: int, number: int) -> _Block:
-        """Draw, fetch and shuffle the shards of a block.
+    def _fetch(self, lane: int, number: int, say: Callable[[str], None]) -> _Block:
+        """Draw, fetch and shuffle the shards of a block, and say which one is on its way.
 
         Raises:
             UserError: None of many shards can be read, or none holds a sample for training.
@@ -221,7 +225,7 @@ class ResampledSource(StepSource):
             if len(block.shards) >= wanted and block.complete():
                 break
             address = self.addresses[place]
-            self.activity.say(f"fetching {shown(address)}")
+            say(f"fetching {shown(address)}")
             try:
                 block.add(FetchedShard(address, allow_pipe=self.config.allow_pipe))
             except SourceError as error:
@@ -296,8 +300,10 @@ class _Block:
 class _Coming:
     """A block on its way; it holds up no process that ends, as a pool's threads would."""
 
-    def __init__(self, fetch: Callable[[], _Block]) -> None:
+    def __init__(self, fetch: Callable[[Callable[[str], None]], _Block]) -> None:
         self._fetch = fetch
+        self._doing = ""
+        self._listener: Callable[[str], None] | None = None
         self._block: _Block | None = None
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -305,16 +311,24 @@ class _Coming:
 
     def _run(self) -> None:
         try:
-            self._block = self._fetch()
+            self._block = self._fetch(self._say)
         except BaseException as error:  # raised where the block is waited for
             self._error = error
 
-    def result(self) -> _Block:
-        """Wait for the block.
+    def _say(self, doing: str) -> None:
+        # Until it is waited for, its worker has other things to say.
+        self._doing = doing
+        if self._listener is not None:
+            self._listener(doing)
+
+    def result(self, say: Callable[[str], None]) -> _Block:
+        """Wait for the block, and say what it waits for.
 
         Raises:
             UserError: It can't be had.
         """
+        self._listener = say
+        say(self._doing)
         self._thread.join()
         if self._error is not None:
             raise self._error

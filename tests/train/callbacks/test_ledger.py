@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +14,10 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from cascade.evaluate.flops import FlopCounter
-from train.clock import PHASES, PhaseClock
+from train.clock import PHASES, PhaseClock, process_began_s
 from train.flops import peak_flops
+
+ROOT = Path(__file__).parents[3]
 
 
 def rows_of(run) -> list[dict]:
@@ -35,6 +40,19 @@ def test_every_second_belongs_to_one_phase(monkeypatch):
         "data": 10.0,
         "checkpoint": 4.0,
     }
+
+
+@pytest.mark.slow
+def test_the_ledger_of_a_process_begins_with_its_imports(make_run):
+    run = make_run("stage_c", run={"log_every_steps": 2})
+    words = [run.kind, "--config", str(run.config), "--run.max_steps", "2"]
+    started_s = time.monotonic()
+    subprocess.run([sys.executable, "-m", "train", *words], cwd=ROOT, check=True)
+    wall_s = time.monotonic() - started_s
+    spent_s = sum(sum(row["seconds"].values()) for row in rows_of(run))
+    # The interpreter's own start and its end are nobody's; imports take far longer than both.
+    assert wall_s / 2 < spent_s <= wall_s, (wall_s, spent_s)
+    assert PhaseClock(process_began_s()).seconds()["setup"] < 1, "this process is no training"
 
 
 @pytest.mark.parametrize("kind", ["stage_c", "stage_a"])
