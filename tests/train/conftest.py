@@ -161,7 +161,7 @@ def make_run(
                 "export_dtype": "float32",
             },
             "data": {"shards": shards, "batch_size": 4},
-            "optim": {"lr": 1e-2, "warmup_steps": 2, "schedule": "cosine"},
+            "optim": {"name": "adamw", "lr": 1e-2, "warmup_steps": 2, "schedule": "cosine"},
             **(
                 _unet(kind, tiny_unet, tiny_model)
                 if kind.startswith("unet")

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 STEPS = 4
 LEARNING_RATE = 1e-5
 OPTIM = {
-    "optim": {"lr": LEARNING_RATE, "warmup_steps": 0, "schedule": "constant"},
+    "optim": {"name": "adamw", "lr": LEARNING_RATE, "warmup_steps": 0, "schedule": "constant"},
     "run": {"ema_decay": 0.0},
     "model": {"dropout": 0.0},  # drawn by each process for itself
 }

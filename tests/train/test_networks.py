@@ -130,7 +130,7 @@ def test_a_compiled_run_learns_the_same_and_keeps_clean_keys(kind, make_run, mon
 def test_what_saves_memory_changes_no_bit_of_a_run(make_run, tiny_model: Path) -> None:
     saving = {"activation_checkpointing": True, "ema_offload": True}
     plain = make_run("stage_c", "plain")
-    small = make_run("stage_c", "small", run=saving, optim={"offload": True})
+    small = make_run("stage_c", "small", run=saving, optim={"name": "adamw", "offload": True})
     assert plain.start("--run.max_steps", 3) == 0
     assert small.start("--run.max_steps", 2) == 0
     # The checkpoint is AdamW's own: the run goes on without what saved memory.

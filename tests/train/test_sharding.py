@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 STEPS = 4
 LEARNING_RATE = 1e-5
 SECTIONS = {
-    "optim": {"lr": LEARNING_RATE, "warmup_steps": 0, "schedule": "constant"},
+    "optim": {"name": "adamw", "lr": LEARNING_RATE, "warmup_steps": 0, "schedule": "constant"},
     "run": {"ema_decay": 0.5, "max_steps": STEPS},
     "model": {"dropout": 0.0},  # drawn by each process for itself
 }
@@ -128,7 +128,7 @@ def test_a_sharded_run_of_muon_goes_on_to_the_bit_as_one_process_would(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
     data = {"mode": "exact", "size": 32, "folder": None, "shards": uneven_latents}
-    optim = {"name": "muon", "muon_lr": LEARNING_RATE, **SECTIONS["optim"]}
+    optim = {**SECTIONS["optim"], "name": "muon", "muon_lr": LEARNING_RATE}
     # Wide enough for matrices that Muon steps; the odd width does not divide into two parts.
     model = {"hidden_channels": [33], "num_heads": [3], "cond_channels": 33, "dropout": 0.0}
     model |= {"down_blocks": [1], "up_blocks": [1]}
@@ -157,7 +157,11 @@ def test_a_sharded_run_of_muon_goes_on_to_the_bit_as_one_process_would(
         ("stage_a", {}, "this network is stepped by two optimizers; use run.strategy ddp"),
         ("previewer", {}, "batch norms would see each device's part"),
         ("clip", {}, "a number by itself can't be cut"),
-        ("stage_c", {"optim": {"offload": True}}, "optim.offload is for one device's"),
+        (
+            "stage_c",
+            {"optim": {"name": "adamw", "offload": True}},
+            "optim.offload is for one device's",
+        ),
         ("stage_c", {"run": {"precision": "16-mixed"}}, "use bf16-mixed or 32-true"),
     ],
 )
