@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import logging
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,12 @@ from cascade.evaluate.energy import EnergyMeter
 from cascade.evaluate.flops import FlopCounter
 from cascade.evaluate.training_cost import LEDGER_FILE
 from train.clock import Phase, PhaseClock
+from train.data.cached import CachedBatch
 from train.memory import peak_memory_bytes
+from train.meta_step import count_beside
 from train.steps import ends_step, steps_done
+
+_log = logging.getLogger(__name__)
 
 
 class Ledger(Callback):
@@ -29,8 +34,9 @@ class Ledger(Callback):
     A row of ``ledger.jsonl`` holds ``step`` and ``samples``, which are the run's progress, and what
     was spent after ``from_step``: ``seconds`` by phase (their sum is the wall time),
     ``device_seconds``, ``flops`` of all devices (counted by torch at the first step of each kind,
-    which is its shapes and what else the system's ``step_kind`` tells apart; null under
-    torch.compile), ``teacher_flops``, those of a teacher among them (a system that asks one of
+    which is its shapes and what else the system's ``step_kind`` tells apart; under torch.compile on
+    a copy without content, and null there if the weights are cut over devices or a teacher is
+    asked), ``teacher_flops``, those of a teacher among them (a system that asks one of
     another number of samples in each step says itself how many, as ``teacher_flops``),
     ``energy_j`` of this machine's GPUs (null where none tells) and
     ``peak_memory_mib`` of the first device, or of the process on a CPU. Steps that a killed run
@@ -56,6 +62,8 @@ class Ledger(Callback):
         self._counter: FlopCounter | None = None
         self._flops_by_kind: dict[object, tuple[float, float]] = {}
         """Of a step: what is learned, and the teacher's."""
+        self._uncounted: set[object] = set()
+        """Kinds of steps of which it can't be told."""
         self._teacher_flops_before = 0.0
         self._kind: object = None
         self._step = 0
@@ -86,7 +94,12 @@ class Ledger(Callback):
         """Begin a step; the first one of its shape is counted."""
         self.clock.switch("step")
         self._kind = (getattr(pl_module, "step_kind", None), _shape_of(batch))
-        if self._kind not in self._flops_by_kind and not is_compiled(pl_module):
+        if self._kind in self._flops_by_kind or self._kind in self._uncounted:
+            return
+        if is_compiled(pl_module):
+            with self.clock.within("compile"):
+                self._count_compiled(pl_module, batch, trainer.global_step)
+        else:
             self._counter = FlopCounter(where=lambda: self.clock.phase)
             self._counter.__enter__()
 
@@ -139,7 +152,7 @@ class Ledger(Callback):
             phase: round(total - before["seconds"].get(phase, 0.0), 4)
             for phase, total in self._written["seconds"].items()
         }
-        compiled = not self._flops_by_kind
+        uncounted = not self._flops_by_kind or bool(self._uncounted)
         row = {
             "at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "from_step": self._from_step,
@@ -147,8 +160,8 @@ class Ledger(Callback):
             "samples": self.samples,
             "seconds": seconds,
             "device_seconds": round(sum(seconds.values()) * self._world, 4),
-            "flops": None if compiled else self.flops - before["flops"],
-            "teacher_flops": None if compiled else self.teacher_flops - before["teacher_flops"],
+            "flops": None if uncounted else self.flops - before["flops"],
+            "teacher_flops": None if uncounted else self.teacher_flops - before["teacher_flops"],
             "energy_j": self._energy.spent_j(),
             "peak_memory_mib": round(self.peak_memory_bytes() / 2**20),
         }
@@ -202,6 +215,20 @@ class Ledger(Callback):
         if self._begin_compiling in callback_handler.start_callbacks:
             callback_handler.remove_start_callback(self._begin_compiling)
             callback_handler.remove_end_callback(self._end_compiling)
+
+    def _count_compiled(self, system: LightningModule, batch: Any, step: int) -> None:
+        """Count a step whose operations torch does not see."""
+        counted = None
+        if isinstance(batch, CachedBatch):
+            try:
+                counted = count_beside(system, batch, step)
+            except (NotImplementedError, RuntimeError) as error:
+                reason = str(error).partition("\n")[0]
+                _log.warning("no FLOPs and no MFU: a compiled step can't be counted: %s", reason)
+        if counted is None:
+            self._uncounted.add(self._kind)
+        else:
+            self._flops_by_kind[self._kind] = counted, 0.0
 
     def _stop_counting(self, kind: object) -> None:
         if self._counter is not None:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from cascade.checkpoints.files import on_meta
-from cascade.errors import UserError
 from cascade.evaluate.flops import FlopCounter
 from stages.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from stages.semantic_compressor import CompressorConfig, SemanticCompressor
@@ -26,6 +25,7 @@ from stages.stage_c import StageCConfig
 from stages.unet.config import UNetConfig
 from train.data.cached import CachedBatch
 from train.losses.distillation import site_pairs
+from train.meta_step import step_on_meta
 from train.optim import make_optimizer
 from train.study.known_sizes import Known, picture_tower, run_of
 from train.study.settings import ArmConfig, StepConfig
@@ -38,7 +38,7 @@ from train.systems.unet import Lesson, UNetRun, UNetSystem
 
 _BATCH = 2
 _LATE = 10**8
-"""A step at which all terms of a loss are in force, and nothing is logged."""
+"""A step at which all terms of a loss are in force."""
 
 
 @dataclass(frozen=True)
@@ -85,49 +85,13 @@ def count_step(step: StepConfig, arm: ArmConfig, image_size: int) -> StepFlops:
     return _count_unet(config, known, side)
 
 
-class _Trainer:
-    """As much of a trainer as a step asks for."""
-
-    accumulate_grad_batches = 1
-    global_rank = 0
-    world_size = 1
-    strategy = None
-
-    def __init__(self, step: int) -> None:
-        self.global_step = step
-
-
-class _NoOptimizer:
-    def zero_grad(self) -> None: ...
-
-    def step(self) -> None: ...
-
-
 def _counted(system: Any, batch: CachedBatch) -> float:
     """Return the operations of a step for each sample: forward, backward and the optimizer's."""
     config = system.config
-    every = config.run.log_every_steps * getattr(system, "num_optimizers", 1)
-    trainer = _Trainer(_LATE // every * every)
-    if (trainer.global_step + 1) % config.run.log_every_steps == 0:
-        raise UserError("run.log_every_steps is 1: what is logged is not counted; raise it")
-    object.__setattr__(system, "_trainer", trainer)
-    for name in ("log", "log_dict"):
-        object.__setattr__(system, name, lambda *_, **__: None)
     if config.run.activation_checkpointing:
         system.network.recompute = True
-    if getattr(system, "adaptive", None) is not None:
-        system.adaptive = None  # looks values up by their noise, and multiplies nothing
-    with FlopCounter() as counter:
-        if system.automatic_optimization:
-            system.training_step(batch, 0).backward()
-        else:
-            object.__setattr__(system, "optimizers", lambda: [_NoOptimizer(), _NoOptimizer()])
-            object.__setattr__(system, "lr_schedulers", lambda: [])
-            object.__setattr__(system, "manual_backward", lambda loss: loss.backward())
-            object.__setattr__(system, "clip", lambda optimizer: None)
-            system.training_step(batch, 0)
     samples = config.data.batch_size * config.run.accumulate
-    return counter.total / _BATCH + _optimizer_flops(system) / samples
+    return step_on_meta(system, batch, _LATE) / _BATCH + _optimizer_flops(system) / samples
 
 
 def _optimizer_flops(system: Any) -> float:
