@@ -41,6 +41,8 @@ _log = logging.getLogger(__name__)
 _VERSION = 1
 _LARGEST_MEMBER = 1 << 28
 OK = ""
+UNREADABLE_PICTURE = "a picture that can't be read"
+"""The problem of a picture whose first bytes, or in a check all of them, can't be decoded."""
 
 
 @dataclass
@@ -192,7 +194,7 @@ def _broken(error: BaseException) -> str:
         return "a picture of too many pixels"
     if "animated" in str(error):
         return "an animated picture"
-    return "a picture that can't be read"
+    return UNREADABLE_PICTURE
 
 
 def _packed(rows: list[_Row], notes: list[str], remarks: dict[str, int], whole: bool) -> ShardIndex:

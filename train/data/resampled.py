@@ -77,6 +77,16 @@ class Probe:
     """For each shape the one whose batches its pictures join."""
 
 
+def probed_places(shards: int) -> list[int]:
+    """Return which of so many shards a run begins by looking at: the first and the middle one."""
+    return sorted({0, shards // 2})[:_PROBED]
+
+
+def drawn_of(config: DataConfig, shards: int) -> int:
+    """Return the most shards that are drawn for one block, for want of samples in the others."""
+    return min(config.block_shards + _DRAWS, shards)
+
+
 def probe_shards(addresses: list[str], config: DataConfig, selector: Selector) -> Probe:
     """Look through the first shard and the middle one, the same on all ranks.
 
@@ -84,7 +94,7 @@ def probe_shards(addresses: list[str], config: DataConfig, selector: Selector) -
         UserError: They can't be read, or nothing of them is left to train on.
     """
     report = SetReport(selector.buckets)
-    for place in sorted({0, len(addresses) // 2})[:_PROBED]:
+    for place in probed_places(len(addresses)):
         shard = FetchedShard(addresses[place], allow_pipe=config.allow_pipe)
         report.add(shard.address, shard.index, *selector.choose(shard.index))
         shard.close()
