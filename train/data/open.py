@@ -20,7 +20,7 @@ from train.data.buckets import Shape
 from train.data.cached import CACHE_FILES, Cache, CachedBatch, cached_loader, load_cache
 from train.data.config import DataConfig
 from train.data.exact import ExactSource, index_set
-from train.data.fingerprint import CacheFound, check_fits, find_cache
+from train.data.fingerprint import CacheFound, check_fits, find_cache, samples_left_out
 from train.data.loader import StepSource, StreamLoader
 from train.data.mix import MixedRows, MixedSource, Mixture, mixed_loader, set_seed
 from train.data.resampled import ResampledSource, probe_shards
@@ -148,6 +148,13 @@ def _stream(
             config.shards,
             len(addresses),
             found.num_shards,
+        )
+    if left_out := samples_left_out(found, config.filters):
+        _log.info(
+            "%s: the cache was made with stronger filters than data.filters (%s): samples that "
+            "they left out are not there",
+            config.shards,
+            left_out,
         )
     parts = tuple(name for part in hashes for name in CACHE_FILES[part])
     return _Stream(config, addresses, Selector.of(config, parts), found)
