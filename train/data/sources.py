@@ -23,6 +23,7 @@ from train.data.transport import (
     PIPE,
     Command,
     Download,
+    NoPiecesError,
     SourceError,
     request,
     request_piece,
@@ -246,6 +247,32 @@ class PieceReader:
         """Close all files."""
         while self._files:
             self._files.popitem()[1].close()
+
+
+def why_whole_alone(shards: str) -> str | None:
+    """Return what keeps shards from being indexed and read in pieces; None if nothing does.
+
+    Of shards that no command gives, the first one speaks for all.
+
+    Args:
+        shards: A glob or brace pattern.
+
+    Raises:
+        UserError: No shard matches.
+    """
+    addresses = expand_shards(shards)
+    if any(scheme_of(address) == "pipe" for address in addresses):
+        return "the output of a command can only be read from its beginning"
+    pieces = PieceReader()
+    try:
+        begin = pieces.read(addresses[0], 0, len(_GZIP))
+    except NoPiecesError:
+        return "their server gives no pieces of files"
+    except SourceError:
+        return None  # who opens them says what is wrong
+    finally:
+        pieces.close()
+    return "they are packed" if begin == _GZIP else None
 
 
 def _filesystem(address: str) -> Any:

@@ -25,6 +25,7 @@ from train.data.sources import (
     shard_title,
     sibling,
     stamp,
+    why_whole_alone,
 )
 from train.data.transport import SourceError, shown
 
@@ -150,6 +151,10 @@ def test_exact_mode_refuses_a_server_without_pieces_and_resampled_does_not(serve
     with pytest.raises(UserError, match="gives no pieces of files"):
         keys(config(shards, mode="exact"), 1)
     assert len(keys(config(shards, mode="resampled"), 3)) == 3
+    assert why_whole_alone(f"{served.url}/00000.tar") == "their server gives no pieces of files"
+    served.pieces = True
+    assert why_whole_alone(f"{served.url}/00000.tar") is None
+    assert why_whole_alone(f"{served.url}/none.tar") is None  # who opens it says so
 
 
 def test_a_shard_that_vanishes_does_not_stop_a_resampled_run(served, caplog):
