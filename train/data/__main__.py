@@ -62,7 +62,11 @@ def _add_check(commands: Any) -> None:
     much = check.add_mutually_exclusive_group()
     much.add_argument("--samples", type=int, default=64, help="samples of each shard (64)")
     much.add_argument(
-        "--all", dest="samples", action="store_const", const=0, help="every sample of every shard"
+        "--all",
+        dest="samples",
+        action="store_const",
+        const=0,
+        help="every sample of every shard, and the checksums of those that write has made",
     )
     check.add_argument("--ranks", type=int, help="devices (default: the --config's, or 1)")
 

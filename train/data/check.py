@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cascade.errors import UserError
+from train.data.beside import find_beside
 from train.data.cached import CACHE_FILES
 from train.data.config import DataConfig
 from train.data.fingerprint import CacheFound, find_cache
@@ -62,11 +63,17 @@ class Checked:
     options: CheckOptions
     held: list[int | None]
     """Samples of each shard that a run's index would not leave out; None: it can't be read."""
+    altered: list[str]
+    """Shards that are not as they were written, by the index beside them."""
+    whole_sums: int = 0
+    """Shards whose checksum is that of the index beside them."""
 
     def table(self) -> Iterator[str]:
         """Yield the lines of the report."""
         report, data = self.report, self.options.data
         first = "" if report.whole else f", the first {self.options.samples} samples of each"
+        if self.whole_sums or self.altered:
+            yield _row("sums", f"{self.whole_sums} as written, {len(self.altered)} not")
         left_out = report.samples - report.taken
         yield _row("shards", f"{report.shards}{first}")
         yield _row("samples", f"{report.taken} to train on, {left_out} left out")
@@ -175,6 +182,9 @@ class Checked:
             )
         if report.whole:
             self._require_enough(endless)
+        if self.altered:
+            more = len(self.altered) - 1
+            raise UserError(self.altered[0] + (f" (and {more} more shards)" if more else ""))
 
     def _require_enough(self, endless: bool) -> None:
         """Refuse a set, all of which was read, of which a run is left with too little."""
@@ -221,6 +231,9 @@ def check(options: CheckOptions) -> Checked:
     numbers, starts = [], [0]
     held: list[int | None] = []
 
+    altered: list[str] = []
+    sums = 0
+
     def look(address: str) -> ShardIndex | str:
         try:
             with open_stream(address, allow_pipe=data.allow_pipe) as stream:
@@ -235,6 +248,10 @@ def check(options: CheckOptions) -> Checked:
                 held.append(None)
                 continue
             chosen, reasons = selector.choose(index)
+            if not options.samples:
+                wrong = _altered(address)
+                altered += [wrong] if wrong else []
+                sums += wrong == ""
             held.append(int((chosen >= 0).sum()) + reasons.count(UNREADABLE_PICTURE))
             report.add(address, index, chosen, reasons)
             numbers.append(chosen)
@@ -250,7 +267,19 @@ def check(options: CheckOptions) -> Checked:
             data.shuffle_shards,
             croppable=not parts,
         ).describe()
-    return Checked(report, unreadable, plan, cache, options, held)
+    return Checked(report, unreadable, plan, cache, options, held, altered, sums)
+
+
+def _altered(address: str) -> str | None:
+    """Return what the checksum in the index beside a shard says; empty: well, None: nothing."""
+    beside = find_beside(address)
+    if beside is None:
+        return None
+    try:
+        beside.require_whole()
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def _parts(cache: CacheFound | None) -> tuple[str, ...]:

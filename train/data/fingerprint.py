@@ -20,8 +20,8 @@ from cascade.checkpoints.files import atomic_write_bytes, atomic_write_text
 from cascade.config import from_dict, to_dict
 from cascade.errors import UserError
 from train.data.config import BucketConfig, DataConfig, FilterConfig
-from train.data.sources import open_stream, sibling
-from train.data.transport import SourceError, shown
+from train.data.sources import read_if_there, sibling
+from train.data.transport import shown
 
 CACHE_FILE = "cache.json"
 NULL_FILE = "null_text.safetensors"
@@ -88,7 +88,7 @@ def read_cache_file(address: str) -> CacheFile | None:
     Raises:
         UserError: There is one that can't be read.
     """
-    data = _read(address)
+    data = read_if_there(address)
     if data is None:
         return None
     try:
@@ -137,7 +137,7 @@ def find_cache(shards: list[str]) -> CacheFound | None:
     null_text = None
     if "text" in first.weights:
         address = sibling(shards[0], NULL_FILE)
-        data = _read(address) if address is not None else None
+        data = read_if_there(address) if address is not None else None
         if data is None:
             raise UserError(f"{shown(str(address))}: not there; make the cache again")
         tensors = load(data)
@@ -189,14 +189,3 @@ def samples_left_out(found: CacheFound, filters: FilterConfig) -> str:
     """
     weaker = dict.fromkeys(name for made in found.filters for name in filters.weaker_than(made))
     return ", ".join(weaker)
-
-
-def _read(address: str) -> bytes | None:
-    """Read a small file; None if it is not there."""
-    try:
-        with open_stream(address) as file:
-            return file.read()
-    except SourceError as error:
-        if isinstance(error.__cause__, FileNotFoundError) or "HTTP 404" in str(error):
-            return None
-        raise

@@ -14,6 +14,7 @@ import pytest
 
 from cascade.errors import UserError, run_main
 from train.data.__main__ import main
+from train.data.beside import write_beside
 from train.data.config import DataConfig
 from train.data.open import open_data
 from train.data.sources import (
@@ -117,6 +118,18 @@ def test_shards_of_a_server_give_the_batches_of_the_same_files(served, mode, wor
     files = config(f"{served.folder}/*.tar", mode=mode, workers=workers)
     assert keys(web, 9) == keys(files, 9)
     assert keys(web, 9)[5:] == keys(web, 4, start=5)
+
+
+def test_an_index_beside_the_shards_of_a_server_is_used(served, tmp_path, monkeypatch):
+    for shard in (tmp_path / "web").glob("*.tar"):
+        write_beside(shard)
+
+    def scanned(*_: object) -> None:
+        raise AssertionError("a shard was looked through")
+
+    monkeypatch.setattr("train.data.index_store.index_of", scanned)
+    found = keys(config(served.url + "/{00000..00002}.tar", mode="exact"), 3)
+    assert len(set(itertools.chain(*found))) == 12
 
 
 def test_an_answer_that_breaks_off_goes_on_where_it_broke(served):
