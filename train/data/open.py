@@ -68,6 +68,9 @@ class TrainingData:
     """What makes the parts that the stream does not hold."""
     hashes: dict[str, str] = field(default_factory=dict)
     """Part -> hash of the frozen weights that make it, in a cache or in every step."""
+    lost: dict[str, int] = field(default_factory=dict)
+    """Samples of the set that no step will see, by ``train.data.select.LOST_KINDS``; a resampled
+    stream tells of them as it comes upon them."""
 
     def taught_by(self, fingerprint: str) -> TrainingData:
         """Return the same data for a run that asks a teacher, whose weights it remembers."""
@@ -176,6 +179,7 @@ def _in_memory(config: DataConfig, frozen: FrozenPaths) -> TrainingData:
         digest=_digest(config, cache.pictures.fingerprint()),
         captions=_captions([cache]),
         hashes=hashes,
+        lost={"broken": cache.pictures.num_broken},
     )
 
 
@@ -199,6 +203,7 @@ def _mixed_in_memory(config: DataConfig, frozen: FrozenPaths) -> TrainingData:
         digest=_digest(config, json.dumps([cache.pictures.fingerprint() for cache in caches])),
         captions=_captions(caches),
         hashes=hashes,
+        lost={"broken": sum(cache.pictures.num_broken for cache in caches)},
     )
 
 
@@ -270,11 +275,12 @@ def _streamed(stream: _Stream, encoded: FrozenPaths | None) -> TrainingData:
     config, addresses, selector = stream.config, stream.addresses, stream.selector
     activity = Activity(config.workers)
     make: Callable[[int, int], StepSource]
+    lost: dict[str, int] = {}
     if config.mode == "exact":
         indexed = index_set(addresses, selector, config.index_folder, config.shards)
         indexed.report.require_mostly_whole(config.max_broken_share, config.shards)
         _log.info("%s", indexed.report.summary())
-        state = indexed.digest()
+        state, lost = indexed.digest(), indexed.report.lost()
 
         def make(rank: int, world: int) -> StepSource:
             source = ExactSource(config, selector, indexed, activity, rank=rank, world=world)
@@ -293,7 +299,7 @@ def _streamed(stream: _Stream, encoded: FrozenPaths | None) -> TrainingData:
                 addresses, config, selector, probe, activity, rank=rank, world=world
             )
 
-    return _served(stream, config, make, activity, state, encoded)
+    return replace(_served(stream, config, make, activity, state, encoded), lost=lost)
 
 
 def _served(

@@ -28,7 +28,7 @@ from train.data.config import DataConfig
 from train.data.index import ShardIndex, index_of
 from train.data.loader import StepSource
 from train.data.read import BatchMaker, Ref, Served
-from train.data.select import Selector, SetReport
+from train.data.select import Selector, SetReport, lost_kind
 from train.data.sources import fetched, shard_title
 from train.data.transport import SourceError, shown
 from train.draws import derived_seed
@@ -187,7 +187,7 @@ class ResampledSource(StepSource):
         shape = self.selector.buckets.shapes[bucket]
         place = (step * self.world + self.rank) * self.config.batch_size
         served = self.maker.make(refs, shape, spare, place)
-        served.broken += block.take_news()
+        block.tell(served)
         return served
 
     def _used(self, first: int, step: int) -> Counter[int]:
@@ -252,10 +252,14 @@ class _Block:
         self.shards: list[FetchedShard] = []
         self.samples: list[list[Ref]] = [[] for _ in probe.shares]
         self.news: list[str] = []
+        self.left_out: Counter[str] = Counter()
 
     def add(self, shard: FetchedShard) -> None:
         self.shards.append(shard)
-        numbers, _ = self.selector.choose(shard.index)
+        numbers, reasons = self.selector.choose(shard.index)
+        kinds = Counter(lost_kind(reason) for reason in reasons if reason)
+        del kinds["broken"]  # those are told by name
+        self.left_out += kinds
         for sample in np.flatnonzero(numbers >= 0):
             self.samples[self.probe.merged[numbers[sample]]].append(Ref(shard, int(sample)))
         self.news += [f"{shard.title}: {note}" for note in shard.index.notes]
@@ -293,10 +297,11 @@ class _Block:
         there = [number for number, samples in enumerate(self.samples) if samples]
         return self.samples[min(there, key=lambda number: (abs(number - bucket), number))]
 
-    def take_news(self) -> list[str]:
-        """Return what could not be used, once."""
-        news, self.news = self.news, []
-        return news
+    def tell(self, served: Served) -> None:
+        """Tell once, with a batch, what of the shards is not used."""
+        served.broken += self.news
+        served.left_out += self.left_out
+        self.news, self.left_out = [], Counter()
 
     def close(self) -> None:
         for shard in self.shards:
