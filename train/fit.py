@@ -7,7 +7,7 @@ import logging
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,7 @@ from train.callbacks.stop import NoBatchWhileEnding, Stop, StopAtOnce
 from train.clock import PhaseClock, process_began_s
 from train.course import go_on
 from train.data.pictures import BOMB_WARNING
+from train.data.select import lost_line
 from train.draws import SeedLayers
 from train.launch import cluster_environment, global_rank
 from train.memory import keep_freed_memory
@@ -202,6 +203,7 @@ def fit(
     prepared: Prepared,
     *,
     batch_size: int,
+    lost: Mapping[str, int],
     callbacks: Sequence[pl.Callback] = (),
     last: Sequence[pl.Callback] = (),
 ) -> None:
@@ -209,8 +211,9 @@ def fit(
 
     Ctrl-C and SIGTERM end the run after the step in hand, with a checkpoint and an export, and
     without what can wait: pictures, a look at held-out ones, a batch that does not come. A run that
-    has made all its steps leaves a file ``done``. ``batch_size`` is that of each rank;
-    ``callbacks`` act before those that all runs have, ``last`` after them.
+    has made all its steps leaves a file ``done``. ``batch_size`` is that of each rank,
+    ``lost`` what the set holds that no step will see; ``callbacks`` act before those that all runs
+    have, ``last`` after them.
 
     Raises:
         UserError: A broken checkpoint, a device that is not there, a loss that is not finite.
@@ -227,7 +230,8 @@ def fit(
     if start_step < run.max_steps:
         (out / DONE_FILE).unlink(missing_ok=True)
     errors = RankErrors()
-    stop, ledger = Stop(run.max_minutes, errors), Ledger(prepared.clock, out, run.log_every_steps)
+    stop = Stop(run.max_minutes, errors)
+    ledger = Ledger(prepared.clock, out, run.log_every_steps, lost)
     last = [NoteStart(out, prepared.config, errors), *last]
     trainer = _trainer(system, run, optim, stop, ledger, callbacks, last)
     first = go_on(
@@ -258,13 +262,15 @@ def fit(
         raise KeyboardInterrupt from None
     if errors.message is not None:  # of the last writes
         errors.raise_for_all()
+    left_out = lost_line(ledger.lost())
     _log.info(
-        "%s: %d of %d steps, %d samples, %.0f s",
+        "%s: %d of %d steps, %d samples, %.0f s%s",
         out,
         steps_done(system, trainer),
         run.max_steps,
         ledger.samples,
         ledger.total_seconds(),
+        f"; left out: {left_out}" if left_out else "",
     )
     if stop.interrupted_by in ("SIGTERM", "SIGUSR1"):
         _log.info(

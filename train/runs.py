@@ -303,6 +303,7 @@ def fit_system(
         config.optim,
         prepared,
         batch_size=config.data.batch_size,
+        lost=data.lost,
         callbacks=callbacks,
         last=last,
     )

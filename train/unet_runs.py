@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import torch
@@ -135,7 +136,9 @@ def _with_prior(
         own, others = (one.loader_from(step, rank, world) for one in (data, other))
         return PairedLoader(own, others, prior.weight)
 
-    return replace(data, loader_from=loader, digest=f"{data.digest}+{other.digest}")
+    lost = dict(Counter(data.lost) + Counter(other.lost))
+    digest = f"{data.digest}+{other.digest}"
+    return replace(data, loader_from=loader, digest=digest, lost=lost)
 
 
 def _lesson(distill: DistillConfig, config: UNetRun) -> Lesson:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
 import os
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
+from cascade.config import load_yaml
 from cascade.errors import UserError
+from train.data.open import open_data
+from train.systems.previewer import PreviewerRun
 
 ROOT = Path(__file__).parents[2]
 STEPS = 4
@@ -145,6 +152,45 @@ def test_two_processes_of_torchrun_share_uneven_shards_without_a_hang(
     if mode == "exact":  # a resampled stream is one of each rank's own
         assert whole.start("--run.max_steps", 20) == 0
         assert halves.losses() == pytest.approx(whole.losses(), rel=1e-4)
+
+
+def test_what_two_processes_left_out_is_one_sum(make_run, tmp_path, monkeypatch) -> None:
+    """Each rank's broken pictures count once; what the filters left out is the set's, not twice."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for number in range(16):
+            buffer = io.BytesIO()
+            side = 16 if number >= 13 else 32
+            Image.new("RGB", (side, side), (number, 0, 0)).save(buffer, "png")
+            data = buffer.getvalue()
+            cut = data[:-30] if number % 3 == 0 and side == 32 else data
+            for name, content in ((f"{number}.png", cut), (f"{number}.txt", b"x")):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    section = {"shards": str(tmp_path / "a.tar"), "mode": "exact", "size": 32, "folder": None}
+    section |= {"batch_size": 2, "filters": {"min_size": 24}, "workers": 1}
+    run = make_run("previewer", data=section)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, "--nproc_per_node", "2", "-m", "train", "previewer"]
+    options = ["--config", str(run.config), "--run.devices", "2", "--run.max_steps", "4"]
+    done = subprocess.run(
+        [*command, *options],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    data = open_data(load_yaml(PreviewerRun, run.config).data)
+    broken = [
+        sum(batch.lost["broken"] for batch in itertools.islice(data.loader_from(0, rank, 2), 4))
+        for rank in range(2)
+    ]
+    assert min(broken) > 0, "both ranks must have met some"
+    rows = [json.loads(line) for line in (run.out / "ledger.jsonl").read_text().splitlines()]
+    assert rows[-1]["left_out"] == {"broken": sum(broken), "filtered": 3, "dropped": 0}
 
 
 def test_an_error_of_one_rank_ends_both_with_its_line(make_run) -> None:

@@ -7,6 +7,7 @@ import datetime
 import json
 import logging
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from cascade.evaluate.flops import FlopCounter
 from cascade.evaluate.training_cost import LEDGER_FILE
 from train.clock import Phase, PhaseClock
 from train.data.cached import CachedBatch
+from train.data.select import LOST_KINDS
 from train.memory import peak_memory_bytes
 from train.meta_step import count_beside
 from train.steps import ends_step, steps_done
@@ -41,16 +43,32 @@ class Ledger(Callback):
     ``energy_j`` of this machine's GPUs (null where none tells) and
     ``peak_memory_mib`` of the first device, or of the process on a CPU. Steps that a killed run
     makes again are spent again: the sum of all rows is the whole cost. A run on several sets
-    (``data.mix``) has ``samples_by_set`` beside ``samples``.
+    (``data.mix``) has ``samples_by_set`` beside ``samples``. ``left_out`` counts the samples that
+    were not trained on, by ``train.data.select.LOST_KINDS``: those of a set that was looked through
+    before the run, and, over all ranks and starts, those that were come upon by its steps. A sample
+    that fails whenever its turn comes, and a shard's that is drawn again, counts each time.
     """
 
     def __init__(
-        self, clock: PhaseClock | None = None, out: Path | None = None, every_steps: int = 50
+        self,
+        clock: PhaseClock | None = None,
+        out: Path | None = None,
+        every_steps: int = 50,
+        lost: Mapping[str, int] | None = None,
     ) -> None:
-        """Take the run's clock, its folder (None: no file is written) and the interval."""
+        """Take the run's clock, its folder (None: no file is written) and the interval.
+
+        ``lost`` is what the set holds that no step will see, by ``LOST_KINDS``.
+        """
         self.samples = 0
         self.samples_by_set: Counter[str] = Counter()
         """Of a run on several sets."""
+        self._lost_before = Counter(dict(lost or {}))
+        """Of the set, before the first step."""
+        self._lost: Counter[str] = Counter()
+        """Of all ranks' steps."""
+        self._lost_here: Counter[str] = Counter()
+        """Of this rank's, not yet among those of all."""
         self.seconds = 0.0
         """Of earlier starts of the run."""
         self.flops = self.teacher_flops = 0.0
@@ -117,6 +135,9 @@ class Ledger(Callback):
         self.teacher_flops += of_teacher * trainer.world_size
         self.samples += len(batch) * trainer.world_size
         self.samples_by_set.update(getattr(batch, "drawn", None) or {})
+        self._lost_here.update(getattr(batch, "lost", None) or {})
+        if ends_step(trainer, batch_idx):
+            self._share_losses(trainer, pl_module.device)
         self.clock.switch("data")
         self._step = steps_done(pl_module, trainer)
         if ends_step(trainer, batch_idx) and self._step % self._every_steps == 0:
@@ -153,7 +174,7 @@ class Ledger(Callback):
             for phase, total in self._written["seconds"].items()
         }
         uncounted = not self._flops_by_kind or bool(self._uncounted)
-        row = {
+        row: dict[str, Any] = {
             "at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "from_step": self._from_step,
             "step": self._step,
@@ -165,11 +186,16 @@ class Ledger(Callback):
             "energy_j": self._energy.spent_j(),
             "peak_memory_mib": round(self.peak_memory_bytes() / 2**20),
         }
+        row["left_out"] = self.lost()
         if self.samples_by_set:
             row["samples_by_set"] = dict(self.samples_by_set)
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         self._from_step = self._step
+
+    def lost(self) -> dict[str, int]:
+        """Return the samples that were not trained on so far, by ``LOST_KINDS``."""
+        return {kind: self._lost_before[kind] + self._lost[kind] for kind in LOST_KINDS}
 
     def total_seconds(self) -> float:
         """Return the seconds of training, of this and of all earlier starts, set-up not counted."""
@@ -190,6 +216,7 @@ class Ledger(Callback):
         return {
             "samples": self.samples,
             "samples_by_set": dict(self.samples_by_set),
+            "lost": dict(self._lost),
             "seconds": self.total_seconds(),
             "training_seconds": self.training_seconds(),
         }
@@ -198,8 +225,19 @@ class Ledger(Callback):
         """Take the counts back."""
         self.samples = state_dict["samples"]
         self.samples_by_set = Counter(state_dict.get("samples_by_set", {}))
+        self._lost = Counter(state_dict.get("lost", {}))
         self.seconds = state_dict["seconds"]
         self._looking_before_s = self.seconds - state_dict.get("training_seconds", self.seconds)
+
+    def _share_losses(self, trainer: Trainer, device: torch.device) -> None:
+        """Add what ranks have left out; every step, so that a checkpoint has the sum of all."""
+        ours = [self._lost_here[kind] for kind in LOST_KINDS]
+        if trainer.world_size > 1:
+            # Stop asks all ranks at the end of each step as well: this costs no wait of its own.
+            sums = trainer.strategy.reduce(torch.tensor(ours, device=device), reduce_op="sum")
+            ours = sums.tolist()  # type: ignore[union-attr]
+        self._lost.update(dict(zip(LOST_KINDS, ours, strict=True)))
+        self._lost_here.clear()
 
     def _begin_compiling(self, event: CallbackArgs) -> None:
         self._before_compiling = self.clock.phase

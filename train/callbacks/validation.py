@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from cascade.errors import UserError
 from train.callbacks.ema import WeightAverage, exported_networks, with_weights
 from train.callbacks.find import find_callback
 from train.callbacks.ledger import Ledger
@@ -22,6 +23,7 @@ from train.clock import PhaseClock
 from train.data.cached import CachedBatch
 from train.data.config import DataConfig
 from train.data.open import TrainingData
+from train.data.sources import why_whole_alone
 from train.draws import StepDraws
 from train.losses.denoising import LEVELS
 from train.steps import ends_step, steps_done
@@ -40,7 +42,9 @@ class ValidationConfig:
     """
 
     shards: str
-    """Shards of held-out pictures, served as ``data`` is (mode, size and crop are the run's)."""
+    """Shards of held-out pictures, of the run's size, crop and filters. A stream of them is exact,
+    whatever ``data.mode`` is: each is read once before any is seen again. Only shards that can't
+    be indexed (``pipe:``, packed, of a server that gives no pieces) are drawn with replacement."""
     folder: str | None = None
     """Their cache folder, where ``data.mode`` is memory."""
     every_steps: int = 500
@@ -61,9 +65,20 @@ class ValidationConfig:
                 raise ValueError(f"{name} is {value}; at least 1 is needed")
 
     def data(self, trained: DataConfig) -> DataConfig:
-        """Return how the pictures are served, given how those of the training are."""
+        """Return how the pictures are served, given how those of the training are.
+
+        Raises:
+            UserError: No shard matches.
+        """
+        mode = trained.mode
+        if mode != "memory":
+            mode = "exact"
+            if (reason := why_whole_alone(self.shards)) is not None:
+                mode = "resampled"
+                _log.info("validation.shards: drawn with replacement: %s", reason)
         return replace(
             trained,
+            mode=mode,
             shards=self.shards,
             folder=self.folder,
             batch_size=self.batch_size or trained.batch_size,
@@ -113,7 +128,11 @@ class Validation(Callback):
         if self._ledger is not None:
             self._clock = self._ledger.clock
         with self._clock.within("validation"):
-            loader = self.data.loader_from(0, trainer.global_rank, trainer.world_size)
+            try:
+                loader = self.data.loader_from(0, trainer.global_rank, trainer.world_size)
+            except UserError as error:
+                # It speaks of data.batch_size, which is the run's own where this one is not set.
+                raise UserError(f"validation: {error}; set validation.batch_size") from error
             encode = self.data.encode
             if encode is not None:
                 encode.load(pl_module.device)

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 _CHECK = """Look at the first samples of every shard and print one table: pictures, sizes, captions,
 broken members, what the filters leave out, what the shapes hold. Exit code 2 and one line when a
-run could not work on them."""
+run could certainly not work on them; what a sample can't tell is a warning, and --all reads every
+sample."""
 _CHECK_MORE = """Any key of a run's data section is an option too: --size 1024 --buckets.step 64
 --filters.min_size 512 --filters.min_scores '{aesthetic: 5}' --batch_size 32 --mode resampled.
 Addresses: files, http(s)://, s3:// (package s3fs), gs:// (package gcsfs), several joined by '::';
@@ -51,14 +52,22 @@ def _add_check(commands: Any) -> None:
     check = commands.add_parser(
         "check",
         help="look at shards before a run",
-        usage="python -m train.data check [SHARDS] [--config CONFIG] [--samples N] [--ranks N] "
-        "[--KEY VALUE ...]",
+        usage="python -m train.data check [SHARDS] [--config CONFIG] [--samples N | --all] "
+        "[--ranks N] [--KEY VALUE ...]",
         description=f"{_CHECK} SHARDS is a glob or brace pattern; default: the --config's.",
         epilog=_CHECK_MORE,
         allow_abbrev=False,
     )
     check.add_argument("--config", type=Path, help="a run's YAML file, whose data section counts")
-    check.add_argument("--samples", type=int, default=64, help="samples of each shard; 0: all")
+    much = check.add_mutually_exclusive_group()
+    much.add_argument("--samples", type=int, default=64, help="samples of each shard (64)")
+    much.add_argument(
+        "--all",
+        dest="samples",
+        action="store_const",
+        const=0,
+        help="every sample of every shard, and the checksums of those that write has made",
+    )
     check.add_argument("--ranks", type=int, help="devices (default: the --config's, or 1)")
 
 

@@ -40,6 +40,8 @@ class Pictures:
     pixels: Tensor  # uint8 (N, 3, H, W)
     captions: list[tuple[str, ...]]
     groups: Tensor  # int64 (N,)
+    num_broken: int = 0
+    """Samples of the shards that could not be used."""
 
     def __len__(self) -> int:
         """Return the number of pictures."""
@@ -91,6 +93,7 @@ def load_pictures(shards: str, max_broken_share: float = 1.0) -> Pictures:
         pixels=torch.stack([sample.pixels for sample in samples]),
         captions=[sample.captions for sample in samples],
         groups=torch.tensor(groups),
+        num_broken=broken.total(),
     )
 
 
@@ -119,6 +122,9 @@ class CachedBatch:
     """Top and left edge of each crop of a stream, in pixels of the resized picture, (B, 2)."""
     drawn: dict[str, int] | None = None
     """Of a mixture: rows of this step over all ranks by set."""
+    lost: dict[str, int] | None = None
+    """Of a stream: samples that this rank came upon and left out on the way to this batch, by
+    ``train.data.select.LOST_KINDS``."""
 
     def __len__(self) -> int:
         """Return the number of samples."""

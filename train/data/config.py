@@ -53,6 +53,38 @@ class FilterConfig:
                 f"max_caption is {self.max_caption} but min_caption is {self.min_caption}"
             )
 
+    def bounds(self) -> dict[str, float]:
+        """Return the bounds that can leave a sample out: name, as on the command line -> value."""
+        found: dict[str, float | None] = {
+            "min_size": self.min_size or None,
+            "max_aspect": self.max_aspect,
+            "min_caption": self.min_caption,
+            "max_caption": self.max_caption,
+        }
+        for name in ("min_scores", "max_scores"):
+            found |= {f"{name}.{score}": v for score, v in getattr(self, name).items()}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def weaker_than(self, other: FilterConfig) -> list[str]:
+        """Return the bounds of another filter that let through less than these, as its words."""
+        ours = self.bounds()
+        return [
+            f"{name} {value:g}"
+            for name, value in other.bounds().items()
+            if name not in ours
+            or (ours[name] < value if name.startswith("min_") else ours[name] > value)
+        ]
+
+
+def filter_differences(ours: FilterConfig, theirs: FilterConfig) -> str:
+    """Return which bounds differ, as one line; empty if none does."""
+    here, there = ours.bounds(), theirs.bounds()
+    return "; ".join(
+        f"filters.{name} is {here.get(name, 'not set')} here and {there.get(name, 'not set')} there"
+        for name in {**here, **there}
+        if here.get(name) != there.get(name)
+    )
+
 
 @dataclass(frozen=True)
 class BucketConfig:

@@ -19,7 +19,8 @@ import numpy as np
 from cascade.errors import UserError
 from train.data.activity import Activity
 from train.data.config import DataConfig
-from train.data.index import IndexStore, ShardIndex
+from train.data.index import ShardIndex
+from train.data.index_store import IndexStore
 from train.data.loader import StepSource
 from train.data.patience import Patience
 from train.data.plan import ExactPlan, Step

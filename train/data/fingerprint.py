@@ -19,9 +19,9 @@ from torch import Tensor
 from cascade.checkpoints.files import atomic_write_bytes, atomic_write_text
 from cascade.config import from_dict, to_dict
 from cascade.errors import UserError
-from train.data.config import BucketConfig, DataConfig
-from train.data.sources import open_stream, sibling
-from train.data.transport import SourceError, shown
+from train.data.config import BucketConfig, DataConfig, FilterConfig
+from train.data.sources import read_if_there, sibling
+from train.data.transport import shown
 
 CACHE_FILE = "cache.json"
 NULL_FILE = "null_text.safetensors"
@@ -53,6 +53,8 @@ class CacheFile:
     fingerprint: Fingerprint
     shards: int
     """Shards that the whole cache has."""
+    filters: FilterConfig | None = None
+    """What a sample needed to be written; null: made before that was noted."""
     format: int = _FORMAT
     """Of the shards themselves."""
 
@@ -86,7 +88,7 @@ def read_cache_file(address: str) -> CacheFile | None:
     Raises:
         UserError: There is one that can't be read.
     """
-    data = _read(address)
+    data = read_if_there(address)
     if data is None:
         return None
     try:
@@ -107,6 +109,8 @@ class CacheFound:
     """Hidden (L, D) and pooled (P,) states of the empty prompt."""
     num_shards: int
     """Shards that the whole cache has."""
+    filters: tuple[FilterConfig, ...] = ()
+    """What samples needed to be written, of each of its folders that says so."""
 
 
 def find_cache(shards: list[str]) -> CacheFound | None:
@@ -133,12 +137,13 @@ def find_cache(shards: list[str]) -> CacheFound | None:
     null_text = None
     if "text" in first.weights:
         address = sibling(shards[0], NULL_FILE)
-        data = _read(address) if address is not None else None
+        data = read_if_there(address) if address is not None else None
         if data is None:
             raise UserError(f"{shown(str(address))}: not there; make the cache again")
         tensors = load(data)
         null_text = (tensors["text_hidden"], tensors["text_pooled"])
-    return CacheFound(first, null_text, sum(cache.shards for cache in made))
+    filters = tuple(cache.filters for cache in made if cache.filters is not None)
+    return CacheFound(first, null_text, sum(cache.shards for cache in made), filters)
 
 
 def check_fits(found: Fingerprint, config: DataConfig, hashes: Mapping[str, str]) -> None:
@@ -176,12 +181,11 @@ def check_fits(found: Fingerprint, config: DataConfig, hashes: Mapping[str, str]
         raise UserError(f"{where}: the cache does not fit: {differing}; {again}")
 
 
-def _read(address: str) -> bytes | None:
-    """Read a small file; None if it is not there."""
-    try:
-        with open_stream(address) as file:
-            return file.read()
-    except SourceError as error:
-        if isinstance(error.__cause__, FileNotFoundError) or "HTTP 404" in str(error):
-            return None
-        raise
+def samples_left_out(found: CacheFound, filters: FilterConfig) -> str:
+    """Return the bounds by which a cache leaves out samples that a run would take, as one line.
+
+    A cache's own filters act before a run's: what they left out was never written, however little
+    the run asks. Empty if the run's are as strict.
+    """
+    weaker = dict.fromkeys(name for made in found.filters for name in filters.weaker_than(made))
+    return ", ".join(weaker)

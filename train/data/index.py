@@ -1,17 +1,16 @@
 """What is in a shard and where, without decoding a picture: read once, then kept.
 
 An index holds, for each sample, the places of its members, the size of its picture, the lengths of
-its captions and the numbers of its json, so that filters and buckets can be chosen afterwards. It
-is kept under a name made of the shard's address, size and time: a changed shard has a new one.
+its captions and the numbers of its json, so that filters and buckets can be chosen afterwards.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
-from collections import Counter, OrderedDict
+import zipfile
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,7 +18,6 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from cascade.checkpoints.files import atomic_path
-from cascade.errors import UserError
 from train.data.archive import DamagedTarError, Entry, entries_of
 from train.data.members import (
     CAPTION_KEY,
@@ -33,14 +31,14 @@ from train.data.members import (
     shape_of,
 )
 from train.data.pictures import BROKEN_PICTURE, fit_picture, read_head
-from train.data.sources import open_stream, shard_title, stamp
-from train.data.transport import SourceError, shown
 
 _log = logging.getLogger(__name__)
 
-_VERSION = 1
+INDEX_VERSION = 1
 _LARGEST_MEMBER = 1 << 28
 OK = ""
+UNREADABLE_PICTURE = "a picture that can't be read"
+"""The problem of a picture whose first bytes, or in a check all of them, can't be decoded."""
 
 
 @dataclass
@@ -192,7 +190,7 @@ def _broken(error: BaseException) -> str:
         return "a picture of too many pixels"
     if "animated" in str(error):
         return "an animated picture"
-    return "a picture that can't be read"
+    return UNREADABLE_PICTURE
 
 
 def _packed(rows: list[_Row], notes: list[str], remarks: dict[str, int], whole: bool) -> ShardIndex:
@@ -224,89 +222,44 @@ _ARRAYS = ("offsets", "sizes", "heights", "widths", "caption_counts", "caption_l
 _TEXTS = ("keys", "kinds", "problems", "score_names", "notes", "remarks", "whole")
 
 
-def save_index(index: ShardIndex, path: Path) -> None:
-    """Write an index; it appears whole."""
+def save_index(index: ShardIndex, path: Path, facts: Mapping[str, object] | None = None) -> None:
+    """Write an index; it appears whole, and the same index is the same bytes.
+
+    Args:
+        index: Of a shard.
+        path: Its file.
+        facts: What is to be kept with it of the shard's own file.
+    """
     texts = json.dumps({name: getattr(index, name) for name in _TEXTS})
     arrays = {name: getattr(index, name) for name in _ARRAYS}
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        # Lone surrogates stand for bytes of names that are not UTF-8; JSON escapes them.
-        np.savez(file, texts=np.frombuffer(texts.encode("ascii"), np.uint8), **arrays)
+    # Lone surrogates stand for bytes of names that are not UTF-8; JSON escapes them.
+    arrays["texts"] = np.frombuffer(texts.encode("ascii"), np.uint8)
+    arrays["facts"] = np.frombuffer(json.dumps(dict(facts or {})).encode("ascii"), np.uint8)
+    with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        for name, array in arrays.items():
+            # As numpy.savez does it, but without the time of day.
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
 
 
-def load_index(path: Path) -> ShardIndex | None:
-    """Read an index; None if there is none, or none that can be read."""
+def load_index(
+    file: Path | BinaryIO, where: object = None, facts: dict[str, object] | None = None
+) -> ShardIndex | None:
+    """Read an index; None if there is none, or none that can be read.
+
+    Args:
+        file: Its path, or itself.
+        where: What it is called in messages; None: its path.
+        facts: Is filled with what was kept with it.
+    """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            texts = json.loads(file["texts"].tobytes())
-            return ShardIndex(**texts, **{name: file[name] for name in _ARRAYS})
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        with np.load(file, allow_pickle=False) as arrays:
+            texts = json.loads(arrays["texts"].tobytes())
+            index = ShardIndex(**texts, **{name: arrays[name] for name in _ARRAYS})
+            if facts is not None:
+                facts.update(json.loads(arrays["facts"].tobytes()))
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         if not isinstance(error, FileNotFoundError):
-            _log.warning("%s: not a readable index, made again", path)
+            _log.warning("%s: not a readable index, made again", where or file)
         return None
-
-
-def default_folder() -> Path:
-    """Return the folder of indexes in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "cascade" / "index"
-
-
-class IndexStore:
-    """Indexes by shard: from memory, from their folder, or made now."""
-
-    def __init__(self, folder: Path | None, max_kept: int = 64) -> None:
-        """Take the folder; at most ``max_kept`` indexes stay in memory."""
-        self.folder = folder or default_folder()
-        self.max_kept = max_kept
-        self._kept: OrderedDict[str, ShardIndex] = OrderedDict()
-        self._paths: dict[str, Path] = {}
-        self._unwritable = False
-
-    def get(self, address: str) -> ShardIndex:
-        """Return a shard's index; the last few stay in memory.
-
-        Raises:
-            SourceError: The shard can't be read.
-        """
-        if address not in self._kept:
-            self._kept[address] = self.read(address)
-        self._kept.move_to_end(address)
-        while len(self._kept) > self.max_kept and not self._unwritable:
-            self._kept.popitem(last=False)
-        return self._kept[address]
-
-    def read(self, address: str) -> ShardIndex:
-        """Return a shard's index from its folder, or make it; several threads may do so.
-
-        Raises:
-            SourceError: The shard can't be read.
-        """
-        path = self._paths.get(address) or self._path(address)
-        index = load_index(path)
-        if index is None:
-            with open_stream(address) as stream:
-                try:
-                    index = index_of(stream)
-                except OSError as error:
-                    raise SourceError(f"{shown(address)}: {error}") from error
-            self._save(index, path)
-        self._paths[address] = path
-        if self._unwritable:
-            self._kept[address] = index
-        return index
-
-    def _path(self, address: str) -> Path:
-        where = os.path.abspath(address) if "://" not in address else shown(address)
-        named = f"{_VERSION}\n{where}\n{stamp(address)}"
-        digest = hashlib.sha256(named.encode("utf-8", "surrogateescape")).hexdigest()[:24]
-        # The title is for people who look into the folder.
-        return self.folder / f"{shard_title(address)[:40]}-{digest}.npz"
-
-    def _save(self, index: ShardIndex, path: Path) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_index(index, path)
-        except (UserError, OSError) as error:
-            if not self._unwritable:
-                _log.warning("indexes are not kept, each start makes them again: %s", error)
-            self._unwritable = True
+    return index

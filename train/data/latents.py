@@ -32,7 +32,7 @@ from cascade.errors import UserError
 from cascade.pipelines.placement import pick_device
 from train.data.buckets import Shape
 from train.data.cached import CACHE_FILES
-from train.data.config import DataConfig
+from train.data.config import DataConfig, FilterConfig, filter_differences
 from train.data.fingerprint import (
     CACHE_FILE,
     CacheFile,
@@ -166,14 +166,24 @@ def _claim(options: PrecomputeOptions, encoders: FrozenEncoders, shards: int) ->
     )
     options.out.mkdir(parents=True, exist_ok=True)
     earlier = read_cache_file(str(options.out / CACHE_FILE))
+    filters: FilterConfig | None = options.data.filters
     if earlier is not None:
-        if differing := differences(fingerprint, earlier.fingerprint):
+        differing = differences(fingerprint, earlier.fingerprint)
+        if earlier.filters is not None:
+            differing = differing or filter_differences(options.data.filters, earlier.filters)
+        else:
+            filters = None  # those of the shards that are there are not known
+            _log.warning(
+                "%s: begun before a cache noted its filters; whether they were these can't be told",
+                options.out,
+            )
+        if differing:
             raise UserError(
                 f"{options.out}: holds another cache: {differing}; choose an empty folder"
             )
     elif any(options.out.glob("*.tar")):
         raise UserError(f"{options.out}: holds shards but no {CACHE_FILE}; choose an empty folder")
-    write_cache_files(options.out, CacheFile(fingerprint, shards), null_text)
+    write_cache_files(options.out, CacheFile(fingerprint, shards, filters), null_text)
 
 
 def _done_file(target: Path) -> Path:

@@ -132,6 +132,7 @@ class StreamLoader:
             if isinstance(given, str):
                 raise UserError(given)
             self._count(given)
+            given.batch.lost = {**given.left_out, "broken": len(given.broken)}
             yield given.batch
 
     def waiting_s(self) -> float:

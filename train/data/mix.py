@@ -122,6 +122,7 @@ class MixedSource(StepSource):
             if len(mine):
                 given = source.serve(step)
                 served.broken += given.broken
+                served.left_out += given.left_out
                 batches.append(given.batch)
                 rows.append(mine)
         served.batch = in_places(batches, np.concatenate(rows))
@@ -207,7 +208,7 @@ def in_places(batches: Sequence[CachedBatch], rows: np.ndarray) -> CachedBatch:
     if keys:
         whole.keys = [keys[place] for place in order]
     for field in fields(CachedBatch):
-        if field.name in ("captions", "groups", "keys", "drawn"):
+        if field.name in ("captions", "groups", "keys", "drawn", "lost"):
             continue
         tensors = [getattr(batch, field.name) for batch in batches]
         there: list[Tensor] = [tensor for tensor in tensors if tensor is not None]

@@ -20,7 +20,7 @@ from train.data.buckets import Shape
 from train.data.cached import CACHE_FILES, Cache, CachedBatch, cached_loader, load_cache
 from train.data.config import DataConfig
 from train.data.exact import ExactSource, index_set
-from train.data.fingerprint import CacheFound, check_fits, find_cache
+from train.data.fingerprint import CacheFound, check_fits, find_cache, samples_left_out
 from train.data.loader import StepSource, StreamLoader
 from train.data.mix import MixedRows, MixedSource, Mixture, mixed_loader, set_seed
 from train.data.resampled import ResampledSource, probe_shards
@@ -68,6 +68,9 @@ class TrainingData:
     """What makes the parts that the stream does not hold."""
     hashes: dict[str, str] = field(default_factory=dict)
     """Part -> hash of the frozen weights that make it, in a cache or in every step."""
+    lost: dict[str, int] = field(default_factory=dict)
+    """Samples of the set that no step will see, by ``train.data.select.LOST_KINDS``; a resampled
+    stream tells of them as it comes upon them."""
 
     def taught_by(self, fingerprint: str) -> TrainingData:
         """Return the same data for a run that asks a teacher, whose weights it remembers."""
@@ -149,6 +152,13 @@ def _stream(
             len(addresses),
             found.num_shards,
         )
+    if left_out := samples_left_out(found, config.filters):
+        _log.info(
+            "%s: the cache was made with stronger filters than data.filters (%s): samples that "
+            "they left out are not there",
+            config.shards,
+            left_out,
+        )
     parts = tuple(name for part in hashes for name in CACHE_FILES[part])
     return _Stream(config, addresses, Selector.of(config, parts), found)
 
@@ -169,6 +179,7 @@ def _in_memory(config: DataConfig, frozen: FrozenPaths) -> TrainingData:
         digest=_digest(config, cache.pictures.fingerprint()),
         captions=_captions([cache]),
         hashes=hashes,
+        lost={"broken": cache.pictures.num_broken},
     )
 
 
@@ -192,6 +203,7 @@ def _mixed_in_memory(config: DataConfig, frozen: FrozenPaths) -> TrainingData:
         digest=_digest(config, json.dumps([cache.pictures.fingerprint() for cache in caches])),
         captions=_captions(caches),
         hashes=hashes,
+        lost={"broken": sum(cache.pictures.num_broken for cache in caches)},
     )
 
 
@@ -263,11 +275,12 @@ def _streamed(stream: _Stream, encoded: FrozenPaths | None) -> TrainingData:
     config, addresses, selector = stream.config, stream.addresses, stream.selector
     activity = Activity(config.workers)
     make: Callable[[int, int], StepSource]
+    lost: dict[str, int] = {}
     if config.mode == "exact":
         indexed = index_set(addresses, selector, config.index_folder, config.shards)
         indexed.report.require_mostly_whole(config.max_broken_share, config.shards)
         _log.info("%s", indexed.report.summary())
-        state = indexed.digest()
+        state, lost = indexed.digest(), indexed.report.lost()
 
         def make(rank: int, world: int) -> StepSource:
             source = ExactSource(config, selector, indexed, activity, rank=rank, world=world)
@@ -286,7 +299,7 @@ def _streamed(stream: _Stream, encoded: FrozenPaths | None) -> TrainingData:
                 addresses, config, selector, probe, activity, rank=rank, world=world
             )
 
-    return _served(stream, config, make, activity, state, encoded)
+    return replace(_served(stream, config, make, activity, state, encoded), lost=lost)
 
 
 def _served(

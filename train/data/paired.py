@@ -5,6 +5,7 @@ Reference: Ruiz et al., 2022, DreamBooth, arXiv:2208.12242, section 3.2 (prior p
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import cast
@@ -85,6 +86,8 @@ def joined(own: CachedBatch, prior: CachedBatch, weight: float) -> CachedBatch:
     )
     if own.keys is not None and prior.keys is not None:
         both.keys = [*own.keys, *prior.keys]
+    if own.lost is not None or prior.lost is not None:
+        both.lost = dict(Counter(own.lost) + Counter(prior.lost))
     for field in fields(CachedBatch):
         if getattr(both, field.name) is not None:
             continue

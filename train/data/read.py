@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -65,6 +66,8 @@ class Served:
     batch: CachedBatch
     broken: list[str] = field(default_factory=list)
     """``SHARD/KEY: reason`` of samples that could not be used."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Other samples that were come upon and not taken, by ``train.data.select.LOST_KINDS``."""
 
 
 @dataclass

@@ -29,7 +29,7 @@ from train.data.index import ShardIndex, index_of
 from train.data.loader import StepSource
 from train.data.patience import Patience
 from train.data.read import BatchMaker, Ref, Served
-from train.data.select import Selector, SetReport
+from train.data.select import Selector, SetReport, lost_kind
 from train.data.sources import fetched, shard_title
 from train.data.transport import SourceError, shown
 from train.draws import derived_seed
@@ -78,6 +78,16 @@ class Probe:
     """For each shape the one whose batches its pictures join."""
 
 
+def probed_places(shards: int) -> list[int]:
+    """Return which of so many shards a run begins by looking at: the first and the middle one."""
+    return sorted({0, shards // 2})[:_PROBED]
+
+
+def drawn_of(config: DataConfig, shards: int) -> int:
+    """Return the most shards that are drawn for one block, for want of samples in the others."""
+    return min(config.block_shards + _DRAWS, shards)
+
+
 def probe_shards(addresses: list[str], config: DataConfig, selector: Selector) -> Probe:
     """Look through the first shard and the middle one, the same on all ranks.
 
@@ -85,7 +95,7 @@ def probe_shards(addresses: list[str], config: DataConfig, selector: Selector) -
         UserError: They can't be read, or nothing of them is left to train on.
     """
     report = SetReport(selector.buckets)
-    for place in sorted({0, len(addresses) // 2})[:_PROBED]:
+    for place in probed_places(len(addresses)):
         patience = Patience()
         with patience.watching(), patience.reading(shown(addresses[place])):
             shard = FetchedShard(addresses[place], allow_pipe=config.allow_pipe)
@@ -180,7 +190,7 @@ class ResampledSource(StepSource):
         shape = self.selector.buckets.shapes[bucket]
         place = (step * self.world + self.rank) * self.config.batch_size
         served = self.maker.make(refs, shape, spare, place)
-        served.broken += block.take_news()
+        block.tell(served)
         return served
 
     def _used(self, first: int, step: int) -> Counter[int]:
@@ -246,10 +256,14 @@ class _Block:
         self.shards: list[FetchedShard] = []
         self.samples: list[list[Ref]] = [[] for _ in probe.shares]
         self.news: list[str] = []
+        self.left_out: Counter[str] = Counter()
 
     def add(self, shard: FetchedShard) -> None:
         self.shards.append(shard)
-        numbers, _ = self.selector.choose(shard.index)
+        numbers, reasons = self.selector.choose(shard.index)
+        kinds = Counter(lost_kind(reason) for reason in reasons if reason)
+        del kinds["broken"]  # those are told by name
+        self.left_out += kinds
         for sample in np.flatnonzero(numbers >= 0):
             self.samples[self.probe.merged[numbers[sample]]].append(Ref(shard, int(sample)))
         self.news += [f"{shard.title}: {note}" for note in shard.index.notes]
@@ -287,10 +301,11 @@ class _Block:
         there = [number for number, samples in enumerate(self.samples) if samples]
         return self.samples[min(there, key=lambda number: (abs(number - bucket), number))]
 
-    def take_news(self) -> list[str]:
-        """Return what could not be used, once."""
-        news, self.news = self.news, []
-        return news
+    def tell(self, served: Served) -> None:
+        """Tell once, with a batch, what of the shards is not used."""
+        served.broken += self.news
+        served.left_out += self.left_out
+        self.news, self.left_out = [], Counter()
 
     def close(self) -> None:
         for shard in self.shards:

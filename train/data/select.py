@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,21 @@ _SHOWN = 3
 _JUDGED_FROM = 100
 """Samples of a whole set; of fewer, one broken picture is a large share."""
 LEFT_OUT = -1
+LOST_KINDS = ("broken", "filtered", "dropped")
+"""Ways in which a sample is not trained on: it can't be used, a filter leaves it out, or its cached
+latents have none of the run's shapes."""
+
+
+def lost_kind(reason: str) -> str:
+    """Return which of ``LOST_KINDS`` a reason for leaving a sample out is of."""
+    if reason.startswith("filter: "):
+        return "filtered"
+    return "dropped" if reason.startswith("latents of ") else "broken"
+
+
+def lost_line(lost: Mapping[str, int]) -> str:
+    """Return the counts that are not zero, as words."""
+    return ", ".join(f"{lost[kind]} {kind}" for kind in LOST_KINDS if lost.get(kind))
 
 
 @dataclass(frozen=True)
@@ -203,10 +219,17 @@ class SetReport:
             {
                 reason: count
                 for reason, count in self.reasons.items()
-                if not reason.startswith(("filter: ", "latents of "))
+                if lost_kind(reason) == "broken"
             }
         )
         check_broken(broken, self.samples, max_share, where)
+
+    def lost(self) -> dict[str, int]:
+        """Return how many samples are left out, by ``LOST_KINDS``."""
+        found: Counter[str] = Counter()
+        for reason, count in self.reasons.items():
+            found[lost_kind(reason)] += count
+        return dict(found)
 
     def summary(self) -> str:
         """Return one line."""

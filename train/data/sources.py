@@ -23,6 +23,7 @@ from train.data.transport import (
     PIPE,
     Command,
     Download,
+    NoPiecesError,
     SourceError,
     request,
     request_piece,
@@ -148,6 +149,38 @@ def _file_stamp(address: str) -> str:
     return f"{status.st_size}/{status.st_mtime_ns}"
 
 
+def size_of(address: str) -> int | None:
+    """Return a shard's bytes; None if its server does not say.
+
+    Raises:
+        SourceError: It is not there.
+    """
+    scheme = scheme_of(address)
+    if scheme is None:
+        return retried(address, lambda: os.stat(address).st_size)
+    if scheme in ("http", "https"):
+        with retried(address, lambda: request(address, method="HEAD")) as answer:
+            length = answer.headers.get("Content-Length")
+    else:
+        length = retried(address, lambda: _filesystem(address).info(address)).get("size")
+    return None if length is None else int(length)
+
+
+def read_if_there(address: str) -> bytes | None:
+    """Return a small file that need not be there, or None.
+
+    Raises:
+        SourceError: It may be there but can't be read.
+    """
+    try:
+        with open_stream(address) as file:
+            return file.read()
+    except SourceError as error:
+        if isinstance(error.__cause__, FileNotFoundError) or "HTTP 404" in str(error):
+            return None
+        raise
+
+
 def open_stream(address: str, *, allow_pipe: bool = False) -> BinaryIO:
     """Open a shard to be read from its beginning.
 
@@ -246,6 +279,32 @@ class PieceReader:
         """Close all files."""
         while self._files:
             self._files.popitem()[1].close()
+
+
+def why_whole_alone(shards: str) -> str | None:
+    """Return what keeps shards from being indexed and read in pieces; None if nothing does.
+
+    Of shards that no command gives, the first one speaks for all.
+
+    Args:
+        shards: A glob or brace pattern.
+
+    Raises:
+        UserError: No shard matches.
+    """
+    addresses = expand_shards(shards)
+    if any(scheme_of(address) == "pipe" for address in addresses):
+        return "the output of a command can only be read from its beginning"
+    pieces = PieceReader()
+    try:
+        begin = pieces.read(addresses[0], 0, len(_GZIP))
+    except NoPiecesError:
+        return "their server gives no pieces of files"
+    except SourceError:
+        return None  # who opens them says what is wrong
+    finally:
+        pieces.close()
+    return "they are packed" if begin == _GZIP else None
 
 
 def _filesystem(address: str) -> Any:

@@ -29,6 +29,10 @@ class SourceError(UserError):
     """A shard that can't be read; the line names it."""
 
 
+class NoPiecesError(SourceError):
+    """A server that sends whole files alone."""
+
+
 def shown(address: str) -> str:
     """Return an address without user, password and query."""
     if "://" not in address or address.startswith(PIPE):
@@ -83,7 +87,7 @@ def request(address: str, *, method: str = "GET", piece: str | None = None) -> A
     answer = urllib.request.urlopen(sent, timeout=_TIMEOUT_S)
     if piece is not None and answer.status != http.client.PARTIAL_CONTENT:
         answer.close()
-        raise SourceError(
+        raise NoPiecesError(
             f"{shown(address)}: the server gives no pieces of files, which data.mode exact and a "
             "broken connection need; use resampled, or another server"
         )

@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 
 from cascade.checkpoints.files import atomic_path
 from cascade.errors import UserError
+from train.data.beside import index_path, write_beside
 from train.data.members import clean_captions
 from train.data.pictures import BROKEN_PICTURE
 from train.data.shards import on_background, shard_name
@@ -85,7 +86,7 @@ class WriteReport:
 
 
 def write_shards(options: WriteOptions) -> WriteReport:
-    """Write shards with members ``KEY.png``, ``KEY.txt``, ``KEY.json``.
+    """Write shards with members ``KEY.png``, ``KEY.txt``, ``KEY.json``, and their indexes.
 
     They appear, and those that they replace go, when all of them are written.
 
@@ -105,6 +106,7 @@ def write_shards(options: WriteOptions) -> WriteReport:
     with tempfile.TemporaryDirectory(prefix=f".{name[:32]}.", dir=options.out) as temporary:
         report = _write_all(source, options, Path(temporary), name)
         for old in there:
+            index_path(old).unlink(missing_ok=True)
             old.unlink()
         for path in sorted(Path(temporary).iterdir()):
             path.replace(options.out / path.name)
@@ -227,6 +229,7 @@ def _write_shard(path: Path, samples: list[tuple[str, bytes, dict[str, Any]]]) -
             add_member(tar, f"{key}.png", picture)
             add_member(tar, f"{key}.txt", row["captions"][0].encode())
             add_member(tar, f"{key}.json", json.dumps(row, sort_keys=True, default=str).encode())
+    write_beside(path)
     _log.info("%s: %d pictures", path.name, len(samples))
 
 

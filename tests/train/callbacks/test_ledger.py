@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
+from cascade.config import load_yaml
 from cascade.evaluate.flops import FlopCounter
+from train.callbacks.ledger import Ledger
 from train.clock import PHASES, PhaseClock, process_began_s
+from train.data.open import open_data
 from train.flops import peak_flops
+from train.systems.stage_a import StageARun
 
 ROOT = Path(__file__).parents[3]
 
@@ -81,16 +90,103 @@ def test_the_ledger_of_a_run_adds_up_to_its_wall_time(kind, make_run):
     assert sum(row["seconds"]["checkpoint"] for row in rows) > 0
 
 
-def test_counting_operations_changes_nothing(make_run, monkeypatch):
+@pytest.fixture
+def lossy(tmp_path, monkeypatch) -> str:
+    """A shard of 10 good pictures, 3 small ones, one cut off and one without a caption."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
+    rows: list[tuple[str, bytes]] = []
+    for number in range(15):
+        side = 16 if number >= 12 else 32
+        buffer = io.BytesIO()
+        Image.new("RGB", (side, side), (number, 0, 0)).save(buffer, "png")
+        data = buffer.getvalue()
+        rows += [(f"{number:02d}.png", data[: len(data) - 30] if number == 10 else data)]
+        rows += [(f"{number:02d}.txt", b"x")] if number != 11 else []
+    with tarfile.open(tmp_path / "lossy.tar", "w") as tar:
+        for name, data in rows:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return str(tmp_path / "lossy.tar")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_an_exact_run_left_out_is_told_over_a_resumption(workers, make_run, lossy, caplog):
+    """The cut picture fails when its turn comes, once in three steps, or in place of itself."""
+    data = {"shards": lossy, "mode": "exact", "size": 32, "folder": None, "batch_size": 5}
+    data |= {"filters": {"min_size": 24}, "workers": workers, "max_broken_share": 0.9}
+    expected = {"broken": 2, "filtered": 3, "dropped": 0}
+    whole = make_run("stage_a", "whole", data=data)
+    with caplog.at_level("INFO"):
+        whole.start("--run.max_steps", 3)
+    assert rows_of(whole)[-1]["left_out"] == expected
+    [line] = [one for one in caplog.messages if "3 of 3 steps" in one]
+    assert line.endswith("; left out: 2 broken, 3 filtered")
+    halves = make_run("stage_a", "halves", data=data)
+    halves.start("--run.max_steps", 2)
+    halves.start("--run.max_steps", 6, "--resume")
+    config = load_yaml(StageARun, halves.config).data
+    loader = open_data(config).loader_from(0, 0, 1)
+    met = sum(batch.lost["broken"] for batch in itertools.islice(loader, 6))
+    assert met == loader.broken >= 2
+    assert rows_of(halves)[-1]["left_out"] == {**expected, "broken": 1 + met}
+
+
+def test_what_a_resampled_run_left_out_is_told_for_each_time_that_a_shard_is_drawn(make_run, lossy):
+    data = {"shards": lossy, "mode": "resampled", "size": 32, "folder": None, "batch_size": 5}
+    data |= {"filters": {"min_size": 24}, "max_broken_share": 0.9}
+    run = make_run("stage_a", data=data)
+    run.start("--run.max_steps", 4)  # two blocks of eleven pictures, two steps each
+    left_out = [row["left_out"] for row in rows_of(run)]
+    assert [one["filtered"] for one in left_out[:4]] == [3, 3, 6, 6]
+    assert left_out[0]["broken"] >= 1 and left_out[3]["broken"] >= 2
+
+
+def test_what_could_not_be_read_into_memory_is_told(make_run, tmp_path, shards):
+    [shard] = Path(shards).parent.glob("*.tar")
+    with tarfile.open(shard) as tar, tarfile.open(tmp_path / "less.tar", "w") as less:
+        for member in tar:
+            if member.name not in ("00.txt", "00.json"):
+                less.addfile(member, tar.extractfile(member))
+    run = make_run("stage_a", data={"shards": str(tmp_path / "less.tar")})
+    run.start("--run.max_steps", 1)
+    assert rows_of(run)[-1]["left_out"] == {"broken": 1, "filtered": 0, "dropped": 0}
+
+
+def test_what_ranks_left_out_is_summed_at_every_step_and_the_set_s_is_not():
+    class Strategy:
+        def reduce(self, tensor: torch.Tensor, reduce_op: str) -> torch.Tensor:
+            assert reduce_op == "sum"
+            return tensor + torch.tensor([5, 0, 1])  # of the other rank
+
+    trainer = SimpleNamespace(
+        world_size=2, strategy=Strategy(), accumulate_grad_batches=1, is_global_zero=True
+    )
+    ledger = Ledger(lost={"filtered": 7})
+    ledger._lost_here.update({"broken": 2})
+    for _ in range(2):
+        ledger._share_losses(trainer, torch.device("cpu"))
+    assert ledger.lost() == {"broken": 12, "filtered": 7, "dropped": 2}
+    again = Ledger(lost={"filtered": 7})
+    again.load_state_dict(ledger.state_dict())
+    assert again.lost() == ledger.lost()
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_counting_operations_changes_nothing(beside, make_run, monkeypatch):
+    """Neither of the step itself, nor of a copy beside it, as of a compiled one."""
     counted = make_run("stage_c", "counted", model={"dropout": 0.2})
     counted.start()
     plain = make_run("stage_c", "plain", model={"dropout": 0.2})
     monkeypatch.setattr("train.callbacks.ledger.is_compiled", lambda _: True)
+    if not beside:
+        monkeypatch.setattr("train.callbacks.ledger.count_beside", lambda *_: None)
     plain.start()
     assert counted.losses() == plain.losses()
     one, two = (load_file(run.out / "stage_c.safetensors") for run in (counted, plain))
     assert all(torch.equal(value, two[key]) for key, value in one.items())
-    assert [row["flops"] for row in rows_of(plain)] == [None] * len(rows_of(plain))
+    wanted = [row["flops"] if beside else None for row in rows_of(counted)]
+    assert [row["flops"] for row in rows_of(plain)] == wanted
 
 
 def test_the_flops_of_a_step_are_those_of_its_products(make_run):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
+import itertools
 import json
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +16,8 @@ from cascade.checkpoints.files import load_network
 from cascade.config import load_yaml
 from cascade.errors import UserError
 from stages.stage_c import StageC
+from train.callbacks.validation import ValidationConfig
+from train.data.config import DataConfig
 from train.data.open import open_data
 from train.draws import StepDraws
 from train.encode import FrozenPaths
@@ -86,3 +92,52 @@ def test_held_out_pictures_of_another_cache_are_refused(make_run, shards, tmp_pa
 def test_a_look_at_nothing_is_refused(make_run, shards, cache):
     with pytest.raises(UserError, match="samples is 0"):
         make_run("stage_c", validation=held_out(shards, cache, samples=0)).start()
+
+
+RESAMPLED = {"batch_size": 4, "size": 32, "mode": "resampled", "allow_pipe": True}
+
+
+def times_seen(config: DataConfig, pictures: int) -> Counter[str]:
+    """Over both ranks, until so many have come."""
+    data = open_data(config)
+    loaders = [iter(data.loader_from(0, rank, 2)) for rank in range(2)]
+    batches = itertools.chain.from_iterable(zip(*loaders, strict=True))
+    seen: Counter[str] = Counter()
+    while seen.total() < pictures:
+        seen.update(next(batches).keys)
+    return seen
+
+
+def test_a_resampled_run_reads_its_held_out_pictures_once_each(uneven_shards, tmp_path, caplog):
+    trained = DataConfig(shards="/none/*.tar", block_shards=1, **RESAMPLED)
+    validation = ValidationConfig(uneven_shards, seed=3)
+    assert validation.data(trained).mode == "exact"
+    seen = times_seen(validation.data(trained), 62)
+    assert len(seen) == 62 and set(seen.values()) == {1}
+    assert "with replacement" not in caplog.text
+
+
+@pytest.mark.parametrize("trained_mode", ["exact", "resampled"])
+@pytest.mark.parametrize("kind", ["pipe", "packed"])
+def test_held_out_shards_that_can_t_be_indexed_are_drawn_and_said_to_be(
+    kind, trained_mode, shards, tmp_path, caplog
+):
+    [shard] = Path(shards).parent.glob("*.tar")
+    packed = tmp_path / "held-out.tar.gz"
+    packed.write_bytes(gzip.compress(shard.read_bytes()))
+    held = {"pipe": f"pipe:cat {shard}", "packed": str(packed)}[kind]
+    trained = DataConfig(**{"shards": "/none/*.tar", **RESAMPLED, "mode": trained_mode})
+    with caplog.at_level("INFO"):
+        config = ValidationConfig(held).data(trained)
+    assert config.mode == "resampled"
+    [line] = [one for one in caplog.messages if "drawn with replacement" in one]
+    assert {"pipe": "command", "packed": "packed"}[kind] in line
+    assert len(times_seen(config, 24)) == 12
+
+
+def test_held_out_pictures_fewer_than_a_step_name_their_own_key(make_run, shards):
+    data = {"mode": "resampled", "size": 32, "folder": None}
+    validation = {"shards": shards, "batch_size": 13}
+    run = make_run("stage_c", data=data, validation=validation)
+    with pytest.raises(UserError, match=r"^validation: .* hold 12 .*; set validation\.batch_size$"):
+        run.start()

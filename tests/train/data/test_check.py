@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cascade.errors import run_main
+from cascade.errors import UserError, run_main
 from train.data.__main__ import main
+from train.data.config import DataConfig, FilterConfig
+from train.data.open import open_data
 
 from .conftest import colored, encoded, write_members, write_set
 
@@ -40,6 +42,7 @@ def test_the_table_says_what_a_run_would_get(several_shapes, capsys):
 def test_a_sample_of_every_shard_is_a_sample_of_every_shard(several_shapes, capsys):
     _, table, _ = check(capsys, several_shapes, "--samples", 3)
     assert "5, the first 3 samples of each" in table
+    assert "only the first 3 samples of each shard were read" in table
     assert "13 to train on, 0 left out" in table  # one shard holds a single picture
 
 
@@ -128,3 +131,104 @@ def test_a_shard_that_was_cut_off_is_refused_for_a_set_in_memory_alone(tmp_path,
     (tmp_path / "run.yaml").write_text(f"data: {{shards: {path}, batch_size: 1}}\n")
     code, _, line = check(capsys, "--config", tmp_path / "run.yaml")
     assert code == 2 and "not a whole tar file" in line and "use data.mode exact" in line
+
+
+def many(folder: Path, rows: list[tuple[str, str]], name: str = "a") -> Path:
+    """A shard of pictures: sides in pixels, and captions (none: no member)."""
+    members: list[tuple[str, bytes]] = []
+    for number, (side, caption) in enumerate(rows):
+        picture = encoded(colored(number, (int(side), int(side))))
+        members += [(f"{name}{number:03d}.png", picture)]
+        members += [(f"{name}{number:03d}.txt", caption.encode())] if caption else []
+    folder.mkdir(exist_ok=True)
+    return write_members(folder / f"{name}.tar", members)
+
+
+def test_what_a_sample_can_t_tell_is_a_warning_and_all_tells_it(tmp_path, capsys):
+    """Small pictures come first: a run would train on those behind them."""
+    small, large = [("16", "x")] * 3, [("40", "x")] * 3
+    path = many(tmp_path, small + large)
+    words = [path, "--size", 32, "--filters.min_size", 32, "--batch_size", 2]
+    code, table, error = check(capsys, *words, "--samples", 3)
+    assert (code, error) == (0, "")
+    assert "warning: nothing of this sample is left (3 filter: min_size 32)" in table
+    assert "--all reads every one" in table
+    code, table, _ = check(capsys, *words, "--all")
+    assert code == 0 and "warning" not in table and "3 to train on, 3 left out" in table
+    # Left of the sample: 1; of all: 3. The sample can't refuse a step of 3, nor promise one of 4.
+    words[-1] = 3
+    code, table, _ = check(capsys, *words, "--samples", 4)
+    assert code == 0 and "warning: 1 samples of those read are left, fewer than one step" in table
+    assert check(capsys, *words, "--all")[0] == 0
+    words[-1] = 4
+    assert check(capsys, *words, "--samples", 4)[0] == 0
+    code, _, error = check(capsys, *words, "--all")
+    assert code == 2 and "3 samples, fewer than one step of 4" in error
+    code, _, error = check(capsys, *words, "--all", "--samples", 4)
+    assert code == 2 and "--samples: not allowed with argument --all" in error
+
+
+def test_captions_missing_beyond_the_sample_are_found_by_all(tmp_path, capsys):
+    path = many(tmp_path, [("32", "x")] * 20 + [("32", "")] * 80)
+    words = [path, "--size", 32]
+    code, table, _ = check(capsys, *words, "--samples", 20)
+    assert code == 0 and "only the first 20 samples of each shard were read" in table
+    code, _, error = check(capsys, *words, "--all")
+    assert code == 2 and "80 of 100 samples can't be used (80: no caption)" in error
+    code, table, _ = check(capsys, *words, "--all", "--max_broken_share", 0.9)
+    assert code == 0 and "warning" not in table
+
+
+def test_a_sample_of_broken_pictures_is_a_warning(tmp_path, capsys):
+    path = many(tmp_path, [("32", "")] * 100 + [("32", "x")] * 2000)
+    code, table, _ = check(capsys, path, "--size", 32, "--samples", 120)
+    assert code == 0 and "warning: a run may stop" in table
+    assert "100 of 120 samples can't be used" in table
+
+
+def run_begins(shards: str, **values: object) -> bool:
+    config = DataConfig(shards=shards, batch_size=2, mode="resampled", size=32, **values)
+    try:
+        next(iter(open_data(config).loader_from(0, 0, 1)))
+    except UserError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(("lost", "begins"), [(0, False), (1, True), (2, False)])
+def test_a_resampled_run_is_refused_for_the_shards_that_it_begins_with(
+    lost, begins, tmp_path, capsys
+):
+    """It looks at the first and the middle shard; of the others some may be gone."""
+    paths = [many(tmp_path, [("40", "x")] * 4, name) for name in "abcd"]
+    paths[lost].unlink()
+    paths[lost].mkdir()
+    shards = "::".join(map(str, paths))
+    code, table, error = check(
+        capsys, shards, "--size", 32, "--mode", "resampled", "--batch_size", 2
+    )
+    assert (code == 0) is begins is run_begins(shards)
+    assert f"{paths[lost]}: " in (table if begins else error)
+    if begins:
+        assert "warning: left out by resampled mode" in table
+        # Exact mode indexes every shard.
+        assert check(capsys, shards, "--size", 32, "--mode", "exact")[0] == 2
+
+
+def test_a_resampled_run_of_which_the_first_shards_hold_nothing_is_refused(tmp_path, capsys):
+    paths = [many(tmp_path, [(side, "x")] * 4, name) for name, side in
+             zip("abcd", ("16", "40", "16", "40"), strict=True)]  # fmt: skip
+    shards, least = "::".join(map(str, paths)), FilterConfig(min_size=32)
+    words = [shards, "--size", 32, "--filters.min_size", 32, "--mode", "resampled"]
+    code, _, error = check(capsys, *words, "--all")
+    assert code == 2 and "nothing is left of shard 1 and 3" in error
+    assert not run_begins(shards, filters=least)
+    other = "::".join(map(str, [paths[1], paths[0], paths[2], paths[3]]))
+    assert check(capsys, other, *words[1:], "--all")[0] == 0
+    assert run_begins(other, filters=least)
+
+
+def test_readers_that_outnumber_shards_draw_from_all_of_them(several_shapes, capsys):
+    words = ["--mode", "resampled", "--ranks", 4, "--workers", 4, "--size", 32, "--all"]
+    code, table, _ = check(capsys, several_shapes, *words)
+    assert code == 0 and "16 readers on 5 shards: each draws from all of them" in table

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from cascade.checkpoints.files import load_network, save_network
 from cascade.errors import UserError
 from stages.stage_a import StageA
 from train.data.__main__ import main
-from train.data.config import BucketConfig, DataConfig
+from train.data.config import BucketConfig, DataConfig, FilterConfig
 from train.data.members import array_bytes, read_array
 from train.data.open import open_data
 from train.encode import FrozenEncoders, FrozenPaths
@@ -152,6 +153,52 @@ def test_a_folder_of_another_cache_is_refused(pictures, paths, tmp_path):
         main([*arguments(pictures, tmp_path / "out", paths), "--dtype", "float32"])
     with pytest.raises(UserError, match=r"holds shards but no cache\.json"):
         main(arguments(pictures, Path(pictures).parent, paths))
+
+
+def test_a_cache_goes_on_with_its_own_filters_alone(pictures, paths, tmp_path, caplog):
+    out, only_a = tmp_path / "out", FrozenPaths(stage_a=paths.stage_a)
+    strict = ["--filters.min_size", "25", "--filters.min_scores", "{aesthetic: 2}"]
+    main([*arguments(pictures, out, only_a, "--part", "0/2"), *strict])
+    before = contents(out)
+    for more, line in (
+        ([], "filters.min_size is not set here and 25 there; filters.min_scores.aesthetic is not"),
+        ([*strict, "--filters.min_size", "8"], "filters.min_size is 8 here and 25 there; choose"),
+        ([*strict, "--filters.max_caption", "9"], "max_caption is 9 here and not set there"),
+    ):
+        with pytest.raises(UserError, match=f"holds another cache: .*{re.escape(line)}"):
+            main([*arguments(pictures, out, only_a), *more])
+    assert contents(out) == before
+    assert main([*arguments(pictures, out, only_a), *strict]) == 0
+    assert len(list(out.glob("*.tar"))) == 3
+
+    def said(**filters: object) -> str:
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            open_data(config(out, filters=FilterConfig(**filters)), only_a, pixels=False)
+        lines = [one for one in caplog.messages if "are not there" in one]
+        assert len(lines) <= 1
+        return "".join(lines)
+
+    assert "than data.filters (min_size 25, min_scores.aesthetic 2)" in said()
+    assert "than data.filters (min_size 25)" in said(min_scores={"aesthetic": 3})
+    # A cache of before says nothing of its filters, and neither does a run on it.
+    described = json.loads((out / "cache.json").read_text())
+    del described["filters"]
+    (out / "cache.json").write_text(json.dumps(described))
+    assert said() == ""
+    assert main(arguments(pictures, out, only_a)) == 0
+    assert "whether they were these can't be told" in caplog.text
+    assert json.loads((out / "cache.json").read_text())["filters"] is None
+
+
+def test_a_filter_is_weaker_by_each_of_its_bounds():
+    made = FilterConfig(max_aspect=2.0, min_caption=5, max_caption=50, max_scores={"nsfw": 0.5})
+    assert made.weaker_than(made) == [] == made.weaker_than(FilterConfig())
+    assert FilterConfig().weaker_than(made) == [
+        "max_aspect 2", "min_caption 5", "max_caption 50", "max_scores.nsfw 0.5",
+    ]  # fmt: skip
+    loose = FilterConfig(max_aspect=1.5, min_caption=6, max_caption=51, max_scores={"nsfw": 0.6})
+    assert loose.weaker_than(made) == ["max_caption 50", "max_scores.nsfw 0.5"]
 
 
 def test_a_cache_that_does_not_fit_the_run_is_refused(pictures, paths, tmp_path, tiny_model):

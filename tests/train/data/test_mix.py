@@ -19,6 +19,7 @@ from train.data.config import BucketConfig, DataConfig, FilterConfig, MixConfig
 from train.data.latents import PrecomputeOptions, precompute_shards
 from train.data.mix import MixedRows, Mixture, in_places
 from train.data.open import open_data
+from train.data.paired import joined
 from train.encode import FrozenPaths
 
 
@@ -221,6 +222,26 @@ def test_caches_of_two_sets_are_mixed_and_must_have_the_same_shapes(sets, tiny_m
     with pytest.raises(UserError, match=r"data.mix: teacher has no latents of \d+x\d+"):
         mix = mixed((wide, square), "resampled", buckets=step, batch_size=2)
         open_data(mix, frozen, pixels=False)
+
+
+def test_what_both_of_two_paired_streams_left_out_is_added():
+    def batch(lost: dict[str, int] | None) -> CachedBatch:
+        return CachedBatch(["x"], torch.zeros(1), pixels=torch.zeros(1, 3, 8, 8), lost=lost)
+
+    both = joined(batch({"broken": 1, "filtered": 2}), batch({"broken": 4}), 1.0)
+    assert both.lost == {"broken": 5, "filtered": 2}
+    assert joined(batch(None), batch(None), 1.0).lost is None
+
+
+def test_a_mixture_tells_of_what_each_of_its_sets_left_out(sets):
+    real, made = sets
+    own = FilterConfig(min_scores={"aesthetic": 8})
+    mix = (MixConfig("teacher", made, 1.0, filters=FilterConfig(min_scores={"aesthetic": 2})),)
+    config = DataConfig(real, 4, mode="resampled", size=32, filters=own, mix=mix)
+    [first, *_] = take(open_data(config), 2)
+    # Of 40 pictures eight in ten are below 8, of 30 two in ten below 2.
+    assert len({caption.split()[0] for caption in first.captions}) == 2
+    assert first.lost == {"filtered": 32 + 6, "broken": 0}
 
 
 def test_check_looks_at_every_set(sets, tmp_path, capsys):

@@ -9,7 +9,7 @@ import pytest
 
 from train.data import exact, resampled
 from train.data.config import DataConfig
-from train.data.index import IndexStore
+from train.data.index_store import IndexStore
 from train.data.open import open_data
 from train.data.patience import Patience
 from train.data.resampled import FetchedShard

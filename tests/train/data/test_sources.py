@@ -14,6 +14,7 @@ import pytest
 
 from cascade.errors import UserError, run_main
 from train.data.__main__ import main
+from train.data.beside import write_beside
 from train.data.config import DataConfig
 from train.data.open import open_data
 from train.data.sources import (
@@ -25,6 +26,7 @@ from train.data.sources import (
     shard_title,
     sibling,
     stamp,
+    why_whole_alone,
 )
 from train.data.transport import SourceError, shown
 
@@ -118,6 +120,18 @@ def test_shards_of_a_server_give_the_batches_of_the_same_files(served, mode, wor
     assert keys(web, 9)[5:] == keys(web, 4, start=5)
 
 
+def test_an_index_beside_the_shards_of_a_server_is_used(served, tmp_path, monkeypatch):
+    for shard in (tmp_path / "web").glob("*.tar"):
+        write_beside(shard)
+
+    def scanned(*_: object) -> None:
+        raise AssertionError("a shard was looked through")
+
+    monkeypatch.setattr("train.data.index_store.index_of", scanned)
+    found = keys(config(served.url + "/{00000..00002}.tar", mode="exact"), 3)
+    assert len(set(itertools.chain(*found))) == 12
+
+
 def test_an_answer_that_breaks_off_goes_on_where_it_broke(served):
     whole = (served.folder / "00001.tar").read_bytes()
     served.break_after = len(whole) // 3
@@ -150,6 +164,10 @@ def test_exact_mode_refuses_a_server_without_pieces_and_resampled_does_not(serve
     with pytest.raises(UserError, match="gives no pieces of files"):
         keys(config(shards, mode="exact"), 1)
     assert len(keys(config(shards, mode="resampled"), 3)) == 3
+    assert why_whole_alone(f"{served.url}/00000.tar") == "their server gives no pieces of files"
+    served.pieces = True
+    assert why_whole_alone(f"{served.url}/00000.tar") is None
+    assert why_whole_alone(f"{served.url}/none.tar") is None  # who opens it says so
 
 
 def test_a_shard_that_vanishes_does_not_stop_a_resampled_run(served, caplog):
