@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from cascade.checkpoints.files import atomic_write_text
 from cascade.config import to_dict
-from cascade.errors import UserError
+from cascade.errors import UserError, describe_os_error
 from train.callbacks.checkpoints import (
     CHECKPOINTS,
     RunCheckpoints,
@@ -255,6 +255,11 @@ def fit(
                 _log.info("%s: no batch came; what was learned before is saved", out)
             trainer.save_checkpoint(checkpoint_path(out, trainer.global_step))
             ledger.write_row(trainer)
+    except OSError as error:  # of a log: Python does not say which file is written to
+        described = describe_os_error(error) if error.filename is None else None
+        if described is None:
+            raise
+        raise UserError(f"{out}: {described}") from error
     except StopAtOnce:
         launcher = trainer.strategy.launcher
         if launcher is not None:  # the processes that this one has started, as Lightning does it
@@ -317,6 +322,8 @@ def _strategy(
 ) -> DDPStrategy | ShardedStrategy | str:
     """Return how gradients meet: nothing to do on one device, else averaged over all."""
     if run.devices * run.num_nodes == 1:
+        if run.strategy == "fsdp":
+            _log.info("run.strategy is fsdp: one device has nothing to share; it holds all")
         return "auto"
     if run.strategy == "fsdp":
         check_can_shard(system, run, optim)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import signal
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -191,7 +194,22 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("damage", [cut, flip_a_bit])
+def put_another_zip(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("notes.txt", "whole, and no checkpoint")
+
+
+def test_a_full_disk_under_a_log_names_the_run(make_run, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run = make_run("previewer")
+    monkeypatch.setattr("train.callbacks.ledger.Ledger.write_row", full)
+    with pytest.raises(UserError, match=rf"^{re.escape(str(run.out))}: .*disk is full"):
+        run.start()
+
+
+@pytest.mark.parametrize("damage", [cut, flip_a_bit, put_another_zip])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(damage, make_run, caplog):
     whole = make_run("previewer", "whole")
     whole.start("--run.max_steps", 6)

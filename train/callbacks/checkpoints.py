@@ -109,6 +109,8 @@ def find_damage(path: Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
             wrong = archive.testzip()
+            if not any(name.endswith("/data.pkl") for name in archive.namelist()):
+                return "it holds no values that torch has saved"
     except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
         return str(error) or type(error).__name__
     return None if wrong is None else f"{wrong} has another checksum"
