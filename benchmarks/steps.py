@@ -71,8 +71,20 @@ def ways_of(
     steps: Sequence[int],
     few_steps: Sequence[int],
     guidance: float | None,
+    few_guidance: Sequence[float] = (),
+    few_times: Sequence[float] = (),
 ) -> Iterator[Way]:
-    """Yield the rows: the plain network without and with guidance, then the student."""
+    """Yield the rows: the plain network without and with guidance, then the student.
+
+    Args:
+        plain: The plain network, and how its model samples it.
+        few: The student, and how its file says that it is sampled; None: there is none.
+        steps: Of the plain network.
+        few_steps: Of the student.
+        guidance: Of the plain network; None: its model's.
+        few_guidance: What the student is told, one after the other; none: what its file says.
+        few_times: Where the student's steps lie in one row more; none: no such row.
+    """
     network, own = plain
     scale = own.guidance if guidance is None else guidance
     for scale_now in dict.fromkeys((1.0, scale)):
@@ -82,12 +94,13 @@ def ways_of(
     if few is None:
         return
     network, own = few
-    for count in few_steps:
-        times = own.times if count == own.steps else ()
-        asked = replace(own, steps=count, times=times)
-        if guidance is not None:
-            asked = replace(asked, guidance=guidance)
-        yield Way("student", network, asked)
+    for scale in few_guidance or (own.guidance,):
+        for count in few_steps:
+            times = own.times if count == own.steps else ()
+            yield Way("student", network, replace(own, steps=count, times=times, guidance=scale))
+        if few_times:
+            count, times = len(few_times) - 1, tuple(few_times)
+            yield Way("student", network, replace(own, steps=count, times=times, guidance=scale))
 
 
 def embeddings(
@@ -154,7 +167,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the first prompt's picture")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8, 20])
     parser.add_argument("--few-steps", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--guidance", type=float, help="of the stage (default: the model's)")
+    parser.add_argument("--guidance", type=float, help="of the plain stage (default: the model's)")
+    parser.add_argument(
+        "--few-guidance", type=float, nargs="+", default=[], help="what the student is told"
+    )
+    parser.add_argument(
+        "--few-times", type=float, nargs="+", default=[], help="times of one row more, 1 to 0"
+    )
     parser.add_argument("--dtype", default="float32", help="number format of the stages")
     options = parse_all(parser, sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -177,12 +196,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(row(name, "", "", "", marks, far))
     plain = (getattr(pipeline, stage), getattr(pipeline.spec, stage))
     started_s = time.perf_counter()
-    for way in ways_of(plain, few, options.steps, options.few_steps, options.guidance):
+    asks = (options.guidance, options.few_guidance, options.few_times)
+    for way in ways_of(plain, few, options.steps, options.few_steps, *asks):
         vectors, seconds = embeddings(pipeline, stage, way, scorer, asked, options.seed)
         found = agreement(true_ranks(vectors, asked.vectors, asked.candidates))
         more = f"{frechet_distance(real, gaussian_of(vectors), root):.4f} | {seconds:.3f}"
         sampling = way.sampling
-        numbers = (str(sampling.steps), f"{sampling.guidance:g}", str(way.passes))
+        at = f" ({', '.join(f'{time:g}' for time in sampling.times)})" if sampling.times else ""
+        numbers = (f"{sampling.steps}{at}", f"{sampling.guidance:g}", str(way.passes))
         print(row(way.name, *numbers, found, more), flush=True)
     print(
         f"\n{len(asked.prompts)} prompts of {split.name} against {real.count} real pictures; seeds "

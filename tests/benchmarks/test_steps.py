@@ -32,6 +32,14 @@ def test_passes_are_counted_as_they_run() -> None:
         ("student", 4, 4.0, 4),
     ]
     assert [one.sampling.times for one in ways[-2:]] == [(), times]
+    told: list[object] = [[], [2], None, [2.0, 3.0], (1.0, 0.7, 0.0)]
+    ways = list(ways_of((network, plain), (network, few), *told))  # type: ignore[arg-type]
+    assert [(one.sampling.guidance, one.sampling.times, one.passes) for one in ways] == [
+        (2.0, (), 2),
+        (2.0, (1.0, 0.7, 0.0), 2),
+        (3.0, (), 2),
+        (3.0, (1.0, 0.7, 0.0), 2),
+    ]
 
 
 def test_a_student_is_found_by_what_its_file_says(tiny_model: Path, tmp_path: Path) -> None:
