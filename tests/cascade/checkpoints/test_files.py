@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cascade.checkpoints import files
+from cascade.checkpoints import written_tensors
 from cascade.checkpoints.files import (
     assign_strictly,
     atomic_path,
@@ -125,7 +125,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_weights(
         Path(path).write_bytes(before[: len(before) // 2])
         raise error
 
-    monkeypatch.setattr(files, "save_file", half)
+    monkeypatch.setattr(written_tensors, "save_file", half)
     with pytest.raises(UserError, match=message) as caught:
         save_network(saved, Toy(ToyConfig()))
     _one_line(caught, saved)

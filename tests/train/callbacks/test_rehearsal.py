@@ -17,7 +17,7 @@ def test_a_network_that_can_t_be_exported_is_found_before_the_first_step(make_ru
     monkeypatch.setattr("train.callbacks.export.save_network", fail)
     monkeypatch.setattr(StageCSystem, "training_step", lambda *_: steps.append(1))
     run = make_run("stage_c")
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(UserError, match="disk is full"):
         run.start()
     assert steps == []
     assert not (run.out / ".rehearsal").exists()
