@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -21,6 +22,10 @@ _log = logging.getLogger(__name__)
 
 _NAMED = 30
 _JUDGED_FROM = 1000
+_DEAD = "DataLoader worker"
+"""What torch's message on a worker that is gone begins with."""
+_SIGNAL_S = 1.0
+"""In which the system tells of the death of a child."""
 
 
 class StepSource:
@@ -117,11 +122,9 @@ class StreamLoader:
         while True:
             self._waiting_since_s = time.monotonic()
             try:
-                given = next(served)
-            except (RuntimeError, ConnectionError, EOFError) as error:
-                # What a batch half sent by a dead worker raises is one of the last two.
-                lost = "DataLoader worker" in str(error) or not isinstance(error, RuntimeError)
-                if not (self._loader.num_workers and lost):
+                given = self._next(served)
+            except RuntimeError as error:
+                if not (self._loader.num_workers and _DEAD in str(error)):
                     raise
                 raise UserError(
                     f"a data worker has died, often for want of memory: {error}; try fewer "
@@ -134,6 +137,17 @@ class StreamLoader:
             self._count(given)
             given.batch.lost = {**given.left_out, "broken": len(given.broken)}
             yield given.batch
+
+    def _next(self, served: Iterator[Any]) -> Any:
+        """Return the next batch; a worker's death is always a RuntimeError with ``_DEAD``."""
+        try:
+            return next(served)
+        except (ConnectionError, EOFError) as error:  # a batch half sent
+            if self._loader.num_workers:
+                # Torch's own word on the death comes by a signal, amid whatever runs then: here.
+                time.sleep(_SIGNAL_S)
+                raise RuntimeError(f"{_DEAD} broke off: {error}") from error
+            raise
 
     def waiting_s(self) -> float:
         """Return for how many seconds the next batch has been waited for; 0 while it is not."""
