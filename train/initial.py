@@ -131,14 +131,13 @@ def start(
         taught: What a stage learns to predict here; it is said where the weights learned another.
     """
     if name is not None and prepared.newest is None:
-        start_from(network, name, kind, section)
+        found = start_from(network, name, kind, section)
         if taught is not None:
-            _tell_of_unlearning(name, kind, taught)
+            _tell_of_unlearning(found, name, taught)
 
 
-def _tell_of_unlearning(name: str, kind: Kind, taught: DiffusionConfig) -> None:
+def _tell_of_unlearning(found: FoundNetwork, name: str, taught: DiffusionConfig) -> None:
     """Warn that a run teaches a network another prediction or path than it has learned."""
-    found = find_network(name, kind)
     learned = learned_diffusion(found.opened.metadata, str(found.path))
     differing = {
         key: learned[key]
@@ -155,8 +154,8 @@ def _tell_of_unlearning(name: str, kind: Kind, taught: DiffusionConfig) -> None:
         )
 
 
-def start_from(network: nn.Module, name: str, kind: Kind, section: str = "model") -> None:
-    """Copy weights into a fresh network of the same sizes; strict.
+def start_from(network: nn.Module, name: str, kind: Kind, section: str = "model") -> FoundNetwork:
+    """Copy weights into a fresh network of the same sizes, strictly; return where they are from.
 
     Args:
         network: A network of the run.
@@ -172,6 +171,7 @@ def start_from(network: nn.Module, name: str, kind: Kind, section: str = "model"
     weights = build(found.opened, found.published)
     check_finite_weights(weights, f"init_from {name}")
     network.load_state_dict(weights.state_dict())
+    return found
 
 
 def _check_sizes(

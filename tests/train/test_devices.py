@@ -5,9 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import os
 import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
@@ -19,10 +17,10 @@ from safetensors.torch import load_file
 
 from cascade.config import load_yaml
 from cascade.errors import UserError
+from tests.train.processes import TORCHRUN, finished
 from train.data.open import open_data
 from train.systems.previewer import PreviewerRun
 
-ROOT = Path(__file__).parents[2]
 STEPS = 4
 LEARNING_RATE = 1e-5
 OPTIM = {
@@ -35,16 +33,7 @@ pytestmark = pytest.mark.slow
 
 
 def start(run, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run the command as a user does, so that it can start its other processes."""
-    command = [sys.executable, "-m", "train", run.kind, "--config", str(run.config)]
-    return subprocess.run(
-        [*command, "--run.max_steps", str(STEPS), *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    return finished(run, "--run.max_steps", STEPS, *arguments, timeout_s=600)
 
 
 def weights_of(run) -> dict[str, torch.Tensor]:
@@ -132,17 +121,7 @@ def test_two_processes_of_torchrun_share_uneven_shards_without_a_hang(
         for name, size in (("halves", 2), ("whole", 4))
     ]
     halves, whole = runs
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, "--nproc_per_node", "2", "-m", "train", "stage_c"]
-    options = ["--config", str(halves.config), "--run.devices", "2", "--run.max_steps", "20"]
-    done = subprocess.run(
-        [*command, *options],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = finished(halves, "--run.devices", 2, "--run.max_steps", 20, launcher=TORCHRUN)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr and "fontManager" not in done.stderr
     assert len(halves.losses()) == 20
@@ -171,17 +150,7 @@ def test_what_two_processes_left_out_is_one_sum(make_run, tmp_path, monkeypatch)
     section = {"shards": str(tmp_path / "a.tar"), "mode": "exact", "size": 32, "folder": None}
     section |= {"batch_size": 2, "filters": {"min_size": 24}, "workers": 1}
     run = make_run("previewer", data=section)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, "--nproc_per_node", "2", "-m", "train", "previewer"]
-    options = ["--config", str(run.config), "--run.devices", "2", "--run.max_steps", "4"]
-    done = subprocess.run(
-        [*command, *options],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = finished(run, "--run.devices", 2, "--run.max_steps", 4, launcher=TORCHRUN)
     assert done.returncode == 0, done.stderr
     data = open_data(load_yaml(PreviewerRun, run.config).data)
     broken = [

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,10 +13,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from cascade.errors import run_main
+from tests.train.processes import finished
 from train.callbacks.checkpoints import newest_checkpoint
 from train.sharding import cut_like, gathered, local_part, part_like
 
-ROOT = Path(__file__).parents[2]
 STEPS = 4
 LEARNING_RATE = 1e-5
 SECTIONS = {
@@ -31,16 +28,7 @@ SHARDED = ("--run.devices", "2", "--run.strategy", "fsdp")
 
 
 def start(run, *arguments: object) -> None:
-    """Run the command as a user does, so that it can start its other process."""
-    done = subprocess.run(
-        [sys.executable, "-m", "train", run.kind, "--config", str(run.config)]
-        + [str(argument) for argument in arguments],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = finished(run, *arguments)
     assert done.returncode == 0, done.stderr
 
 

@@ -27,6 +27,14 @@ def default_folder() -> Path:
     return Path(base) / "cascade" / "index"
 
 
+def _looked_through(address: str) -> ShardIndex:
+    with open_stream(address) as stream:
+        try:
+            return index_of(stream)
+        except OSError as error:
+            raise SourceError(f"{shown(address)}: {error}") from error
+
+
 class IndexStore:
     """Indexes by shard: from memory, from their folder, or made now."""
 
@@ -60,15 +68,8 @@ class IndexStore:
         path = self._paths.get(address) or self._path(address)
         index = load_index(path)
         if index is None:
-            index = trusted_beside(address)
-            if index is not None:
-                self._save(index, path)  # looked at once, not by every worker again
-        if index is None:
-            with open_stream(address) as stream:
-                try:
-                    index = index_of(stream)
-                except OSError as error:
-                    raise SourceError(f"{shown(address)}: {error}") from error
+            # What lies beside it is kept as well: looked at once, not by every worker again.
+            index = trusted_beside(address) or _looked_through(address)
             self._save(index, path)
         self._paths[address] = path
         if self._unwritable:

@@ -82,17 +82,13 @@ def inputs_of(config: StudyConfig) -> dict[str, str]:
         for step in arm.steps:
             named += [step.config, *step.set.values()]
     judge = config.judge
-    named += [judge.real, judge.prompts, judge.features, judge.clip, judge.lpips]
+    folders = [judge.real, judge.prompts, judge.features, judge.clip]
+    named += [*folders, judge.lpips]
     found = {}
     for path in sorted({one for one in named if isinstance(one, str)}):
         if Path(path).is_file():
             found[path] = file_hash(path)
-        elif Path(path).is_dir() and path in (
-            judge.real,
-            judge.prompts,
-            judge.features,
-            judge.clip,
-        ):
+        elif path in folders and Path(path).is_dir():
             found[path] = _listing_hash(Path(path))
     return found
 

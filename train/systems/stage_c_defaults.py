@@ -9,7 +9,7 @@ others have the published values.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 from cascade.config import DependentDefaults
@@ -34,7 +34,7 @@ class StageCDiffusion(DiffusionConfig, DependentDefaults):
     def defaults_beside(cls, given: Mapping[str, object]) -> Mapping[str, object]:
         """Return the published ones beside another prediction or schedule."""
         own = all(given.get(name, getattr(cls, name)) == getattr(cls, name) for name in _PATH)
-        return {} if own else _of(DiffusionConfig(), cls)
+        return {} if own else vars(DiffusionConfig())
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,7 @@ class StageCOptim(OptimConfig, DependentDefaults):
     @classmethod
     def defaults_beside(cls, given: Mapping[str, object]) -> Mapping[str, object]:
         """Return the published ones beside another optimizer."""
-        other = given.get("name", cls.name) != cls.name
-        return {key: value for key, value in _of(OptimConfig(), cls).items() if other}
+        return {} if given.get("name", cls.name) == cls.name else vars(OptimConfig())
 
 
 @dataclass(frozen=True)
@@ -64,9 +63,4 @@ class NewStageC(StageCConfig):
 
     def plain(self) -> StageCConfig:
         """Return the same sizes as the network and its file know them."""
-        return StageCConfig(**{one.name: getattr(self, one.name) for one in fields(self)})
-
-
-def _of(published: object, cls: type) -> dict[str, object]:
-    """Return the published values of what a class has other defaults for."""
-    return {name: getattr(published, name) for name in vars(cls).get("__annotations__", {})}
+        return StageCConfig(**vars(self))
