@@ -212,7 +212,9 @@ def _check(options: argparse.Namespace, rest: list[str]) -> int:
             if isinstance(one, dict):
                 one.pop("folder", None)
         values["mode"] = "resampled" if mix else "exact"
-    values.setdefault("size", 512)
+    compares = "size" in values and not one_size
+    if options.config is None or one_size:
+        values.setdefault("size", 512)
     if "shards" not in values:
         raise UserError("check: name the shards, or a --config whose data section does")
     data = from_dict(DataConfig, values, where)
@@ -220,7 +222,8 @@ def _check(options: argparse.Namespace, rest: list[str]) -> int:
     for name, one in zip(["", *names], data.sets(), strict=True):
         if name:
             print(f"\nset {name}")
-        found = check(CheckOptions(one, options.samples, options.ranks or ranks, one_size))
+        ranks = options.ranks or ranks
+        found = check(CheckOptions(one, options.samples, ranks, one_size, compares))
         for line in found.table():
             print(line)
         found.require_usable()

@@ -1,4 +1,4 @@
-"""The index that ``python -m train.data write`` lays beside each shard: ``NAME-000000.index.npz``.
+"""The index that lies beside each shard that we write: ``NAME-000000.index.npz``.
 
 It holds what :mod:`train.data.index` finds, and the shard's size, number of samples and sha256. A
 run that finds it need not look through the shard. It is trusted only if the shard is that of which
@@ -13,6 +13,7 @@ import io
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -95,27 +96,34 @@ class Beside:
         Raises:
             UserError: It is another.
         """
-        digest = hashlib.sha256()
         with open_stream(self.address) as file:
-            while data := file.read(_BLOCK):
-                digest.update(data)
-        if digest.hexdigest() != self.sha256:
+            found = _sha256(file)
+        if found != self.sha256:
             raise UserError(
-                f"{shown(self.address)}: its sha256 is {digest.hexdigest()[:12]}..., but "
+                f"{shown(self.address)}: its sha256 is {found[:12]}..., but "
                 f"{self.sha256[:12]}... when it was written; copy or write it again, or, if it was "
                 f"changed on purpose, delete {shard_title(self.address)}{INDEX_SUFFIX}"
             )
 
 
+def _sha256(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while data := file.read(_BLOCK):
+        digest.update(data)
+    return digest.hexdigest()
+
+
 def write_beside(shard: Path) -> Path:
     """Index a shard that was just written, beside it; return the index's path."""
-    data = shard.read_bytes()
-    index = index_of(io.BytesIO(data))
+    with shard.open("rb") as file:
+        index = index_of(file)
+        file.seek(0)
+        sha256 = _sha256(file)
     facts = {
         "version": INDEX_VERSION,
-        "bytes": len(data),
+        "bytes": shard.stat().st_size,
         "samples": len(index),
-        "sha256": hashlib.sha256(data).hexdigest(),
+        "sha256": sha256,
     }
     path = index_path(shard)
     save_index(index, path, facts)

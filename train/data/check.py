@@ -17,7 +17,7 @@ from cascade.errors import UserError
 from train.data.beside import find_beside
 from train.data.cached import CACHE_FILES
 from train.data.config import DataConfig
-from train.data.fingerprint import CacheFound, find_cache
+from train.data.fingerprint import CacheFound, check_fits, find_cache
 from train.data.index import UNREADABLE_PICTURE, ShardIndex, index_of
 from train.data.plan import ExactPlan
 from train.data.resampled import drawn_of, probed_places
@@ -41,6 +41,8 @@ class CheckOptions:
     """Devices of the run that is meant."""
     one_size: bool = False
     """Whether the run keeps the set in memory, where all pictures have one size."""
+    compares: bool = False
+    """Whether the data's size and shapes are the run's own, and a cache has to have them."""
 
     def __post_init__(self) -> None:
         """Refuse counts that can't be."""
@@ -214,7 +216,8 @@ def check(options: CheckOptions) -> Checked:
     """Look at the shards; a shard that can't be read is reported, not raised.
 
     Raises:
-        UserError: No shard matches, or a command that nobody allowed.
+        UserError: No shard matches, a command that nobody allowed, or a cache of another size,
+            shapes or crop than the run's.
     """
     data = options.data
     addresses = expand_shards(data.shards)
@@ -223,6 +226,8 @@ def check(options: CheckOptions) -> Checked:
     parts = _parts(cache)
     if cache is not None:
         made = cache.fingerprint
+        if options.compares:
+            check_fits(made, data, {})
         data = dataclasses.replace(data, size=made.size, buckets=made.buckets)
         options = dataclasses.replace(options, data=data)
     selector = Selector.of(data, parts)

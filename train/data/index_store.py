@@ -69,7 +69,8 @@ class IndexStore:
         index = load_index(path)
         if index is None:
             # What lies beside it is kept as well: looked at once, not by every worker again.
-            index = trusted_beside(address) or _looked_through(address)
+            beside = trusted_beside(address)
+            index = _looked_through(address) if beside is None else beside
             self._save(index, path)
         self._paths[address] = path
         if self._unwritable:

@@ -30,6 +30,7 @@ from torch import Tensor
 from cascade.checkpoints.files import atomic_path, atomic_write_text
 from cascade.errors import UserError
 from cascade.pipelines.placement import pick_device
+from train.data.beside import write_beside
 from train.data.buckets import Shape
 from train.data.cached import CACHE_FILES
 from train.data.config import DataConfig, FilterConfig, filter_differences
@@ -133,6 +134,7 @@ def precompute_shards(options: PrecomputeOptions) -> PrecomputeReport:
         shard = FetchedShard(address, allow_pipe=options.data.allow_pipe)
         written, skipped = _Writer(options, selector, encoders, hashes).write(shard, target)
         shard.close()
+        write_beside(target)
         _mark_done(target, address, source, written, skipped)
         report.shards += 1
         report.samples += written

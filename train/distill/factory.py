@@ -38,6 +38,7 @@ from cascade.evaluate.generate import (
 from cascade.evaluate.training_cost import LEDGER_FILE
 from cascade.launchers import Part
 from cascade.pipelines.results import CascadePicture, Picture, UNetPicture
+from train.data.beside import write_beside
 from train.data.members import CAPTION_KEY, DRAWN_KEY, LATENT_KEYS, METADATA_KEY, array_bytes
 from train.data.shards import shard_name
 from train.data.write import add_member
@@ -201,6 +202,7 @@ class Factory:
             "refused": refused,
             "digests": list(kept),
         }
+        write_beside(target)
         atomic_write_text(done_file(target), json.dumps(done, sort_keys=True) + "\n")
         ledger.write_row(target.stem)
         report.shards += 1

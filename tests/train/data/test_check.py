@@ -88,6 +88,37 @@ def test_a_run_s_own_configuration_is_what_is_checked(several_shapes, tmp_path, 
     assert code == 2 and "pictures of 6 sizes, but data.mode is memory" in error
 
 
+def test_a_cache_of_another_size_than_the_run_s_is_refused(
+    several_shapes, tiny_model, tmp_path, capsys
+):
+    cache = tmp_path / "cache"
+    words = ["precompute", "--shards", several_shapes, "--shards-out", str(cache), "--size", "32"]
+    words += ["--stage-a", str(tiny_model / "stage_a.safetensors"), "--buckets.step", "8"]
+    assert main(words) == 0
+    shards = str(cache / "*.tar")
+    data = {"shards": shards, "batch_size": 4, "mode": "exact", "size": 32, "buckets": {"step": 8}}
+    path = tmp_path / "run.yaml"
+    for changes, message in (
+        ({}, ""),
+        ({"size": 40}, "size is 40 here and 32 there"),
+        ({"buckets": None}, "buckets is None here and"),
+        ({"crop": "random"}, "crop is random here and center there"),
+    ):
+        path.write_text(yaml.safe_dump({"data": {**data, **changes}}))
+        code, _, error = check(capsys, "--config", path)
+        assert (code, len(error.splitlines())) == ((2, 1) if message else (0, 0)), changes
+        assert message in error
+    assert "of size 32" in check(capsys, shards)[1]  # nobody said a size: the cache's own
+
+
+def test_a_run_without_a_size_is_refused_as_the_run_would_be(several_shapes, tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    data = {"shards": several_shapes, "batch_size": 4, "mode": "exact"}
+    path.write_text(yaml.safe_dump({"data": data}))
+    code, _, error = check(capsys, "--config", path)
+    assert code == 2 and "size" in error
+
+
 def test_the_demonstration_s_way_passes(tmp_path, capsys):
     shards = write_set(tmp_path, [6, 6], sizes=[(32, 32)])
     path = tmp_path / "run.yaml"

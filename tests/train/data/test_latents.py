@@ -21,7 +21,9 @@ from cascade.checkpoints.files import load_network, save_network
 from cascade.errors import UserError
 from stages.stage_a import StageA
 from train.data.__main__ import main
+from train.data.beside import trusted_beside
 from train.data.config import BucketConfig, DataConfig, FilterConfig
+from train.data.index import index_of
 from train.data.members import array_bytes, read_array
 from train.data.open import open_data
 from train.encode import FrozenEncoders, FrozenPaths
@@ -89,6 +91,18 @@ def test_a_cache_holds_what_encoding_its_pictures_gives(pictures, paths, tmp_pat
     null = encoders.null_text()
     assert null is not None and data.null_text is not None
     torch.testing.assert_close(data.null_text[0], null[0])
+
+
+def test_an_index_lies_beside_each_shard_and_is_its_own(pictures, paths, tmp_path):
+    main(arguments(pictures, tmp_path / "out", paths))
+    shards = sorted((tmp_path / "out").glob("*.tar"))
+    assert len(shards) == 3
+    for shard in shards:
+        beside = trusted_beside(str(shard))
+        with shard.open("rb") as file:
+            found = index_of(file)
+        assert beside is not None and beside.keys == found.keys
+        assert np.array_equal(beside.heights, found.heights)
 
 
 @pytest.mark.parametrize("mode", ["exact", "resampled"])

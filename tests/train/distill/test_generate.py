@@ -30,6 +30,7 @@ from cascade.evaluate.generate import (
 from cascade.launchers import Part, alone
 from cascade.pipelines.finite import BlankPictureError, NonFiniteError
 from tests.unet_models import save_tiny
+from train.data.beside import trusted_beside
 from train.data.config import DataConfig
 from train.data.latents import PrecomputeOptions, precompute_shards
 from train.data.shards import ShardReader
@@ -182,6 +183,14 @@ def test_files_that_are_there_are_not_made_again(unet_teacher, tmp_path):
     make_files(maker, items, tmp_path, Part())
     assert len(list(tmp_path.glob("*.png"))) == 7
     assert (tmp_path / "k2.png").read_bytes() == b"left as it is"
+
+
+def test_an_index_lies_beside_each_shard(unet_teacher, prompts, tmp_path):
+    assert main(command(unet_teacher, prompts, tmp_path / "out")) == 0
+    shards = sorted((tmp_path / "out").glob("*.tar"))
+    assert shards
+    kept = {key for shard in shards for key in trusted_beside(str(shard)).keys}
+    assert kept == set(samples_of(tmp_path / "out"))
 
 
 def run_command(words: list[str]) -> None:
