@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import signal
 import sys
@@ -16,7 +15,6 @@ import lightning.pytorch as pl
 import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -44,6 +42,7 @@ from train.data.pictures import BOMB_WARNING
 from train.data.select import lost_line
 from train.draws import SeedLayers
 from train.launch import cluster_environment, global_rank
+from train.loggers import make_loggers
 from train.memory import keep_freed_memory
 from train.noted import (
     CONFIG_FILE,
@@ -136,7 +135,12 @@ def prepare(run: RunConfig, config: object, *, resume: bool) -> Prepared:
     own_kind = type(config).__name__
     if newest is None:
         refuse_lost_checkpoints(out, run.checkpoint_every_steps)
-    elif (out / CONFIG_FILE).is_file():
+    elif not (out / CONFIG_FILE).is_file():
+        _log.warning(
+            "--resume: %s is not there: whether this is the run that was begun can't be told",
+            out / CONFIG_FILE,
+        )
+    else:
         noted = read_noted(out)
         if noted.kind not in (None, own_kind):
             raise UserError(
@@ -288,35 +292,6 @@ def fit(
         atomic_write_text(out / DONE_FILE, f"{steps_done(system, trainer)} steps\n")
 
 
-def _loggers(out: Path, run: RunConfig) -> list[Logger]:
-    """Return where losses and rates go: a CSV file, TensorBoard's files, and what was asked for."""
-    loggers: list[Logger] = [
-        CSVLogger(out, name="logs", flush_logs_every_n_steps=1),
-        TensorBoardLogger(out, name="tensorboard", version=""),
-    ]
-    if run.wandb_project is not None:
-        try:
-            from lightning.pytorch.loggers import WandbLogger
-
-            # One run there for all starts of the one here.
-            name = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]
-            loggers.append(
-                WandbLogger(
-                    project=run.wandb_project,
-                    name=out.name,
-                    save_dir=out,
-                    id=name,
-                    resume="allow",
-                )
-            )
-        except ModuleNotFoundError as error:
-            raise UserError(
-                f"run.wandb_project is {run.wandb_project}: wandb is not installed; pip install "
-                "wandb, or leave it out"
-            ) from error
-    return loggers
-
-
 def _strategy(
     system: pl.LightningModule, run: RunConfig, optim: OptimConfig
 ) -> DDPStrategy | ShardedStrategy | str:
@@ -388,7 +363,7 @@ def _trainer(
         max_steps=run.max_steps * optimizers,
         max_epochs=-1,
         gradient_clip_val=None if manual or optim.grad_clip == 0 else optim.grad_clip,
-        logger=_loggers(out, run),
+        logger=make_loggers(out, run),
         log_every_n_steps=run.log_every_steps,
         plugins=[
             RunCheckpoints(run.keep_checkpoints, ledger.clock, stop.errors),

@@ -14,6 +14,7 @@ from cascade.config import read_yaml
 from cascade.errors import UserError
 from train.callbacks.checkpoints import CHECKPOINTS
 from train.environment import note_start
+from train.loggers import note_config
 from train.rank_errors import RankErrors
 
 CONFIG_FILE = "config.yaml"
@@ -101,10 +102,11 @@ class NoteStart(Callback):
         self.errors = errors
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write them, and make the folder that tells of a run without a checkpoint as yet."""
+        """Write and show them; make the folder that tells of a run without a checkpoint as yet."""
         if not trainer.is_global_zero:
             return
         with self.errors.kept():
             (self.out / CHECKPOINTS).mkdir(exist_ok=True)
             atomic_write_text(self.out / CONFIG_FILE, self.config)
             note_start(self.out)
+            note_config(trainer.loggers, self.config)

@@ -18,6 +18,7 @@ from train.callbacks.find import find_callback
 from train.callbacks.ledger import Ledger
 from train.callbacks.stop import all_are_to_end, was_told_to_end
 from train.clock import PhaseClock
+from train.loggers import show_picture
 from train.networks import plain_copy
 from train.sharding import gathered
 from train.steps import ends_step
@@ -52,6 +53,8 @@ class PicturesConfig:
 
 class SamplePictures(Callback):
     """Writes ``OUT/pictures/step_N_raw.png`` and ``step_N_ema.png``, a grid of all prompts each.
+
+    TensorBoard and Weights & Biases show them too.
 
     The prompts are spread over the ranks. Drawing changes nothing of the training: the pictures'
     noise has generators of its own, and what draws is a copy that shares the weights.
@@ -124,8 +127,10 @@ class SamplePictures(Callback):
             parts = [self._part(kind, step, number) for number in range(len(prompts))]
             if all(part.is_file() for part in parts):
                 pictures: list[Image.Image] = [open_image(part) for part in parts]
-                save_png(image_grid(pictures), self.folder / f"step_{step:07d}_{kind}.png")
-                _log.info("drew %s", self.folder / f"step_{step:07d}_{kind}.png")
+                grid, path = image_grid(pictures), self.folder / f"step_{step:07d}_{kind}.png"
+                save_png(grid, path)
+                show_picture(trainer.loggers, f"pictures/{kind}", grid, step)
+                _log.info("drew %s", path)
             for part in parts:
                 part.unlink(missing_ok=True)
 
