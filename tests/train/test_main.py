@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
-import os
 import re
 import shutil
 import subprocess
@@ -15,6 +13,7 @@ import pytest
 import yaml
 
 from cascade.errors import run_main
+from tests.train.processes import finished
 from train.__main__ import KINDS, main
 
 ROOT = Path(__file__).parents[2]
@@ -95,11 +94,13 @@ def test_a_run_s_folder_that_can_t_be_made_is_named(make_run, tmp_path, capsys):
     )
 
 
-def _without_root_s_right() -> None:
-    """Take from this process, and what it executes, the right to write where modes forbid it."""
-    capability_drop, override = 24, 1  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE
-    if os.geteuid() == 0 and ctypes.CDLL(None, use_errno=True).prctl(capability_drop, override):
-        raise OSError(ctypes.get_errno(), "prctl")
+# What is executed has not root's right to write where modes forbid it: PR_CAPBSET_DROP of
+# CAP_DAC_OVERRIDE.
+WITHOUT_ROOT_S_RIGHT = """
+import ctypes, os, sys
+assert os.geteuid() or ctypes.CDLL(None).prctl(24, 1) == 0
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="root keeps its right to write elsewhere")
@@ -113,15 +114,8 @@ def test_a_folder_without_the_right_to_write_is_named(make_run, tmp_path, begun)
     run.out.mkdir(exist_ok=True)
     for folder in [run.out, *(path for path in before if path.is_dir())]:
         folder.chmod(0o500)
-    command = [sys.executable, "-m", "train", "previewer", "--config", str(run.config)]
-    done = subprocess.run(
-        [*command, "--resume", "--run.max_steps", "2"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        preexec_fn=_without_root_s_right,
-    )
+    launcher = ("-c", WITHOUT_ROOT_S_RIGHT)
+    done = finished(run, "--resume", "--run.max_steps", 2, launcher=launcher)
     for folder in [run.out, *(path for path in before if path.is_dir())]:
         folder.chmod(0o700)
     assert done.returncode == 2, done.stderr
