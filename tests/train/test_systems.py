@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import types
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from benchmarks.recipes import read_recipes
 from cascade.config import load_yaml
 from cascade.errors import UserError
 from stages.semantic_compressor import SemanticCompressor
@@ -355,3 +357,19 @@ def test_a_new_run_of_stage_c_learns_by_the_recipe_that_won(make_run):
     assert won.diffusion == best.diffusion and won.model == best.model
     for name in ("name", "lr", "muon_lr", "warmup_steps", "schedule"):
         assert getattr(won.optim, name) == getattr(best.optim, name)
+
+
+def test_the_demonstration_s_budget_is_given_to_the_published_recipe():
+    compared = read_recipes(Path("configs/demo/switches.yaml"))
+    runs = [
+        load_yaml(
+            StageCRun, compared.base, [f"{key}={value}" for key, value in one.options.items()]
+        )
+        for one in compared.recipes
+    ]
+    published = load_yaml(StageCRun, "configs/recipes/stage_c_published.yaml")
+    assert runs[0].diffusion == published.diffusion
+    for name in ("name", "betas", "weight_decay", "schedule"):
+        assert getattr(runs[0].optim, name) == getattr(published.optim, name)
+    assert [run.run.max_steps for run in runs] == [2000, 2000, 1100, 667]
+    assert all(run.diffusion == runs[1].diffusion for run in runs[1:])
