@@ -20,7 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--blocks", type=int, default=5, help="blocks of steps a side; default 5")
     parser.add_argument("--steps", type=int, default=3, help="steps a block; default 3")
+    parser.add_argument(
+        "--in-turn",
+        action="store_true",
+        help="hold one side at a time, built anew for each of its blocks: half the memory",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     options = parse_all(parser, sys.argv[1:] if arguments is None else arguments)
@@ -106,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def config_of(size: str) -> StageCConfig:
     """Return the network of a size."""
     if size == "lite":
-        return StageCConfig.lite()
+        return replace(StageCConfig.lite(), dropout=0.0)  # what is dropped differs between sides
     sizes = load_yaml(StageCRun, ROOT / "configs" / "demo" / "stage_c.yaml").model
     assert sizes is not None, "the demonstration's file names its sizes"
     return sizes
@@ -117,32 +122,45 @@ def compare(size: str, options: argparse.Namespace, device: torch.device, peak: 
     config = config_of(size)
     batch_size = options.batch_size or {"demo": 64, "lite": 4}[size]
     work = make_work(size, config, batch_size, options.seed, device)
-    torch.manual_seed(options.seed)
-    ours = StageC(config).to(device)
-    with torch.no_grad():
-        for parameter in ours.parameters():
-            if parameter.dim() > 1 and not bool(parameter.any()):
-                nn.init.normal_(parameter, std=0.02)  # zeros at the start would hide differences
-    steps: dict[str, Step] = {
-        "here": our_step(ours, work, options.seed),
-        "diffusers": their_step(ours, work, options.seed, device),
+    builders: dict[str, Callable[[], Step]] = {
+        "here": lambda: our_step(make_network(config, options.seed, device), work, options.seed),
+        "diffusers": lambda: their_step(
+            make_network(config, options.seed, device), work, options.seed, device
+        ),
     }
-    flops = flops_of(config, work)
-    first = {name: step(0) for name, step in steps.items()}
-    for number in range(1, _WARM_UP):
-        for step in steps.values():
-            step(number)
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    parameters, flops = count(config, work)
+    first: dict[str, float] = {}
+    steps: dict[str, Step] = {}
+
+    def warm(name: str) -> Step:
+        """Return a side's step, built and run in where it is not there."""
+        if name not in steps:
+            if options.in_turn:
+                steps.clear()
+                gc.collect()
+            step = builders[name]()
+            first[name] = step(0)
+            for number in range(1, _WARM_UP):
+                step(number)
+            steps[name] = step
+        return steps[name]
+
+    if not options.in_turn:
+        for name in builders:
+            warm(name)
+    seconds: dict[str, list[float]] = {name: [] for name in builders}
     number = _WARM_UP
     for block in range(options.blocks):
-        for name in list(steps) if block % 2 == 0 else list(steps)[::-1]:
+        for name in list(builders) if block % 2 == 0 else list(builders)[::-1]:
+            step = warm(name)
             started_s = time.perf_counter()
             for offset in range(options.steps):
-                steps[name](number + offset)  # reads the loss, and so waits for the device
+                step(number + offset)  # reads the loss, and so waits for the device
             seconds[name].append((time.perf_counter() - started_s) / options.steps)
+            del step
         number += options.steps
     lines = [
-        f"{size}: {sum(p.numel() for p in ours.parameters()):,} parameters, batch {batch_size}, "
+        f"{size}: {parameters:,} parameters, batch {batch_size}, "
         f"latents {tuple(work.latents.shape[1:])}, {flops / 1e12:.3f} TFLOP a step",
         f"{'':10}{'step s':>10}{'least':>10}{'images/s':>10}{'MFU':>8}{'first loss':>12}",
     ]
@@ -158,6 +176,17 @@ def compare(size: str, options: argparse.Namespace, device: torch.device, peak: 
         f"(least {least['here'] / least['diffusers']:.2f})"
     )
     return lines
+
+
+def make_network(config: StageCConfig, seed: int, device: torch.device) -> StageC:
+    """Return the network of a seed, without the zeros of its start."""
+    torch.manual_seed(seed)
+    network = StageC(config).to(device)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.dim() > 1 and not bool(parameter.any()):
+                nn.init.normal_(parameter, std=0.02)  # they would hide differences
+    return network
 
 
 def make_work(
@@ -236,8 +265,8 @@ def finish(loss: Tensor, network: nn.Module, optimizer: torch.optim.Optimizer) -
     return float(loss.detach())
 
 
-def flops_of(config: StageCConfig, work: Work) -> float:
-    """Count the operations of a forward and a backward pass, on the meta device."""
+def count(config: StageCConfig, work: Work) -> tuple[int, float]:
+    """Count parameters, and the operations of a forward and a backward pass, without either."""
     network: Any = build_on_meta(StageC, config, "the benchmark")
     like = [torch.empty(one.shape, device="meta") for one in (work.latents, work.text_hidden)]
     pooled = torch.empty(work.text_pooled.shape, device="meta")
@@ -245,7 +274,7 @@ def flops_of(config: StageCConfig, work: Work) -> float:
     with FlopCounter() as counter:
         predicted = network(like[0], torch.empty(len(like[0]), device="meta"), cond)
         predicted.sum().backward()
-    return counter.total
+    return sum(parameter.numel() for parameter in network.parameters()), counter.total
 
 
 if __name__ == "__main__":
