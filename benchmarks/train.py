@@ -114,7 +114,7 @@ def config_of(size: str) -> StageCConfig:
         return replace(StageCConfig.lite(), dropout=0.0)  # what is dropped differs between sides
     sizes = load_yaml(StageCRun, ROOT / "configs" / "demo" / "stage_c.yaml").model
     assert sizes is not None, "the demonstration's file names its sizes"
-    return sizes
+    return replace(sizes.plain(), qk_norm=False)  # diffusers knows no QK-norm
 
 
 def compare(size: str, options: argparse.Namespace, device: torch.device, peak: float) -> list[str]:
