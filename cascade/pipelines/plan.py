@@ -220,7 +220,8 @@ def _override(
     if steps is not None:
         check_count(f"steps_{stage}", steps, MAX_STEPS)
         check_steps(f"steps_{stage}", steps, sampling)
-        sampling = replace(sampling, steps=steps, times=())
+        if steps != sampling.steps:  # its own number has its own times
+            sampling = replace(sampling, steps=steps, times=())
     if guidance is not None:
         own = sampling.guidance
         scale = check_guidance(f"guidance_{stage}", guidance, own)

@@ -48,6 +48,7 @@ def test_times_of_the_models_own_steps_are_kept() -> None:
     times = (1.0, 0.8, 0.5, 0.3, 0.0)
     spec = replace(SPEC, stage_c_few=replace(FEW, times=times))
     assert make_plan(spec, "a hat").stage_c.times == times
+    assert make_plan(spec, "a hat", Settings(steps_c=4)).stage_c.times == times
     assert make_plan(spec, "a hat", Settings(steps_c=2)).stage_c.times == ()
 
 
