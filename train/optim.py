@@ -181,7 +181,8 @@ def _adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Opt
         return AdamW8bit(groups, lr=config.lr, betas=config.betas)
     fused = config.fused
     if fused is None:
-        fused = all(one.is_cuda for group in groups for one in group["params"])
+        devices = {one.device.type for group in groups for one in group["params"]}
+        fused = devices <= {"cuda", "cpu"}  # torch's own default has one on neither
     if config.offload:
         return OffloadedAdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)

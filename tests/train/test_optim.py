@@ -204,10 +204,21 @@ def network_and_optimizer(config: OptimConfig):
     return network, *make_optimizer(network.parameters(), config, 10)
 
 
-def test_adamw_is_fused_when_asked_and_by_itself_on_cuda_alone():
-    for fused, expected in ((None, False), (True, True), (False, False)):
-        _, optimizer, _ = network_and_optimizer(OptimConfig(fused=fused))
+def test_adamw_is_fused_unless_it_shall_not_be_and_steps_alike():
+    ends = []
+    for fused, expected in ((None, True), (True, True), (False, False)):
+        network, optimizer, _ = network_and_optimizer(OptimConfig(lr=1e-2, fused=fused))
         assert bool(optimizer.param_groups[0]["fused"]) is expected
+        for _ in range(3):
+            network(torch.ones(2, 128)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append(network.weight.detach())
+    assert torch.equal(ends[0], ends[1])
+    torch.testing.assert_close(ends[0], ends[2], rtol=1e-5, atol=1e-6)
+    elsewhere = nn.Linear(4, 4, device="meta")  # a kind of device whose kernel nobody has tried
+    optimizer, _ = make_optimizer(elsewhere.parameters(), OptimConfig(), 10)
+    assert not optimizer.param_groups[0]["fused"]
 
 
 def test_an_offloaded_adamw_steps_as_adamw_and_follows_its_schedule():
