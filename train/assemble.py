@@ -174,7 +174,7 @@ def sampling_said(path: str) -> StageSampling | None:
     if DISTILLED_KEY not in metadata:
         return None
     trained = from_dict(StageSampling, said_in(metadata, DIFFUSION_KEY, path), path)
-    return as_distilled(trained, metadata)
+    return as_distilled(trained, metadata, path)
 
 
 def _check_sampling(config: AssembleConfig) -> None:

@@ -151,8 +151,7 @@ def _curve(config: CascadeKDRun, teacher: PictureTeacher, compressor: str) -> Bi
                 f"estimate.curve {config.estimate.curve}: measured with {name} {theirs}, but this "
                 f"run has {ours}; measure it again"
             )
-    first = curve.points[0]
-    best = min(first.ratio, 1 / first.ratio)
+    best = curve.points[0].likeness
     if best < config.estimate.min_ratio:
         raise UserError(
             f"estimate.curve {config.estimate.curve}: its ratio at the least noise is "

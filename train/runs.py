@@ -36,7 +36,7 @@ from train.systems.stage_a import StageARun, StageASystem
 from train.systems.stage_a_decoder import StageADecoderRun
 from train.systems.stage_b import StageBRun, StageBSystem
 from train.systems.stage_c import StageCRun, StageCSystem
-from train.systems.step_distil import StepDistilRun
+from train.systems.step_distil_config import StepDistilRun
 from train.systems.unet import UNetRun
 
 AnyRun = (

@@ -16,7 +16,8 @@ from train.encode import FrozenPaths
 from train.fit import prepare
 from train.initial import start_from
 from train.runs import check_width, fit_system
-from train.systems.step_distil import StepDistilRun, StepDistilSystem
+from train.systems.step_distil import StepDistilSystem
+from train.systems.step_distil_config import StepDistilRun
 
 _log = logging.getLogger(__name__)
 

@@ -7,8 +7,12 @@ is asked for says which of them runs.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
+from cascade.checkpoints.said import said_in
+from cascade.config import from_dict
 from cascade.errors import UserError
 from cascade.pipelines.spec import CascadeSpec, Stage, StageSampling
 
@@ -24,13 +28,32 @@ def distilled_metadata(sampling: StageSampling) -> dict[str, str]:
     return {DISTILLED_KEY: json.dumps(values)}
 
 
-def as_distilled(sampling: StageSampling, metadata: dict[str, str]) -> StageSampling:
-    """Return a sampling with all that a distilled network's file says of it; else as it is."""
-    said = json.loads(metadata.get(DISTILLED_KEY, "{}"))
-    for name in ("times", "guidance_range"):
-        if said.get(name) is not None:
-            said[name] = tuple(said[name])
-    return replace(sampling, **said)
+def distilled_said(metadata: Mapping[str, str], where: str) -> dict[str, Any]:
+    """Return what a distilled network's file says of its sampling; of another network nothing.
+
+    Args:
+        metadata: The file's.
+        where: The file, for errors.
+
+    Raises:
+        UserError: They are damaged.
+    """
+    values = said_in(metadata, DISTILLED_KEY, where)
+    where = f"{where}: its metadata's {DISTILLED_KEY}"
+    for name in values:
+        if name not in DISTILLED:
+            raise UserError(f"{where} says {name}, which no distilled network's does")
+    sampling = from_dict(StageSampling, values, where)
+    return {name: getattr(sampling, name) for name in values}
+
+
+def as_distilled(sampling: StageSampling, metadata: Mapping[str, str], where: str) -> StageSampling:
+    """Return a sampling with all that a distilled network's file says of it; else as it is.
+
+    Raises:
+        UserError: The file's metadata are damaged.
+    """
+    return replace(sampling, **distilled_said(metadata, where))
 
 
 def choose(
@@ -52,8 +75,19 @@ def choose(
         return spec.sampling(stage, few=False), frozenset()
     takes_few = spec.prefers_few and sampler in (None, few.sampler)
     if steps is not None:
-        takes_few = steps <= few.max_steps
+        takes_few = takes_steps(few, steps)
     return spec.sampling(stage, few=takes_few), frozenset({stage} if takes_few else ())
+
+
+def takes_steps(own: StageSampling, steps: int) -> bool:
+    """Return whether a network was made for a number of steps.
+
+    One that jumps to clean latents ("lcm") takes any number up to its largest, one that jumps from
+    each of its steps to the next that number alone, a plain one any.
+    """
+    if own.max_steps is None:
+        return True
+    return steps <= own.max_steps if own.sampler == "lcm" else steps == own.steps
 
 
 def own_choice(spec: CascadeSpec) -> frozenset[Stage]:
@@ -81,16 +115,18 @@ def check_told(stage: str, time_conds: tuple[str, ...], sampling: StageSampling)
 
 
 def check_steps(name: str, steps: int, own: StageSampling) -> None:
-    """Refuse more steps than a network was distilled for.
+    """Refuse steps that a network was not distilled for.
 
     Raises:
         UserError: Saying how many it takes.
     """
-    if own.max_steps is not None and steps > own.max_steps:
-        raise UserError(
-            f"{name} {steps}: this network was distilled for {own.steps} steps and takes up to "
-            f"{own.max_steps}, and the model has no plain one"
-        )
+    if takes_steps(own, steps):
+        return
+    takes = f"and takes up to {own.max_steps}" if own.sampler == "lcm" else "alone"
+    raise UserError(
+        f"{name} {steps}: this network was distilled for {own.steps} steps {takes}, and the model "
+        "has no plain one"
+    )
 
 
 def check_range(name: str, scale: float, own: StageSampling) -> None:
@@ -111,12 +147,12 @@ def check_sampler(stage: str, sampler: str, own: StageSampling) -> None:
     """Refuse a sampler that a network was not made for.
 
     Raises:
-        UserError: A network for few steps is sampled by "lcm", and no other is.
+        UserError: A network for few steps is sampled by its own, and no other by "lcm".
     """
-    if own.sampler == "lcm" and sampler != "lcm":
+    if own.max_steps is not None and sampler != own.sampler:
         raise UserError(
-            f"sampler {sampler!r}: this {stage} was distilled for few steps of 'lcm'; leave "
-            "it out, or ask for the steps of a plain one"
+            f"sampler {sampler!r}: this {stage} was distilled for few steps of {own.sampler!r}; "
+            "leave it out, or ask for the steps of a plain one"
         )
     if sampler == "lcm" and own.sampler != "lcm":
         raise UserError(

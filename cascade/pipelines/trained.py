@@ -15,7 +15,7 @@ from cascade.checkpoints.readers import read_json
 from cascade.checkpoints.said import said_in
 from cascade.config import to_dict
 from cascade.errors import UserError
-from cascade.pipelines.few_steps import DISTILLED_KEY
+from cascade.pipelines.few_steps import distilled_said
 
 if TYPE_CHECKING:
     from cascade.pipelines.spec import StageSampling
@@ -87,9 +87,9 @@ def trained_stage(metadata: Mapping[str, str], where: str) -> dict[str, Any]:
         UserError: If its metadata are damaged.
     """
     trained = said_in(metadata, DIFFUSION_KEY, where)
-    distilled = said_in(metadata, DISTILLED_KEY, where)
+    distilled = distilled_said(metadata, where)
     if distilled.get("guidance_range") is not None:
-        trained["guidance_range"] = distilled["guidance_range"]
-    if distilled.get("sampler") == "lcm":
-        trained |= {"sampler": "lcm", "max_steps": distilled.get("max_steps")}
+        trained["guidance_range"] = list(distilled["guidance_range"])
+    if distilled.get("max_steps") is not None:
+        trained |= {name: distilled[name] for name in ("sampler", "max_steps")}
     return trained

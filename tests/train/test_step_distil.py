@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,10 @@ from train.data.cached import CachedBatch
 from train.distill.few_steps_student import copy_teacher, student_config
 from train.distill.stage_teacher import StageTeacher, captured, evenly
 from train.draws import StepDraws
+from train.losses.consistency import TangentConfig
 from train.settings import RunConfig
-from train.systems.step_distil import StepDistilRun, StepDistilSystem
+from train.systems.step_distil import StepDistilSystem
+from train.systems.step_distil_config import AnglesConfig, StepDistilRun, StepsConfig
 
 
 def refused(run: object, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -151,7 +154,7 @@ def synthetic_batch() -> CachedBatch:
     )
 
 
-@pytest.mark.parametrize("objective", ["consistency", "guidance"])
+@pytest.mark.parametrize("objective", ["consistency", "multistep", "guidance"])
 def test_the_gradient_reaches_the_student_and_never_the_teacher(
     objective: str, tiny_model: Path, teacher: StageTeacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,6 +208,58 @@ def test_a_student_of_guidance_keeps_its_steps_and_says_its_scales(make_run) -> 
     path = str(run.out / "stage_c.safetensors")
     known = {"low": 2.0, "high": 5.0, "default": 3.0}
     assert make_run("step_distil", "next", teacher=path, guidance=known).start() == 0
+
+
+@pytest.mark.parametrize("objective", ["guidance", "multistep"])
+@pytest.mark.parametrize("stage", ["stage_b", "stage_c"])
+def test_either_stage_learns_guidance_and_jumps_from_step_to_step(
+    stage, objective, make_run, tiny_model
+):
+    more = {"stage_a": str(tiny_model / "stage_a.safetensors")} if stage == "stage_b" else {}
+    times = [1.0, 0.6, 0.0]
+    steps = {"steps": 2, "times": times} if objective == "multistep" else {}
+    run = make_run("step_distil", stage=stage, objective=objective, sampling=steps, **more)
+    assert run.start("--run.max_steps", 3) == 0
+    assert len(run.losses()) == 3 and all(math.isfinite(one) for one in run.losses())
+    assert all(("tangent" in row) is (objective == "multistep") for row in run.metrics())
+    said = sampling_said(str(run.out / f"{stage}.safetensors"))
+    assert said is not None
+    if objective == "guidance":
+        assert (said.sampler, said.max_steps) == ("ddpm", None)
+    else:
+        assert (said.sampler, said.steps, said.max_steps) == ("ddim", 2, 2)
+        assert said.times == tuple(times)
+
+
+def test_jumps_lie_within_sampling_steps_and_end_where_they_do(tiny_model, teacher) -> None:
+    times = (1.0, 0.8, 0.3, 0.0)
+    system = make_system(
+        tiny_model,
+        teacher,
+        objective="multistep",
+        sampling=StepsConfig(steps=3, times=times),
+        angles=AnglesConfig(last_share=0.3),
+    )
+    bounds = system.bounds()
+    wanted = teacher.trigflow.angle_of(torch.tensor(times))
+    torch.testing.assert_close(bounds[:-1], wanted[:-1].clamp(max=teacher.angles[1]))
+    assert bounds[-1] == 0
+    angle, end = system._jumps(2000, StepDraws(0, step=1))
+    which = (bounds[:-1, None] >= angle).sum(dim=0) - 1  # the step that an angle lies in
+    torch.testing.assert_close(end, bounds[which + 1])
+    assert ((angle - end) > 0).all() and (angle >= teacher.angles[0]).all()
+    assert torch.bincount(which).min() > 550
+    assert 0.25 < float(torch.isin(angle, bounds).float().mean()) < 0.35
+
+
+def test_a_warm_up_begins_anew_only_without_an_earlier_student(tiny_model, teacher) -> None:
+    for tangent, init_from, steps in (
+        (TangentConfig(), None, 1000),
+        (TangentConfig(), "x.safetensors", 0),
+        (TangentConfig(warmup_steps=7), "x.safetensors", 7),
+    ):
+        system = make_system(tiny_model, teacher, tangent=tangent, init_from=init_from)
+        assert system._warmup_steps == steps
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "flow", "x0"])

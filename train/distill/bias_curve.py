@@ -9,6 +9,7 @@ teacher whose estimates are sharp, a step-distilled one.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,18 @@ class BiasPoint:
     distance: float
     """Mean squared distance of both, over the variance of the truth's: 0 is no difference, 2 is
     another picture altogether."""
+
+    def __post_init__(self) -> None:
+        """Refuse what nobody measured: a term would be off by it and no one would know."""
+        for name in ("log_snr", "ratio", "distance"):
+            value = getattr(self, name)
+            if not math.isfinite(value) or (name != "log_snr" and value < 0):
+                raise ValueError(f"{name} is {value}; a finite number is needed, no negative one")
+
+    @property
+    def likeness(self) -> float:
+        """The ratio, or one over it where the spread is too large: 1 is unbiased, 0 the worst."""
+        return min(self.ratio, 1.0 / self.ratio) if self.ratio > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -74,7 +87,7 @@ class BiasCurve:
         are noise, and passes through 1 on its way. Noise above what was measured is not trusted.
         """
         falling = sorted(self.points, key=lambda point: -point.log_snr)
-        ratios = torch.tensor([min(point.ratio, 1 / point.ratio) for point in falling])
+        ratios = torch.tensor([point.likeness for point in falling])
         xs = torch.tensor([point.log_snr for point in falling]).flip(0).to(log_snr.device)
         ys = ratios.cummin(0).values.flip(0).to(log_snr.device)
         return (interpolate_curve(log_snr.float(), xs, ys) >= min_ratio) & (log_snr >= xs[0])
@@ -155,7 +168,8 @@ def measure_bias(
         seed: Of the noise.
 
     Raises:
-        UserError: There are no pictures, or all are alike, or the teacher does not know their size.
+        UserError: There are no pictures, or all are alike, or the teacher does not know their size
+            or says what is no number.
     """
     wanted = sorted(set(timesteps))
     spreads = {timestep: _Spread() for timestep in wanted}
@@ -180,6 +194,11 @@ def measure_bias(
     points = []
     for timestep in wanted:
         ratio, distance = spreads[timestep].result()
+        if not math.isfinite(ratio + distance):
+            raise UserError(
+                f"reencode-bias: the teacher's estimates at timestep {timestep} are not finite; "
+                "take --dtype float32, or weights that draw pictures"
+            )
         log_snr = float(teacher.log_snr(torch.tensor([float(timestep)])))
         points.append(BiasPoint(timestep, log_snr, ratio, distance))
     ratio, distance = roundtrip.result()

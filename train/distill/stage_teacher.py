@@ -21,7 +21,7 @@ from cascade.diffusion.prediction import Prediction
 from cascade.diffusion.schedules import check_schedule, make_schedule
 from cascade.diffusion.trigflow import TrigFlow, along
 from cascade.errors import UserError
-from cascade.pipelines.few_steps import DISTILLED_KEY
+from cascade.pipelines.few_steps import distilled_said
 from cascade.pipelines.spec import SPEC_FILE, Stage, load_spec
 from cascade.pipelines.trained import DIFFUSION_KEY
 from stages.conditions import concat
@@ -119,8 +119,8 @@ class StageTeacher:
             )
         self.file = self._found.path
         """Its file, or the index of its shards."""
-        self._distilled = json.loads(self._found.opened.metadata.get(DISTILLED_KEY, "{}"))
-        if self._distilled.get("sampler") == "lcm":
+        self._distilled = distilled_said(self._found.opened.metadata, str(self.file))
+        if self._distilled.get("max_steps") is not None:
             raise UserError(
                 f"teacher {name}: a student for few steps itself, with no path to follow; name the "
                 "plain network, and this one as init_from"

@@ -31,16 +31,17 @@ class TangentConfig:
     operation that has no such derivative."""
     difference_step: float = 5e-3
     """Half the angle between the two passes of a difference, in radians."""
-    warmup_steps: int = 1000
+    warmup_steps: int | None = None
     """Steps over which the change counts from nothing to whole (10000 in sCM, 4000 of SANA-Sprint's
-    runs); the rest of the direction counts from the start."""
+    runs); the rest of the direction counts from the start. Null: 1000, and none for a student that
+    starts from an earlier one (``init_from``), which would unlearn its jumps."""
     normalize: float | None = 0.1
     """Each sample's direction g becomes ``g / (|g| + normalize)``, with ``|g|`` its root mean
     square; null leaves it as it is."""
 
     def __post_init__(self) -> None:
         """Refuse what moves nothing."""
-        if self.warmup_steps < 0 or not self.difference_step > 0:
+        if (self.warmup_steps or 0) < 0 or not self.difference_step > 0:
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} must not be negative, difference_step="
                 f"{self.difference_step} must be positive"
@@ -98,11 +99,12 @@ def consistency_tangent(
     taught: Tensor,
     config: TangentConfig,
     progress: float = 1.0,
+    end: Tensor | None = None,
 ) -> Tensor:
-    """Return the direction g, before it is normalised: ``cos t`` times how the end changes.
+    """Return the direction g, before it is normalised: ``cos u`` times how the end changes.
 
-    The end ``f = cos(t) x - sin(t) v`` of the teacher's path must not change along it; at the
-    solution g is 0.
+    With u the angle that is left to the end, ``f = cos(u) x - sin(u) v``, where the teacher's path
+    ends, must not change along it; at the solution g is 0.
 
     Args:
         student: The student.
@@ -111,15 +113,18 @@ def consistency_tangent(
         taught: The teacher's velocity there.
         config: How.
         progress: Share of the warm-up that is done, in [0, 1].
+        end: The angles that the student jumps to, ``(B,)``, below ``angle``; None: 0, x0 itself.
 
     Returns:
         ``(B, ...)``.
 
-    Reference: arXiv:2410.11081, algorithm 1.
+    Reference: arXiv:2410.11081, algorithm 1; to another end than x0: arXiv:2403.06807, section 3,
+    whose limit of small steps this is, and arXiv:2506.14603.
     """
-    sin, cos = angle.sin(), angle.cos()
+    left = angle if end is None else angle - end
+    sin, cos = left.sin(), left.cos()
     wide_sin, wide_cos = along(sin, x), along(cos, x)
-    # Multiplied by cos sin beforehand, the derivative stays finite at both ends.
+    # Multiplied by cos sin beforehand, the derivative stays finite at x0 and at pure noise.
     rates = (wide_cos * wide_sin * taught, cos * sin)
     if config.derivative == "jvp":
         said, change = change_along(student, x, angle, *rates)
@@ -190,3 +195,25 @@ def draw_angles(
     angles = log_tan.exp().atan().clamp(*span)
     last = torch.rand(count, generator=generator) < last_share
     return torch.where(last, span[1], angles)
+
+
+def draw_jumps(
+    count: int, generator: torch.Generator, bounds: Tensor, start_share: float
+) -> tuple[Tensor, Tensor]:
+    """Draw from where to where a student jumps that goes from step to step.
+
+    Args:
+        count: How many.
+        generator: On the CPU.
+        bounds: Angles between which the steps lie, falling, ``(steps + 1,)``.
+        start_share: Share that starts where sampling does; the others anywhere within a step.
+
+    Returns:
+        Angles of starts and ends, ``(count,)`` each, all steps as often.
+    """
+    step = torch.randint(len(bounds) - 1, (count,), generator=generator)
+    share = 1.0 - torch.rand(count, generator=generator)
+    starts = torch.rand(count, generator=generator) < start_share
+    share = torch.where(starts, 1.0, share)
+    start, end = bounds[step], bounds[step + 1]
+    return end + share * (start - end), end

@@ -8,8 +8,8 @@ adversarial term).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -17,190 +17,26 @@ from torch import Tensor, nn
 
 from cascade.diffusion.trigflow import clean, turned
 from cascade.pipelines.few_steps import distilled_metadata
-from cascade.pipelines.spec import Stage, StageSampling
-from cascade.text.encoder import TextConfig
+from cascade.pipelines.spec import StageSampling
 from stages.stage_b import StageB, StageBCondition, StageBConfig
 from stages.stage_c import StageC, StageCCondition, StageCConfig
-from train.callbacks.pictures import PicturesConfig
 from train.data.cached import CachedBatch
-from train.data.config import DataConfig
-from train.distill.stage_teacher import StageTeacher, TaughtPath, evenly
+from train.distill.stage_teacher import StageTeacher, evenly
 from train.draws import StepDraws, step_draws
 from train.losses.consistency import (
-    TangentConfig,
     TimeWeight,
     consistency_errors,
     consistency_tangent,
     draw_angles,
+    draw_jumps,
     normalized,
 )
 from train.losses.latent_heads import LatentHeads, heads_loss, student_loss
 from train.networks import configure_networks
 from train.optim import make_optimizer
-from train.settings import OptimConfig, RunConfig
+from train.systems.step_distil_config import StepDistilRun
 
-
-@dataclass(frozen=True)
-class GuidanceConfig:
-    """The teacher's guidance, which the student has within."""
-
-    low: float = 1.0
-    """Smallest scale that is drawn; 1 is no guidance."""
-    high: float = 8.0
-    """Largest; where both are the same the student is not told the scale."""
-    default: float = 4.0
-    """Scale that pictures are drawn with unless the user says otherwise."""
-
-    def __post_init__(self) -> None:
-        """Refuse an empty range, and a default outside."""
-        if not 1 <= self.low <= self.default <= self.high:
-            raise ValueError(
-                f"low={self.low}, default={self.default} and high={self.high} must satisfy "
-                "1 <= low <= default <= high"
-            )
-
-    @property
-    def is_told(self) -> bool:
-        """Whether the student is told the scale."""
-        return self.low < self.high
-
-
-@dataclass(frozen=True)
-class AnglesConfig:
-    """Which noise levels are drawn: the log of the tangent of their angle is normal."""
-
-    mean: float = 0.0
-    """Mean of ``log(tan t)``, which is ``log(sigma / alpha)`` (0.2 in SANA-Sprint at 0.5)."""
-    spread: float = 1.6
-    """Its standard deviation."""
-    last_share: float = 0.1
-    """Share that is drawn at pure noise, where sampling begins."""
-
-    def __post_init__(self) -> None:
-        """Refuse what is no distribution."""
-        if not self.spread > 0 or not 0 <= self.last_share <= 1:
-            raise ValueError(
-                f"spread={self.spread} must be positive, last_share={self.last_share} in [0, 1]"
-            )
-
-
-@dataclass(frozen=True)
-class AdversarialConfig:
-    """A discriminator of latents beside the consistency loss; off unless it has a weight."""
-
-    weight: float = 0.0
-    """Of the student's adversarial loss (0.5 in SANA-Sprint); 0: there is no discriminator."""
-    blocks: int = 4
-    """Blocks of the teacher whose features are judged, evenly spread."""
-    mean: float = 0.0
-    """Mean of ``log(tan t)`` of the noise under which latents are judged."""
-    spread: float = 1.0
-    """Its standard deviation."""
-
-    def __post_init__(self) -> None:
-        """Refuse what judges nothing."""
-        if self.weight < 0 or self.blocks < 1 or not self.spread > 0:
-            raise ValueError(
-                f"weight={self.weight} must not be negative, blocks={self.blocks} at least 1, "
-                f"spread={self.spread} positive"
-            )
-
-
-@dataclass(frozen=True)
-class StepsConfig:
-    """What the student's file says of its sampling."""
-
-    steps: int = 4
-    """Steps unless the user says otherwise."""
-    max_steps: int = 8
-    """Most steps that it takes; a model's plain network takes more."""
-    times: tuple[float, ...] = ()
-    """Decreasing times in [0, 1], one more than steps; empty: equally spaced."""
-
-
-@dataclass(frozen=True)
-class StepDistilRun:
-    """The distillation of a stage's guidance, or of its steps, into a student of its own shape."""
-
-    run: RunConfig
-    data: DataConfig
-    stage: Stage
-    """Which stage."""
-    teacher: str
-    """A trained stage of v3: a file or folder in any layout, a model, or a hub id."""
-    text: str
-    """Text encoder's folder, or a model with one; a cache must come from it."""
-    compressor: str
-    """Semantic compressor's file, or a model with one; a cache must come from it."""
-    stage_a: str | None = None
-    """Stage A's file, or a model with one, for Stage B's latents."""
-    stage_a_scale: float | None = None
-    """What Stage A's latents are divided by, where its file does not say it."""
-    text_states: TextConfig = field(default_factory=TextConfig)
-    """Which hidden states the teacher reads."""
-    objective: Literal["consistency", "guidance"] = "consistency"
-    """"consistency": the end of the teacher's guided path, from anywhere on it. "guidance": what
-    the teacher says under guidance, in one pass; the student keeps its steps."""
-    init_from: str | None = None
-    """What the student starts from instead of its teacher: an earlier student's weights."""
-    taught: TaughtPath | None = None
-    """What the teacher predicts, where neither its file nor its model says it."""
-    teacher_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Number format in which the teacher runs."""
-    time_unit: float = 1e-3
-    """Unit of the student's time. Of the published embedding, 1, the slope in time is noise: see
-    ``train/distill/few_steps_student.py``."""
-    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
-    angles: AnglesConfig = field(default_factory=AnglesConfig)
-    tangent: TangentConfig = field(default_factory=TangentConfig)
-    adaptive_weight: bool = False
-    """Learn the weight of each noise level beside the student."""
-    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
-    sampling: StepsConfig = field(default_factory=StepsConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    pictures: PicturesConfig | None = None
-    """Pictures of fixed prompts while it learns; null draws none."""
-
-    def __post_init__(self) -> None:
-        """Refuse what does not go together."""
-        if self.stage == "stage_b" and self.stage_a is None:
-            raise ValueError("stage is stage_b but stage_a is missing: name Stage A's file")
-        if self.stage == "stage_c" and self.stage_a is not None:
-            raise ValueError("stage is stage_c, which knows no stage_a; leave it out")
-        if self.adversarial.weight > 0 and self.objective != "consistency":
-            raise ValueError(
-                f"adversarial.weight is {self.adversarial.weight} but objective is "
-                f"{self.objective}: only a student for few steps is judged"
-            )
-        if self.run.strategy == "fsdp" and self.objective == "consistency":
-            raise ValueError(
-                "run.strategy is fsdp: the student's derivative is taken of whole weights; use ddp"
-            )
-        if not 0 < self.time_unit <= 1:
-            raise ValueError(f"time_unit is {self.time_unit}; it lies in (0, 1]")
-        self.sampled(StageSampling())
-
-    def sampled(self, sampling: StageSampling, path: TaughtPath | None = None) -> StageSampling:
-        """Return how the student is sampled; ``path`` is its teacher's."""
-        guidance = self.guidance
-        if path is not None:
-            sampling = replace(sampling, **vars(path))
-        sampling = replace(
-            sampling,
-            guidance=guidance.default,
-            rescale=0.0,
-            guidance_range=(guidance.low, guidance.high),
-        )
-        if self.objective == "guidance":
-            return sampling
-        steps = self.sampling
-        return replace(
-            sampling,
-            sampler="lcm",
-            steps=steps.steps,
-            max_steps=steps.max_steps,
-            times=steps.times,
-        )
+_WARMUP_STEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -306,8 +142,7 @@ class StepDistilSystem(LightningModule):
         config = self.config
         draws = step_draws(self, config.run.seed, batch_idx)
         x0, told = self.latents(batch).float(), self.told(batch)
-        angle = self._angles("t", len(x0), config.angles.mean, config.angles.spread, draws)
-        angle = angle.to(x0.device)
+        angle, end = (one.to(x0.device) for one in self._jumps(len(x0), draws))
         x = turned(x0, draws.normal("noise", x0.shape).to(x0), angle)
         guidance = config.guidance
         drawn = draws.uniform("guidance", len(x0)).to(x0)
@@ -319,8 +154,8 @@ class StepDistilSystem(LightningModule):
         if config.objective == "guidance":
             errors = (predicted - taught).flatten(1).square().mean(dim=1)
         else:
-            progress = min(1.0, draws.step / max(1, config.tangent.warmup_steps))
-            tangent = consistency_tangent(student, x, angle, taught, config.tangent, progress)
+            progress = min(1.0, draws.step / max(1, self._warmup_steps))
+            tangent = consistency_tangent(student, x, angle, taught, config.tangent, progress, end)
             size = tangent.flatten(1).square().mean(dim=1).sqrt().mean()
             self.log("tangent", size, sync_dist=True)
             tangent = normalized(tangent, config.tangent.normalize)
@@ -333,6 +168,35 @@ class StepDistilSystem(LightningModule):
             loss = loss + self._judged(clean(predicted, x, angle), x0, told, draws)
         self.log("loss", loss, prog_bar=True, sync_dist=True)
         return loss
+
+    @property
+    def _warmup_steps(self) -> int:
+        given = self.config.tangent.warmup_steps
+        if given is not None:
+            return given
+        return 0 if self.config.init_from else _WARMUP_STEPS
+
+    def _jumps(self, count: int, draws: StepDraws) -> tuple[Tensor, Tensor]:
+        """Return from which angle to which each sample's student jumps, ``(B,)`` each."""
+        drawn, first = self.config.angles, self.teacher.angles[0]
+        if self.config.objective != "multistep":
+            angle = self._angles("t", count, drawn.mean, drawn.spread, draws)
+            return angle, torch.zeros(count)
+        bounds = self.bounds()
+
+        def draw(number: int, generator: torch.Generator) -> Tensor:
+            return torch.stack(draw_jumps(number, generator, bounds, drawn.last_share), dim=1)
+
+        angle, end = draws.share("jumps", count, draw).unbind(1)
+        return angle.clamp(min=first), end
+
+    def bounds(self) -> Tensor:
+        """Return the angles between which sampling's steps lie, falling, ``(steps + 1,)``."""
+        steps = self.config.sampling
+        times = steps.times or torch.linspace(1.0, 0.0, steps.steps + 1).tolist()
+        angles = self.teacher.trigflow.angle_of(torch.tensor(times))
+        low, high = self.teacher.angles
+        return torch.where(angles <= low, 0.0, angles.clamp(max=high))
 
     def _angles(
         self, name: str, count: int, mean: float, spread: float, draws: StepDraws

@@ -11,6 +11,7 @@ from cascade.pipelines.few_steps import (
     check_told,
     choose,
     distilled_metadata,
+    distilled_said,
     own_choice,
 )
 from cascade.pipelines.plan import Settings, make_plan
@@ -96,10 +97,48 @@ def test_settings_that_contradict_each_other_are_refused(changes, message) -> No
 
 def test_a_file_says_how_its_network_is_sampled() -> None:
     plain = StageSampling(prediction="v", rescale=0.7, guidance=2.0)
-    said = as_distilled(plain, distilled_metadata(FEW))
+    said = as_distilled(plain, distilled_metadata(FEW), "x.safetensors")
     assert said == replace(FEW, prediction="v")
-    assert as_distilled(plain, {}) == plain
+    assert as_distilled(plain, {}, "x.safetensors") == plain
     assert set(distilled_metadata(FEW)) == {DISTILLED_KEY}
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("{", "is not valid JSON"),
+        ("[1]", "is no JSON object"),
+        ('{"steps": "x"}', "steps"),
+        ('{"guidance_range": 3}', "guidance_range"),
+        ('{"guidance_range": [9, 2]}', "1 <= low <= guidance <= high"),
+        ('{"steps": 4, "times": [1, 0]}', "4 steps need one more"),
+        ('{"shift": 2.0}', "says shift, which no distilled network's does"),
+    ],
+)
+def test_a_damaged_word_of_a_file_is_one_line_that_names_it(said, message) -> None:
+    with pytest.raises(UserError, match=rf"^x\.safetensors: its metadata's .*{message}"):
+        distilled_said({DISTILLED_KEY: said}, "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("settings", "few"),
+    [({}, True), ({"steps_c": 4}, True), ({"steps_c": 3}, False), ({"sampler": "lcm"}, None)],
+)
+def test_jumps_from_step_to_step_are_for_their_own_number_of_steps(settings, few) -> None:
+    jumps = replace(FEW, sampler="ddim", max_steps=4, times=(1.0, 0.9, 0.7, 0.4, 0.0))
+    both = replace(SPEC, stage_c_few=jumps)
+    if few is None:
+        with pytest.raises(UserError, match="sampler 'lcm': steps were not distilled into"):
+            make_plan(both, "a hat", Settings(**settings))
+        return
+    plan = make_plan(both, "a hat", Settings(**settings))
+    assert (plan.few == {"stage_c"}) is few
+    assert plan.stage_c.times == (jumps.times if few else ())
+    alone = replace(SPEC, stage_c=jumps)
+    with pytest.raises(UserError, match="distilled for 4 steps alone, and the model has no plain"):
+        make_plan(alone, "a hat", Settings(steps_c=2))
+    with pytest.raises(UserError, match="distilled for few steps of 'ddim'"):
+        make_plan(alone, "a hat", Settings(sampler="ddpm"))
 
 
 def test_a_network_is_told_a_scale_if_its_settings_say_so() -> None:

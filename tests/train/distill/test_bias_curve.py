@@ -108,6 +108,21 @@ def test_a_file_reads_back_and_what_is_no_curve_is_refused(tmp_path: Path):
         BiasCurve.read(tmp_path / "curve.json")
 
 
+@pytest.mark.parametrize("damage", [{"ratio": float("nan")}, {"ratio": -1.0}, {"log_snr": 1e999}])
+def test_a_number_that_nobody_measured_is_refused_where_it_is_read(damage, tmp_path: Path):
+    CURVE.write(tmp_path / "curve.json")
+    values = json.loads((tmp_path / "curve.json").read_text())
+    values["points"][1] |= damage
+    (tmp_path / "curve.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match=rf"curve\.json: .*{next(iter(damage))}"):
+        BiasCurve.read(tmp_path / "curve.json")
+
+
+def test_estimates_without_any_spread_are_trusted_nowhere():
+    flat = replace(CURVE, points=tuple(replace(one, ratio=0.0) for one in CURVE.points))
+    assert not flat.trusted(torch.tensor([6.0, 0.0]), 0.5).any()
+
+
 @pytest.fixture
 def words(tiny_model, tiny_unet, shards, tmp_path, monkeypatch) -> list[str]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
