@@ -343,12 +343,6 @@ def _trainer(
             "run.precision is 16-mixed: this network's two optimizers can't share a loss scale; "
             "use bf16-mixed or 32-true"
         )
-    fused = torch.cuda.is_available() if optim.fused is None else optim.fused
-    if run.precision == "16-mixed" and optim.name == "adamw" and fused and optim.grad_clip > 0:
-        raise UserError(
-            "optim.fused: with run.precision 16-mixed the fused step undoes the loss scale itself, "
-            "too late to clip; set optim.fused false, or use bf16-mixed"
-        )
     place = cluster_environment()
     terminal = sys.stderr.isatty()
     arguments: dict[str, Any] = dict(

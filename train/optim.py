@@ -185,7 +185,12 @@ def _adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Opt
         fused = devices <= {"cuda", "cpu"}  # torch's own default has one on neither
     if config.offload:
         return OffloadedAdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
+    # The fused step can undo a loss scale itself, which would be after clipping; Lightning therefore
+    # refuses to clip at all, in bf16 too, where there is no scale. Without this word of it the
+    # scaler undoes its scale before, as for any other optimizer.
+    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+    return optimizer
 
 
 def make_optimizer(

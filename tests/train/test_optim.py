@@ -221,6 +221,23 @@ def test_adamw_is_fused_unless_it_shall_not_be_and_steps_alike():
     assert not optimizer.param_groups[0]["fused"]
 
 
+def test_a_fused_step_under_a_loss_scale_is_clipped_like_any_other():
+    ends = []
+    for fused, scaled in ((True, True), (True, False), (False, True)):
+        network, optimizer, _ = network_and_optimizer(OptimConfig(lr=1e-2, fused=fused))
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
+        for _ in range(3):
+            scaler.scale(network(torch.ones(2, 128)).square().sum()).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(network.parameters(), 0.5)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        ends.append(network.weight.detach())
+    torch.testing.assert_close(ends[0], ends[1])
+    torch.testing.assert_close(ends[0], ends[2])
+
+
 def test_an_offloaded_adamw_steps_as_adamw_and_follows_its_schedule():
     config = OptimConfig(lr=1e-2, warmup_steps=3, weight_decay=0.1)
     runs = [network_and_optimizer(config), network_and_optimizer(replace(config, offload=True))]
