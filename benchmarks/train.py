@@ -1,11 +1,12 @@
 """Seconds of a training step of Stage C, here and in a plain loop over diffusers' network.
 
 ``python benchmarks/train.py`` trains on random latents and text states, at the demonstration's size
-and at the published lite size: noise, forward pass, v loss, backward pass, clipped gradients, AdamW
-(torch's own, its fastest form). "Here" is the loss, network and optimizer that ``python -m train
-stage_c`` runs; "diffusers" is ``StableCascadeUNet`` in a loop of a dozen lines, in the same number
-format, with the same weights, inputs and noise. Both losses of the first step are printed: the same
-work gives the same loss. Blocks of steps alternate between the two in one process.
+and at the published lite size: noise, forward pass, v loss, backward pass, clipped gradients,
+AdamW. "Here" is the loss, network and optimizer that ``python -m train stage_c`` runs with AdamW,
+which is fused; "diffusers" is ``StableCascadeUNet`` in a loop of a dozen lines with torch's AdamW
+as it comes, in the same number format, with the same weights, inputs and noise. Both losses of the
+first step are printed: the same work gives the same loss. Blocks of steps alternate between the two
+in one process.
 
 MFU is the share of the machine's peak that the network's own operations take (counted by torch on
 the meta device, so that both are divided by the same count); the peak is the data sheet's for known

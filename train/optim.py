@@ -186,7 +186,7 @@ def _adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Opt
     if config.offload:
         return OffloadedAdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
-    # The fused step can undo a loss scale itself, which would be after clipping; Lightning therefore
+    # The fused step can undo a loss scale itself, which would be after clipping; so Lightning
     # refuses to clip at all, in bf16 too, where there is no scale. Without this word of it the
     # scaler undoes its scale before, as for any other optimizer.
     optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
