@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from torch import Tensor
 
 import sample
 from cascade.checkpoints.files import load_network, read_metadata, save_network
-from cascade.diffusion.trigflow import turned
+from cascade.diffusion.samplers import SAMPLERS
+from cascade.diffusion.trigflow import clean, turned
 from cascade.errors import UserError, run_main
 from cascade.pipelines.cascade import CascadePipeline
 from cascade.pipelines.few_steps import DISTILLED_KEY
@@ -24,11 +26,12 @@ from train.assemble import sampling_said
 from train.data.cached import CachedBatch
 from train.distill.few_steps_student import copy_teacher, student_config
 from train.distill.stage_teacher import StageTeacher, captured, evenly
+from train.distill.teacher_walk import walked
 from train.draws import StepDraws
 from train.losses.consistency import TangentConfig
 from train.settings import RunConfig
 from train.systems.step_distil import StepDistilSystem
-from train.systems.step_distil_config import AnglesConfig, StepDistilRun, StepsConfig
+from train.systems.step_distil_config import GuidanceConfig, StepDistilRun, StepsConfig
 
 
 def refused(run: object, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -221,7 +224,7 @@ def test_either_stage_learns_guidance_and_jumps_from_step_to_step(
     run = make_run("step_distil", stage=stage, objective=objective, sampling=steps, **more)
     assert run.start("--run.max_steps", 3) == 0
     assert len(run.losses()) == 3 and all(math.isfinite(one) for one in run.losses())
-    assert all(("tangent" in row) is (objective == "multistep") for row in run.metrics())
+    assert all(("error_of_step_2" in row) is (objective == "multistep") for row in run.metrics())
     said = sampling_said(str(run.out / f"{stage}.safetensors"))
     assert said is not None
     if objective == "guidance":
@@ -231,25 +234,63 @@ def test_either_stage_learns_guidance_and_jumps_from_step_to_step(
         assert said.times == tuple(times)
 
 
-def test_jumps_lie_within_sampling_steps_and_end_where_they_do(tiny_model, teacher) -> None:
-    times = (1.0, 0.8, 0.3, 0.0)
+def test_a_path_is_walked_closer_the_smaller_the_steps() -> None:
+    std, bounds = 0.3, torch.tensor([math.pi / 2, 1.2, 0.7, 0.0], dtype=torch.float64)
+    noise = torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def spread(angle: Tensor) -> Tensor:
+        return (std**2 * angle.cos().square() + angle.sin().square()).sqrt()
+
+    def teacher(x: Tensor, angle: Tensor) -> Tensor:  # of N(0, std^2)
+        rate = angle.sin() * angle.cos() * (1.0 - std**2) / spread(angle).square()
+        return rate[:, None] * x
+
+    wanted = spread(bounds)[:, None, None] * noise
+    errors = [float((walked(teacher, noise, bounds, k) - wanted).abs().max()) for k in (4, 8, 16)]
+    assert errors[0] < 0.05 and errors[1] < errors[0] / 4 and errors[2] < errors[0] / 8
+
+
+def test_a_student_of_steps_lands_where_its_teacher_walks(
+    tiny_model: Path, teacher: StageTeacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = (1.0, 0.6, 0.0)
     system = make_system(
         tiny_model,
         teacher,
         objective="multistep",
-        sampling=StepsConfig(steps=3, times=times),
-        angles=AnglesConfig(last_share=0.3),
+        sampling=StepsConfig(steps=2, times=times),
+        guidance=GuidanceConfig(3.0, 3.0, 3.0),
+        time_unit=1.0,
     )
-    bounds = system.bounds()
-    wanted = teacher.trigflow.angle_of(torch.tensor(times))
-    torch.testing.assert_close(bounds[:-1], wanted[:-1].clamp(max=teacher.angles[1]))
-    assert bounds[-1] == 0
-    angle, end = system._jumps(2000, StepDraws(0, step=1))
-    which = (bounds[:-1, None] >= angle).sum(dim=0) - 1  # the step that an angle lies in
-    torch.testing.assert_close(end, bounds[which + 1])
-    assert ((angle - end) > 0).all() and (angle >= teacher.angles[0]).all()
-    assert torch.bincount(which).min() > 550
-    assert 0.25 < float(torch.isin(angle, bounds).float().mean()) < 0.35
+    monkeypatch.setattr("train.systems.step_distil.step_draws", lambda *_: StepDraws(0, step=2))
+    monkeypatch.setattr(system, "log", lambda *_, **__: None)
+    optimizer = torch.optim.Adam(system.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss = system.training_step(synthetic_batch(), 0)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.1 * losses[0]
+    # A step of the file's own sampler is the jump that was trained.
+    cond, _ = told(4)
+    noise = StepDraws(0, step=2).normal("noise", (4, 16, 2, 2))
+    bounds, flow = system.bounds(), teacher.trigflow
+    torch.testing.assert_close(bounds[:2], flow.angle_of(torch.tensor(times[:2])))
+    assert bounds[2] == 0
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        angle = flow.angle_of(t).expand(len(x))
+        return clean(system.student(cond)(x, angle), x, angle)
+
+    x = noise
+    with torch.no_grad():
+        drawn = SAMPLERS["ddim"](denoise, flow.schedule, noise, torch.tensor(times))
+        for angle, end in pairwise(bounds):
+            velocity = system.student(cond)(x, angle.expand(4))
+            x = (angle - end).cos() * x - (angle - end).sin() * velocity
+    torch.testing.assert_close(drawn, x, rtol=1e-3, atol=1e-3)
 
 
 def test_a_warm_up_begins_anew_only_without_an_earlier_student(tiny_model, teacher) -> None:
@@ -394,6 +435,7 @@ def test_what_was_not_distilled_is_refused_in_one_line(words, message, model, tm
         (["--adversarial.weight", "1", "--objective", "guidance"], "objective is guidance"),
         (["--adversarial.weight", "1", "--adversarial.blocks", "9"], "the network has 4"),
         (["--sampling.steps", "9"], "steps is 9, max_steps 8"),
+        (["--small_steps", "0"], "small_steps is 0"),
         (["--angles.last_share", "2"], "last_share=2"),
         (["--run.strategy", "fsdp"], "use ddp"),
         (["--objectiv", "guidance"], "objective"),

@@ -99,12 +99,11 @@ def consistency_tangent(
     taught: Tensor,
     config: TangentConfig,
     progress: float = 1.0,
-    end: Tensor | None = None,
 ) -> Tensor:
-    """Return the direction g, before it is normalised: ``cos u`` times how the end changes.
+    """Return the direction g, before it is normalised: ``cos t`` times how the end changes.
 
-    With u the angle that is left to the end, ``f = cos(u) x - sin(u) v``, where the teacher's path
-    ends, must not change along it; at the solution g is 0.
+    The end ``f = cos(t) x - sin(t) v`` of the teacher's path must not change along it; at the
+    solution g is 0.
 
     Args:
         student: The student.
@@ -113,18 +112,15 @@ def consistency_tangent(
         taught: The teacher's velocity there.
         config: How.
         progress: Share of the warm-up that is done, in [0, 1].
-        end: The angles that the student jumps to, ``(B,)``, below ``angle``; None: 0, x0 itself.
 
     Returns:
         ``(B, ...)``.
 
-    Reference: arXiv:2410.11081, algorithm 1; to another end than x0: arXiv:2403.06807, section 3,
-    whose limit of small steps this is, and arXiv:2506.14603.
+    Reference: arXiv:2410.11081, algorithm 1.
     """
-    left = angle if end is None else angle - end
-    sin, cos = left.sin(), left.cos()
+    sin, cos = angle.sin(), angle.cos()
     wide_sin, wide_cos = along(sin, x), along(cos, x)
-    # Multiplied by cos sin beforehand, the derivative stays finite at x0 and at pure noise.
+    # Multiplied by cos sin beforehand, the derivative stays finite at both ends.
     rates = (wide_cos * wide_sin * taught, cos * sin)
     if config.derivative == "jvp":
         said, change = change_along(student, x, angle, *rates)
@@ -195,25 +191,3 @@ def draw_angles(
     angles = log_tan.exp().atan().clamp(*span)
     last = torch.rand(count, generator=generator) < last_share
     return torch.where(last, span[1], angles)
-
-
-def draw_jumps(
-    count: int, generator: torch.Generator, bounds: Tensor, start_share: float
-) -> tuple[Tensor, Tensor]:
-    """Draw from where to where a student jumps that goes from step to step.
-
-    Args:
-        count: How many.
-        generator: On the CPU.
-        bounds: Angles between which the steps lie, falling, ``(steps + 1,)``.
-        start_share: Share that starts where sampling does; the others anywhere within a step.
-
-    Returns:
-        Angles of starts and ends, ``(count,)`` each, all steps as often.
-    """
-    step = torch.randint(len(bounds) - 1, (count,), generator=generator)
-    share = 1.0 - torch.rand(count, generator=generator)
-    starts = torch.rand(count, generator=generator) < start_share
-    share = torch.where(starts, 1.0, share)
-    start, end = bounds[step], bounds[step + 1]
-    return end + share * (start - end), end

@@ -15,20 +15,21 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from cascade.diffusion.trigflow import clean, turned
+from cascade.diffusion.trigflow import along, clean, turned
 from cascade.pipelines.few_steps import distilled_metadata
 from cascade.pipelines.spec import StageSampling
+from stages.conditions import concat
 from stages.stage_b import StageB, StageBCondition, StageBConfig
 from stages.stage_c import StageC, StageCCondition, StageCConfig
 from train.data.cached import CachedBatch
 from train.distill.stage_teacher import StageTeacher, evenly
+from train.distill.teacher_walk import walked
 from train.draws import StepDraws, step_draws
 from train.losses.consistency import (
     TimeWeight,
     consistency_errors,
     consistency_tangent,
     draw_angles,
-    draw_jumps,
     normalized,
 )
 from train.losses.latent_heads import LatentHeads, heads_loss, student_loss
@@ -138,36 +139,79 @@ class StepDistilSystem(LightningModule):
         return velocity
 
     def training_step(self, batch: CachedBatch, batch_idx: int) -> Tensor:
-        """Noise the latents, ask the teacher, move the student."""
+        """Ask the teacher, move the student."""
         config = self.config
         draws = step_draws(self, config.run.seed, batch_idx)
         x0, told = self.latents(batch).float(), self.told(batch)
-        angle, end = (one.to(x0.device) for one in self._jumps(len(x0), draws))
-        x = turned(x0, draws.normal("noise", x0.shape).to(x0), angle)
+        noise = draws.normal("noise", x0.shape).to(x0)
         guidance = config.guidance
         drawn = draws.uniform("guidance", len(x0)).to(x0)
         scale = guidance.low + (guidance.high - guidance.low) * drawn
+        if config.objective == "multistep":
+            loss = self._steps_loss(noise, told, scale)
+        else:
+            loss = self._path_loss(x0, noise, told, scale, draws)
+        self.log("loss", loss, prog_bar=True, sync_dist=True)
+        return loss
+
+    def _path_loss(
+        self, x0: Tensor, noise: Tensor, told: Told, scale: Tensor, draws: StepDraws
+    ) -> Tensor:
+        """Compare at noised latents: what the student says there, or how its jump's end changes."""
+        config = self.config
+        angle = self._angles("t", len(x0), config.angles.mean, config.angles.spread, draws)
+        angle = angle.to(x0.device)
+        x = turned(x0, noise, angle)
         taught = self.teacher.velocity(x, angle, told.cond, told.uncond, scale)
-        cond = replace(told.cond, cfg=scale) if guidance.is_told else told.cond
-        student = self.student(cond)
+        student = self.student(self._scaled(told.cond, scale))
         predicted = student(x, angle)
         if config.objective == "guidance":
             errors = (predicted - taught).flatten(1).square().mean(dim=1)
         else:
             progress = min(1.0, draws.step / max(1, self._warmup_steps))
-            tangent = consistency_tangent(student, x, angle, taught, config.tangent, progress, end)
+            tangent = consistency_tangent(student, x, angle, taught, config.tangent, progress)
             size = tangent.flatten(1).square().mean(dim=1).sqrt().mean()
             self.log("tangent", size, sync_dist=True)
             tangent = normalized(tangent, config.tangent.normalize)
             errors = consistency_errors(predicted, tangent)
+        loss = self._mean(errors, angle)
+        if self.heads is not None:
+            loss = loss + self._judged(clean(predicted, x, angle), x0, told, draws)
+        return loss
+
+    def _steps_loss(self, noise: Tensor, told: Told, scale: Tensor) -> Tensor:
+        """Walk the teacher's path from noise, and compare the student's jump from every step.
+
+        Reference: Luhman & Luhman, 2021, arXiv:2101.02388, step by step as in Salimans & Ho, 2022,
+        arXiv:2202.00512, but in one go and from where sampling itself comes past.
+        """
+        bounds, count = self.bounds(), self.config.sampling.steps
+
+        def teacher(x: Tensor, angle: Tensor) -> Tensor:
+            return self.teacher.velocity(x, angle, told.cond, told.uncond, scale)
+
+        points = walked(teacher, noise, bounds, self.config.small_steps)  # (n + 1, B, ...)
+        x, there = points[:-1].flatten(0, 1), points[1:].flatten(0, 1)  # (n B, ...)
+        angle, end = (one.repeat_interleave(len(noise)).to(x) for one in (bounds[:-1], bounds[1:]))
+        cond = self._scaled(concat([told.cond] * count), scale.repeat(count))
+        predicted = self.student(cond)(x, angle)
+        left = angle - end  # there = cos(left) x - sin(left) v
+        taught = (along(left.cos(), x) * x - there) / along(left.sin(), x)
+        errors = (predicted - taught).flatten(1).square().mean(dim=1)
+        for number, one in enumerate(errors.detach().unflatten(0, (count, -1)).mean(dim=1)):
+            self.log(f"error_of_step_{number + 1}", one, sync_dist=True)
+        return self._mean(errors, angle)
+
+    def _scaled(
+        self, cond: StageBCondition | StageCCondition, scale: Tensor
+    ) -> StageBCondition | StageCCondition:
+        return replace(cond, cfg=scale) if self.config.guidance.is_told else cond
+
+    def _mean(self, errors: Tensor, angle: Tensor) -> Tensor:
         self.log("error", errors.mean().detach(), sync_dist=True)
         if self.time_weight is not None:
             errors = self.time_weight(errors, angle)
-        loss = errors.mean()
-        if self.heads is not None:
-            loss = loss + self._judged(clean(predicted, x, angle), x0, told, draws)
-        self.log("loss", loss, prog_bar=True, sync_dist=True)
-        return loss
+        return errors.mean()
 
     @property
     def _warmup_steps(self) -> int:
@@ -175,20 +219,6 @@ class StepDistilSystem(LightningModule):
         if given is not None:
             return given
         return 0 if self.config.init_from else _WARMUP_STEPS
-
-    def _jumps(self, count: int, draws: StepDraws) -> tuple[Tensor, Tensor]:
-        """Return from which angle to which each sample's student jumps, ``(B,)`` each."""
-        drawn, first = self.config.angles, self.teacher.angles[0]
-        if self.config.objective != "multistep":
-            angle = self._angles("t", count, drawn.mean, drawn.spread, draws)
-            return angle, torch.zeros(count)
-        bounds = self.bounds()
-
-        def draw(number: int, generator: torch.Generator) -> Tensor:
-            return torch.stack(draw_jumps(number, generator, bounds, drawn.last_share), dim=1)
-
-        angle, end = draws.share("jumps", count, draw).unbind(1)
-        return angle.clamp(min=first), end
 
     def bounds(self) -> Tensor:
         """Return the angles between which sampling's steps lie, falling, ``(steps + 1,)``."""

@@ -48,9 +48,8 @@ class AnglesConfig:
     spread: float = 1.6
     """Its standard deviation."""
     last_share: float = 0.0
-    """Share that is drawn where sampling begins: at pure noise, where a discriminator judges the
-    jump but the path has nothing to say of it ("consistency"), or at the starts of sampling's steps
-    ("multistep")."""
+    """Share that is drawn at pure noise, where sampling begins: there a discriminator judges the
+    jump, but the path says nothing of it, and the consistency loss teaches nothing."""
 
     def __post_init__(self) -> None:
         """Refuse what is no distribution."""
@@ -115,9 +114,13 @@ class StepDistilRun:
     text_states: TextConfig = field(default_factory=TextConfig)
     """Which hidden states the teacher reads."""
     objective: Literal["consistency", "multistep", "guidance"] = "consistency"
-    """"consistency": the end of the teacher's guided path, from anywhere on it. "multistep": of
-    each of sampling's steps the end, from anywhere within it; for that number of steps alone.
-    "guidance": what the teacher says under guidance, in one pass; the student keeps its steps."""
+    """"consistency": the end of the teacher's guided path, from anywhere on it, for any few steps.
+    "multistep": the teacher's guided path from noise is walked in small steps, and the student
+    learns where each of sampling's steps leads, for ``sampling.steps`` alone; pictures are not
+    looked at. "guidance": what the teacher says under guidance, in one pass; the student keeps its
+    steps."""
+    small_steps: int = 4
+    """"multistep": how many of the teacher's are one of the student's."""
     init_from: str | None = None
     """What the student starts from instead of its teacher: an earlier student's weights."""
     taught: TaughtPath | None = None
@@ -147,12 +150,14 @@ class StepDistilRun:
         if self.adversarial.weight > 0 and self.objective != "consistency":
             raise ValueError(
                 f"adversarial.weight is {self.adversarial.weight} but objective is "
-                f"{self.objective}: only what jumps to clean latents, consistency, is judged"
+                f"{self.objective}: only jumps to clean latents, those of consistency, are judged"
             )
-        if self.run.strategy == "fsdp" and self.objective != "guidance":
+        if self.run.strategy == "fsdp" and self.objective == "consistency":
             raise ValueError(
                 "run.strategy is fsdp: the student's derivative is taken of whole weights; use ddp"
             )
+        if self.small_steps < 1:
+            raise ValueError(f"small_steps is {self.small_steps}; it must be at least 1")
         if not 0 < self.time_unit <= 1:
             raise ValueError(f"time_unit is {self.time_unit}; it lies in (0, 1]")
         self.sampled(StageSampling())

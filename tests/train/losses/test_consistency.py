@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cascade.diffusion.prediction import Prediction
-from cascade.diffusion.samplers import Sampler, sample_ddim, sample_lcm
+from cascade.diffusion.samplers import sample_lcm
 from cascade.diffusion.schedules import CosineSchedule
 from cascade.diffusion.trigflow import TrigFlow, along, clean, turned
 from cascade.evaluate.flops import FlopCounter
@@ -23,7 +23,6 @@ from train.losses.consistency import (
     consistency_tangent,
     difference_along,
     draw_angles,
-    draw_jumps,
     normalized,
 )
 
@@ -31,8 +30,8 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 EXACT = TangentConfig(normalize=None)
 
 
-def gaussian(std: float, end: Tensor | None = None) -> tuple[Velocity, Velocity]:
-    """The teacher's velocity for N(0, std^2), and that of its exact jumps to ``end``, or x0."""
+def gaussian(std: float) -> tuple[Velocity, Velocity]:
+    """The teacher's velocity for N(0, std^2), and that of its exact consistency function."""
 
     def spread(angle: Tensor) -> Tensor:
         return (std**2 * angle.cos().square() + angle.sin().square()).sqrt()
@@ -42,10 +41,8 @@ def gaussian(std: float, end: Tensor | None = None) -> tuple[Velocity, Velocity]
         return along(rate, x) * x
 
     def student(x: Tensor, angle: Tensor) -> Tensor:
-        last = torch.zeros_like(angle) if end is None else end
-        there = along(spread(last) / spread(angle), x) * x
-        left = angle - last
-        return (along(left.cos(), x) * x - there) / along(left.sin(), x)
+        end = along(std / spread(angle), x) * x
+        return (along(angle.cos(), x) * x - end) / along(angle.sin(), x)
 
     return teacher, student
 
@@ -65,27 +62,6 @@ def test_the_loss_is_zero_for_the_exact_solution_of_a_gaussian(derivative: str) 
     # What is not the solution has a loss.
     wrong = consistency_tangent(gaussian(0.5)[1], x, angle, teacher(x, angle), config)
     assert wrong.abs().mean() > 0.01
-
-
-@pytest.mark.parametrize("derivative", ["jvp", "difference"])
-def test_the_loss_is_zero_for_exact_jumps_to_the_ends_of_steps(derivative: str) -> None:
-    generator = torch.Generator().manual_seed(0)
-    angle = torch.linspace(0.1, math.pi / 2, 40, dtype=torch.float64)
-    end = angle * torch.rand(40, generator=generator, dtype=torch.float64) * 0.9
-    x = torch.randn(40, 7, generator=generator, dtype=torch.float64)
-    config = dataclasses.replace(EXACT, derivative=derivative, difference_step=1e-4)
-    teacher, student = gaussian(0.3, end)
-    tangent = consistency_tangent(student, x, angle, teacher(x, angle), config, 1.0, end)
-    assert tangent.abs().max() < (1e-12 if derivative == "jvp" else 1e-5)
-
-    def still(x: Tensor, angle: Tensor) -> Tensor:
-        return 0.0 * along(angle, x) * x
-
-    # At pure noise too a jump that is wrong is moved, which one to x0 is not.
-    for at, least, most in ((end[-1:], 0.01, 10.0), (None, 0.0, 1e-9)):
-        last = (x[-1:], angle[-1:])
-        wrong = consistency_tangent(still, *last, teacher(*last), config, 1.0, at)
-        assert least <= float(wrong.abs().mean()) <= most
 
 
 def test_a_tangent_without_its_change_leads_to_the_teacher() -> None:
@@ -248,8 +224,9 @@ class Toy(nn.Module):
         return self.layers(torch.cat([x, torch.stack(waves, dim=1)], dim=1))
 
 
-def taught_toy(times: Tensor | None) -> Toy:
-    """A student of the mixture: first its velocity, then its ends, or those of steps."""
+@pytest.fixture(scope="module")
+def toy() -> Toy:
+    """A student of the mixture: first its velocity, then its ends."""
     flow = TrigFlow(CosineSchedule(), Prediction.V)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -262,18 +239,14 @@ def taught_toy(times: Tensor | None) -> Toy:
     for step in range(total):
         picked = torch.randint(4, (1024,), generator=generator)
         x0 = MODES[picked] + MODE_STD * torch.randn(1024, 2, generator=generator)
-        if times is None:
-            angle = draw_angles(1024, generator, flow.angles, 0.0, 1.2, 0.05)
-            end = torch.zeros(1024)
-        else:
-            angle, end = draw_jumps(1024, generator, flow.angle_of(times), 0.1)
+        angle = draw_angles(1024, generator, flow.angles, 0.0, 1.2, 0.05)
         x = turned(x0, torch.randn(1024, 2, generator=generator), angle)
         taught, predicted = mixture_velocity(x, angle), student(x, angle)
         if step < first:
             loss = (predicted - taught).square().mean()
         else:
             progress = min(1.0, (step - first) / 150)
-            tangent = consistency_tangent(student, x, angle, taught, config, progress, end)
+            tangent = consistency_tangent(student, x, angle, taught, config, progress)
             loss = consistency_errors(predicted, normalized(tangent, config.normalize)).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -282,44 +255,8 @@ def taught_toy(times: Tensor | None) -> Toy:
     return student.requires_grad_(False)
 
 
-@pytest.fixture(scope="module")
-def toy() -> Toy:
-    return taught_toy(None)
-
-
 @pytest.mark.parametrize(("steps", "least"), [(1, 0.75), (2, 0.8), (4, 0.75)])
 def test_a_mixture_is_drawn_in_few_steps(toy: Toy, steps: int, least: float) -> None:
-    times = torch.linspace(1.0, 0.0, steps + 1)
-    x, _ = check_drawn(toy, sample_lcm, times, least)
-    # The teacher's own single step gives the mean of all modes.
-    start = torch.ones(4000)
-    blurred = clean(mixture_velocity(x, 1.56 * start), x, 1.56 * start)
-    assert float(((blurred[:, None] - MODES).norm(dim=2).min(dim=1)[0] < 0.6).float().mean()) < 0.1
-
-
-def test_a_mixture_is_drawn_by_jumps_from_step_to_step() -> None:
-    times = torch.tensor([1.0, 0.5, 0.0])
-    _, jumping = check_drawn(taught_toy(times), sample_ddim, times, 0.85)
-    flow = TrigFlow(CosineSchedule(), Prediction.V)
-
-    def taught(x: Tensor, t: Tensor) -> Tensor:
-        angle = flow.angle_of(t).clamp(max=1.569).expand(len(x))
-        return clean(mixture_velocity(x, angle), x, angle)
-
-    x = torch.randn(4000, 2, generator=torch.Generator().manual_seed(1))
-    walked = sample_ddim(taught, CosineSchedule(), x, times)
-    assert jumping > 2 * close_share(walked)[0], "the teacher's own two steps don't get there"
-
-
-def close_share(made: Tensor) -> tuple[float, Tensor]:
-    """The share of points near a mode, and each mode's share of all."""
-    nearest, mode = (made[:, None] - MODES).norm(dim=2).min(dim=1)
-    close = float((nearest < 3.0 * MODE_STD).float().mean())
-    return close, torch.bincount(mode, minlength=4) / len(made)
-
-
-def check_drawn(toy: Toy, sampler: Sampler, times: Tensor, least: float) -> tuple[Tensor, float]:
-    """Draw points, check that they are near modes, all alike often; return starts and share."""
     flow = TrigFlow(CosineSchedule(), Prediction.V)
     generator = torch.Generator().manual_seed(1)
 
@@ -331,7 +268,15 @@ def check_drawn(toy: Toy, sampler: Sampler, times: Tensor, least: float) -> tupl
         return torch.randn(x.shape, generator=generator)
 
     x = torch.randn(4000, 2, generator=generator)
-    close, shares = close_share(sampler(denoise, CosineSchedule(), x, times, randn_like=randn_like))
+    times = torch.linspace(1.0, 0.0, steps + 1)
+    made = sample_lcm(denoise, CosineSchedule(), x, times, randn_like=randn_like)
+    apart = (made[:, None] - MODES).norm(dim=2)
+    nearest, mode = apart.min(dim=1)
+    close = float((nearest < 3.0 * MODE_STD).float().mean())
+    shares = torch.bincount(mode, minlength=4) / len(made)
     assert close > least, (close, shares)
     assert shares.min() > 0.2 and shares.max() < 0.3, shares
-    return x, close
+    # The teacher's own single step gives the mean of all modes.
+    start = torch.ones(4000)
+    blurred = clean(mixture_velocity(x, 1.56 * start), x, 1.56 * start)
+    assert float(((blurred[:, None] - MODES).norm(dim=2).min(dim=1)[0] < 0.6).float().mean()) < 0.1
