@@ -118,6 +118,17 @@ def test_the_teachers_velocity_is_guided(teacher: StageTeacher) -> None:
     assert not guided.requires_grad
 
 
+def test_guidance_that_is_off_costs_one_pass(tiny_model: Path, teacher: StageTeacher) -> None:
+    (cond, uncond), (x, angle), counted = told(), point(), []
+    teacher.network.register_forward_hook(lambda _, inputs, __: counted.append(len(inputs[0])))
+    plain = teacher.velocity(x, angle, cond, None, torch.ones(3))
+    torch.testing.assert_close(plain, teacher.velocity(x, angle, cond, uncond, torch.ones(3)))
+    assert counted == [3, 6]
+    off = make_system(tiny_model, teacher, guidance=GuidanceConfig(1.0, 1.0, 1.0))
+    assert off.told(synthetic_batch()).uncond is None
+    assert make_system(tiny_model, teacher).told(synthetic_batch()).uncond is not None
+
+
 def test_features_have_the_gradient_of_what_is_shown_and_leave_no_hook(
     teacher: StageTeacher,
 ) -> None:

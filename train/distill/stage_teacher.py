@@ -171,7 +171,7 @@ class StageTeacher:
     # Not inference_mode, whose tensors no loss could be made of.
     @torch.no_grad()
     def velocity(
-        self, x: Tensor, angle: Tensor, cond: Condition, uncond: Condition, scale: Tensor
+        self, x: Tensor, angle: Tensor, cond: Condition, uncond: Condition | None, scale: Tensor
     ) -> Tensor:
         """Return the guided velocity at TrigFlow's ``x``, float32, under no autocast.
 
@@ -179,12 +179,14 @@ class StageTeacher:
             x: ``(B, C, h, w)``.
             angle: ``(B,)``.
             cond: What it is told.
-            uncond: What guidance leads away from.
+            uncond: What guidance leads away from; None: it is off, and half the work.
             scale: Guidance scales, ``(B,)``; 1 is none.
         """
         if self._distilled:
             told = dataclasses.replace(cond, cfg=scale) if self.is_told_guidance else cond
             return self._said(x, angle, told)
+        if uncond is None:
+            return self._said(x, angle, cond)
         pair = concat([cond, uncond])
         twice = self._said(torch.cat([x, x]), angle.repeat(2), pair)
         with_prompt, without = twice.chunk(2)

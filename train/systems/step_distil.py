@@ -45,8 +45,8 @@ class Told:
     """What a batch's networks are told."""
 
     cond: StageBCondition | StageCCondition
-    uncond: StageBCondition | StageCCondition
-    """What guidance leads away from, as in sampling."""
+    uncond: StageBCondition | StageCCondition | None
+    """What guidance leads away from, as in sampling; None: guidance is off."""
     text_pooled: Tensor
     """``(B, P)``."""
 
@@ -113,19 +113,17 @@ class StepDistilSystem(LightningModule):
         """Return the conditions of a batch; guidance leads away from what sampling does."""
         pooled = batch.require("text_pooled")
         null_pooled = self.null_pooled.expand_as(pooled)
+        cond: StageBCondition | StageCCondition
+        uncond: StageBCondition | StageCCondition
         if self.config.stage == "stage_b":
             latents = batch.require("stage_c_latents")
-            return Told(
-                StageBCondition(latents, pooled),
-                StageBCondition(torch.zeros_like(latents), null_pooled),
-                pooled,
-            )
-        hidden = batch.require("text_hidden")
-        return Told(
-            StageCCondition(hidden, pooled),
-            StageCCondition(self.null_hidden.expand_as(hidden), null_pooled),
-            pooled,
-        )
+            cond = StageBCondition(latents, pooled)
+            uncond = StageBCondition(torch.zeros_like(latents), null_pooled)
+        else:
+            hidden = batch.require("text_hidden")
+            cond = StageCCondition(hidden, pooled)
+            uncond = StageCCondition(self.null_hidden.expand_as(hidden), null_pooled)
+        return Told(cond, None if self.config.guidance.high == 1 else uncond, pooled)
 
     def student(self, cond: object) -> Any:
         """Return the student as TrigFlow: ``(x, angle) -> v``, float32 or wider."""
