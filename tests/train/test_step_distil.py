@@ -447,6 +447,8 @@ def test_what_was_not_distilled_is_refused_in_one_line(words, message, model, tm
         (["--adversarial.weight", "1", "--adversarial.blocks", "9"], "the network has 4"),
         (["--sampling.steps", "9"], "steps is 9, max_steps 8"),
         (["--small_steps", "0"], "small_steps is 0"),
+        (["--objective", "guidance", "--tangent.warmup_steps", "9"], "only consistency has one"),
+        (["--objective", "multistep", "--angles.mean", "1"], "give sampling.times"),
         (["--angles.last_share", "2"], "last_share=2"),
         (["--run.strategy", "fsdp"], "use ddp"),
         (["--objectiv", "guidance"], "objective"),

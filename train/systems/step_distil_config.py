@@ -88,7 +88,8 @@ class StepsConfig:
     steps: int = 4
     """Steps unless the user says otherwise."""
     max_steps: int = 8
-    """Most steps that it takes; a model's plain network takes more."""
+    """Most steps that it takes; a model's plain network takes more. Of a student by "multistep" it
+    is ``steps``."""
     times: tuple[float, ...] = ()
     """Decreasing times in [0, 1], one more than steps; empty: equally spaced."""
 
@@ -151,6 +152,15 @@ class StepDistilRun:
             raise ValueError(
                 f"adversarial.weight is {self.adversarial.weight} but objective is "
                 f"{self.objective}: only jumps to clean latents, those of consistency, are judged"
+            )
+        if self.objective != "consistency" and self.tangent != TangentConfig():
+            raise ValueError(
+                f"tangent is given but objective is {self.objective}; only consistency has one"
+            )
+        if self.objective == "multistep" and self.angles != AnglesConfig():
+            raise ValueError(
+                "angles is given but objective is multistep, which learns at the starts of "
+                "sampling's steps alone; give sampling.times"
             )
         if self.run.strategy == "fsdp" and self.objective == "consistency":
             raise ValueError(
