@@ -57,7 +57,7 @@ from train.rank_errors import RankErrors
 from train.run_lock import make_folder
 from train.settings import OptimConfig, RunConfig
 from train.sharding import ShardedStrategy, check_can_shard
-from train.steps import steps_done
+from train.steps import WholeSteps, steps_done
 from train.trainer_options import check_trainer_options
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ _FIXED = (
     "adversarial",
     "align",  # its projection learns too
 )
-_FIXED_WHOLE = ("lora", "teacher", "time_unit", "adaptive_weight")
+_FIXED_WHOLE = ("lora", "teacher", "time_unit", "adaptive_weight", "posthoc_ema")
 _FIXED_DIFFUSION = ("prediction", "schedule", "time_input", "zero_terminal_snr")
 """What the network's output means; how it is weighed and drawn may change."""
 _FIXED_OPTIM = ("name", "lr", "muon_lr", "betas", "weight_decay")
@@ -188,6 +188,8 @@ def _refuse_other_networks(earlier: dict[str, Any], now: dict[str, object], out:
         old, new = earlier.get(section), now.get(section)
         if isinstance(old, dict) and isinstance(new, dict):
             keys = [key for key in partly.get(section, tuple(new)) if key in old and key in new]
+            if section == "diffusion" and "adaptive" in (old.get("weight"), new.get("weight")):
+                keys.append("weight")  # what it has learned of the loss is in the checkpoint
             kept += [(f"{section}.{key}", old[key], new[key]) for key in keys]
         elif section in _FIXED_WHOLE and section in earlier:
             kept.append((section, old, new))
@@ -235,7 +237,7 @@ def fit(
         (out / DONE_FILE).unlink(missing_ok=True)
     errors = RankErrors()
     stop = Stop(run.max_minutes, errors)
-    ledger = Ledger(prepared.clock, out, run.log_every_steps, lost)
+    ledger = Ledger(prepared.clock, out, run.log_every_steps, lost, errors)
     last = [NoteStart(out, prepared.config, errors), *last]
     trainer = _trainer(system, run, optim, stop, ledger, callbacks, last)
     first = go_on(
@@ -290,6 +292,10 @@ def fit(
         raise KeyboardInterrupt(stop.interrupted_by)
     elif trainer.is_global_zero and steps_done(system, trainer) >= run.max_steps:
         atomic_write_text(out / DONE_FILE, f"{steps_done(system, trainer)} steps\n")
+
+
+def _on_cuda(run: RunConfig) -> bool:
+    return run.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
 
 
 def _strategy(
@@ -352,7 +358,7 @@ def _trainer(
         strategy=_strategy(system, run, optim),
         accumulate_grad_batches=run.accumulate,
         # Only there for GPUs.
-        sync_batchnorm=run.devices * run.num_nodes > 1 and torch.cuda.is_available(),
+        sync_batchnorm=run.devices * run.num_nodes > 1 and _on_cuda(run),
         precision=run.precision,
         max_steps=run.max_steps * optimizers,
         max_epochs=-1,
@@ -365,6 +371,7 @@ def _trainer(
         ],
         callbacks=[
             *first,
+            WholeSteps(),
             SeedLayers(run.seed),
             average,
             ledger,
@@ -389,7 +396,13 @@ def _trainer(
     )
     try:
         return pl.Trainer(**{**arguments, **run.trainer})
-    except (MisconfigurationException, TypeError, ValueError) as error:
+    except (
+        MisconfigurationException,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RuntimeError,
+    ) as error:
         passed = f", run.trainer {run.trainer}" if run.trainer else ""
         raise UserError(
             f"run.accelerator {run.accelerator}, {run.devices} device(s){passed}: {error}"

@@ -46,8 +46,10 @@ class RunConfig:
     num_nodes: int = 1
     """Machines."""
     accumulate: int = 1
-    """Micro-batches of ``data.batch_size`` whose gradients make one step. The same global batch,
-    by any split into devices and micro-batches, gives the same steps up to rounding."""
+    """Micro-batches of ``data.batch_size`` whose gradients make one step. From memory the same
+    global batch, by any split into devices and micro-batches, gives the same steps up to rounding;
+    a stream in exact mode does by any split into devices, and of a resampled one each rank draws
+    its own samples."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """Several devices: ``ddp`` keeps the whole network on each; ``fsdp`` (FSDP2) cuts weights,
     gradients, optimizer states and the average into a part a device, block by block. Checkpoints

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import LightningModule, Trainer
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 def begins_step(trainer: Trainer, batch_idx: int) -> bool:
@@ -18,3 +20,21 @@ def ends_step(trainer: Trainer, batch_idx: int) -> bool:
 def steps_done(system: LightningModule, trainer: Trainer) -> int:
     """Return the steps of the main optimizer (``global_step`` counts every optimizer's)."""
     return trainer.global_step // max(1, getattr(system, "num_optimizers", 1))
+
+
+class WholeSteps(Callback):
+    """Goes on with the first micro-batch of a step.
+
+    Lightning counts micro-batches, and goes on after the last one: within a window, where the run
+    ended in one, or where windows were of another length before.
+    """
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Let the checkpoint say that whole steps were made, of as many batches as now."""
+        steps = checkpoint["global_step"] // max(1, getattr(pl_module, "num_optimizers", 1))
+        counted = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (counted["total"], counted["current"]):
+            for name in counts:
+                counts[name] = steps * trainer.accumulate_grad_batches

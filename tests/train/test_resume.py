@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 import signal
 import zipfile
 from pathlib import Path
@@ -131,6 +132,41 @@ def test_a_run_that_gathers_micro_batches_stops_between_steps_and_goes_on(make_r
     assert all(torch.equal(value, two[key]) for key, value in one.items())
 
 
+def test_a_run_that_ended_within_a_step_goes_on_with_the_whole_of_it(make_run):
+    sections = {"run": {"accumulate": 3}, "model": {"dropout": 0.2}, "data": {"batch_size": 2}}
+    whole = make_run("stage_c", "whole", **sections)
+    assert whole.start("--run.max_steps", 5) == 0
+    run = make_run("stage_c", **sections)
+    run.start("--run.max_steps", 2)
+    newest = newest_checkpoint(run.out)
+    checkpoint = torch.load(newest, weights_only=True)
+    # So it looks where a batch did not come and the run was told to end: one of three was made.
+    counted = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    for counts in (counted["total"], counted["current"]):
+        for name in counts:
+            counts[name] = 7
+    torch.save(checkpoint, newest)
+    run.start("--run.max_steps", 5, "--resume")
+    one, two = (load_file(each.out / "stage_c.safetensors") for each in (whole, run))
+    assert all(torch.equal(value, two[key]) for key, value in one.items())
+
+
+def test_other_windows_begin_with_a_whole_step(make_run):
+    """From memory the same global batch gives the same steps, also from within a run."""
+    sections = {"model": {"dropout": 0.0}, "optim": {"schedule": "constant"}}
+    whole = make_run("stage_c", "whole", **sections)
+    assert whole.start("--run.max_steps", 5) == 0
+    run = make_run("stage_c", **sections)
+    run.start("--run.max_steps", 3)
+    earlier = shutil.copy(run.out / "stage_c.safetensors", run.out / "earlier.safetensors")
+    run.start("--run.max_steps", 5, "--resume", "--run.accumulate", 2, "--data.batch_size", 2)
+    one, two = (load_file(each.out / "stage_c.safetensors") for each in (whole, run))
+    start = load_file(earlier)
+    moved = sum(float((one[key] - value).square().sum()) for key, value in start.items())
+    apart = sum(float((one[key] - value).square().sum()) for key, value in two.items())
+    assert apart < 0.01 * moved
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
 def test_a_signal_finishes_the_step_and_keeps_the_work(number, code, make_run, monkeypatch):
     run = make_run("previewer", run={"max_steps": 1000, "checkpoint_every_steps": 500})
@@ -182,6 +218,22 @@ def test_resuming_with_another_network_or_rate_is_refused(begun):
         begun.start("--resume", "--model.channels", "[8, 4]")
     with pytest.raises(UserError, match=r"optim\.lr is 0\.5 but the run was started with 0\.01"):
         begun.start("--resume", "--optim.lr", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("key", "before", "after"),
+    [
+        ("diffusion.weight", "constant", "adaptive"),
+        ("diffusion.weight", "adaptive", "constant"),
+        ("posthoc_ema", "null", "{lengths: [0.05, 0.1]}"),
+    ],
+)
+def test_what_a_checkpoint_has_or_lacks_can_t_be_changed(key, before, after, make_run):
+    run = make_run("stage_c")
+    first = ("--diffusion.prediction", "v", f"--{key}", before, "--run.max_steps", 1)
+    assert run.start(*first) == 0
+    with pytest.raises(UserError, match=rf"--resume: {key} is .* but the run was started with"):
+        run.start("--resume", *first[:2], f"--{key}", after)
 
 
 def cut(path: Path) -> None:

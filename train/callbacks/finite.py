@@ -36,6 +36,8 @@ class SkipNonFinite(Callback):
         self.just_skipped = False
         """Whether the last step was left out."""
         self._in_a_row = 0
+        self._suspect: Any = None
+        """The first micro-batch of a last step whose loss was not finite."""
         self._statistics: list[tuple[Tensor, Tensor]] = []
 
     def on_train_batch_start(
@@ -43,7 +45,7 @@ class SkipNonFinite(Callback):
     ) -> None:
         """Remember the batch norms' statistics as they are before the step."""
         if begins_step(trainer, batch_idx):
-            self.just_skipped = False
+            self.just_skipped, self._suspect = False, None
             self._statistics = [
                 (buffer, buffer.clone())
                 for module in pl_module.modules()
@@ -78,6 +80,11 @@ class SkipNonFinite(Callback):
         Raises:
             UserError: Too many in a row; the batch is saved.
         """
+        # Asked only where this step may be the last: to ask is to wait for the device.
+        if self._in_a_row >= self.max_in_a_row and self._suspect is None:
+            loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+            if isinstance(loss, Tensor) and not bool(torch.isfinite(loss).all()):
+                self._suspect = batch
         if not ends_step(trainer, batch_idx):
             return
         if not self.just_skipped:
@@ -94,7 +101,7 @@ class SkipNonFinite(Callback):
         )
         if self._in_a_row > self.max_in_a_row:
             path = self.out / f"bad_batch_rank{trainer.global_rank}.safetensors"
-            _save_batch(batch, path)
+            _save_batch(batch if self._suspect is None else self._suspect, path)
             raise UserError(
                 f"{self._in_a_row} steps in a row had gradients that are not finite; the last "
                 f"batch is in {path}; lower optim.lr, or go on from the checkpoint with --resume "

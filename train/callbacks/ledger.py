@@ -25,6 +25,7 @@ from train.data.cached import CachedBatch
 from train.data.select import LOST_KINDS
 from train.memory import peak_memory_bytes
 from train.meta_step import count_beside
+from train.rank_errors import RankErrors
 from train.steps import ends_step, steps_done
 
 _log = logging.getLogger(__name__)
@@ -55,11 +56,14 @@ class Ledger(Callback):
         out: Path | None = None,
         every_steps: int = 50,
         lost: Mapping[str, int] | None = None,
+        errors: RankErrors | None = None,
     ) -> None:
         """Take the run's clock, its folder (None: no file is written) and the interval.
 
-        ``lost`` is what the set holds that no step will see, by ``LOST_KINDS``.
+        ``lost`` is what the set holds that no step will see, by ``LOST_KINDS``; ``errors`` is
+        where ranks keep their errors.
         """
+        self.errors = RankErrors() if errors is None else errors
         self.samples = 0
         self.samples_by_set: Counter[str] = Counter()
         """Of a run on several sets."""
@@ -189,7 +193,7 @@ class Ledger(Callback):
         row["left_out"] = self.lost()
         if self.samples_by_set:
             row["samples_by_set"] = dict(self.samples_by_set)
-        with open(self._path, "a", encoding="utf-8") as file:
+        with self.errors.kept(), open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         self._from_step = self._step
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, fields
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
@@ -130,6 +130,14 @@ class CachedBatch:
         """Return the number of samples."""
         return len(self.captions)
 
+    def pin_memory(self) -> CachedBatch:
+        """Move the tensors to memory from which a CUDA device can copy beside its work."""
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if isinstance(value, Tensor):
+                setattr(self, one.name, value.pin_memory())
+        return self
+
     def require(self, part: str) -> Tensor:
         """Return a part.
 
@@ -213,8 +221,7 @@ def load_cache(config: DataConfig, expect: dict[str, str]) -> Cache:
                 f"'{config.shards}' --out {config.folder} {_PRECOMPUTE[part]} (the weights that "
                 "this run names)"
             )
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+        metadata, tensors = _read_part(path)
         found = (metadata.get("pictures"), metadata.get("weights"))
         if found != (pictures.fingerprint(), weights_hash):
             raise UserError(
@@ -226,7 +233,6 @@ def load_cache(config: DataConfig, expect: dict[str, str]) -> Cache:
                 f"{path}: made from other pictures of the same names and captions; precompute it "
                 "again"
             )
-        tensors = load_file(path)
         cache.tensors.update({name: tensors[name] for name in CACHE_FILES[part]})
         if part == "text":
             captions = json.loads(metadata["captions"])
@@ -234,6 +240,20 @@ def load_cache(config: DataConfig, expect: dict[str, str]) -> Cache:
             row = cache.caption_rows[""]
             cache.null_text = (tensors["text_hidden"][row], tensors["text_pooled"][row])
     return cache
+
+
+def _read_part(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Return metadata and tensors of a file of ``train.data precompute``.
+
+    Raises:
+        UserError: It is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        return metadata, load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path}: damaged ({error}); make the cache again") from error
 
 
 class _EndlessBatches(IterableDataset[CachedBatch]):
@@ -254,23 +274,13 @@ class _EndlessBatches(IterableDataset[CachedBatch]):
             )
 
     def __iter__(self) -> Iterator[CachedBatch]:
-        size = self.config.batch_size
-        per_epoch = len(self.cache.pictures) // (size * self.world)
-        step, epoch, order = self.start_step, -1, torch.empty(0)
+        size, seed = self.config.batch_size, self.config.seed
+        step = self.start_step
         while True:
-            if step // per_epoch != epoch:
-                epoch = step // per_epoch
-                seed = derived_seed("order", self.config.seed, epoch)
-                generator = torch.Generator().manual_seed(seed)
-                order = torch.randperm(len(self.cache.pictures), generator=generator)
-            first = (step % per_epoch) * size * self.world + self.rank * size
-            # By place in the endless series, so that any split into ranks draws the same.
-            place = step * size * self.world + self.rank * size
-            draws = [
-                derived_seed("captions", self.config.seed, place + index) / 2**63
-                for index in range(size)
-            ]
-            yield self.cache.batch(order[first : first + size], draws)
+            # By place in the endless series: any split into ranks and windows draws the same, and
+            # what is left at the end of an epoch comes before the next one.
+            place = (step * self.world + self.rank) * size
+            yield place_batch(self.cache, seed, range(place, place + size))
             step += 1
 
 
@@ -280,13 +290,19 @@ def group_of(captions: Sequence[str]) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
+@lru_cache(maxsize=4)  # a batch lies in one epoch or two; sets that are mixed have their own
+def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
+    """Return the order of an epoch's pictures, a permutation."""
+    generator = torch.Generator().manual_seed(derived_seed("order", seed, epoch))
+    return torch.randperm(count, generator=generator)
+
+
 def place_batch(cache: Cache, seed: int, places: Sequence[int]) -> CachedBatch:
     """Return the samples at places of an endless series of shuffled epochs."""
-    count, orders = len(cache.pictures), {}
-    for epoch in {place // count for place in places}:
-        generator = torch.Generator().manual_seed(derived_seed("order", seed, epoch))
-        orders[epoch] = torch.randperm(count, generator=generator)
-    indices = torch.stack([orders[place // count][place % count] for place in places])
+    count = len(cache.pictures)
+    indices = torch.stack(
+        [epoch_order(count, seed, place // count)[place % count] for place in places]
+    )
     return cache.batch(indices, [derived_seed("captions", seed, place) / 2**63 for place in places])
 
 
@@ -294,4 +310,8 @@ def cached_loader(
     cache: Cache, config: DataConfig, *, start_step: int = 0, rank: int = 0, world: int = 1
 ) -> DataLoader[CachedBatch]:
     """Return an endless loader; it starts with the batch of ``start_step``."""
-    return DataLoader(_EndlessBatches(cache, config, start_step, rank, world), batch_size=None)
+    return DataLoader(
+        _EndlessBatches(cache, config, start_step, rank, world),
+        batch_size=None,
+        pin_memory=torch.cuda.is_available(),
+    )

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -140,8 +141,11 @@ def find_cache(shards: list[str]) -> CacheFound | None:
         data = read_if_there(address) if address is not None else None
         if data is None:
             raise UserError(f"{shown(str(address))}: not there; make the cache again")
-        tensors = load(data)
-        null_text = (tensors["text_hidden"], tensors["text_pooled"])
+        try:
+            tensors = load(data)
+            null_text = (tensors["text_hidden"], tensors["text_pooled"])
+        except (SafetensorError, KeyError) as error:
+            raise UserError(f"{shown(str(address))}: damaged ({error}); make it again") from error
     filters = tuple(cache.filters for cache in made if cache.filters is not None)
     return CacheFound(first, null_text, sum(cache.shards for cache in made), filters)
 

@@ -69,6 +69,11 @@ class Served:
     left_out: Counter[str] = field(default_factory=Counter)
     """Other samples that were come upon and not taken, by ``train.data.select.LOST_KINDS``."""
 
+    def pin_memory(self) -> Served:
+        """Let a CUDA device copy the batch beside its work; torch pins nothing of a dataclass."""
+        self.batch = self.batch.pin_memory()
+        return self
+
 
 @dataclass
 class _Item:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import errno
 import os
 import random
 import shutil
@@ -30,6 +31,36 @@ def save(out: Path, step: int, keep: int = 2, **content: object) -> None:
     RunCheckpoints(keep).save_checkpoint(
         {"global_step": step, **content}, checkpoint_path(out, step)
     )
+
+
+def test_no_damage_to_the_archive_itself_is_a_traceback(tmp_path: Path) -> None:
+    path = tmp_path / "whole.ckpt"
+    torch.save({"global_step": 3, "values": [torch.arange(5.0), torch.ones(2, 2)]}, path)
+    content = path.read_bytes()
+    assert find_damage(path) is None
+    found = 0
+    for place in range(content.index(b"PK\x01\x02"), len(content)):  # its directory
+        for bit in (1, 0x40):
+            damaged = bytearray(content)
+            damaged[place] ^= bit
+            path.write_bytes(damaged)
+            if find_damage(path) is None:
+                torch.load(path, weights_only=True)
+            else:
+                found += 1
+    assert found > 300
+
+
+def test_a_disk_that_does_not_read_says_nothing_of_a_checkpoint(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "whole.ckpt"
+    torch.save({"global_step": 3}, path)
+
+    def broken(*_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(torch, "load", broken)
+    with pytest.raises(OSError, match="Input/output"):
+        find_damage(path)
 
 
 def test_only_the_newest_are_kept_by_their_numbers(tmp_path: Path) -> None:

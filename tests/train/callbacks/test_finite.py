@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from cascade.errors import UserError
 from train.callbacks.checkpoints import newest_checkpoint
@@ -64,6 +65,25 @@ def test_steps_that_stay_lost_end_the_run_and_keep_the_batch(make_run, poison):
     with safe_open(run.out / "bad_batch_rank0.safetensors", framework="pt") as file:
         assert "captions" in file.metadata() and "pixels" in file.keys()
     assert state_of(run)["global_step"] <= 2
+
+
+def test_the_batch_that_is_kept_is_the_one_that_was_lost(make_run, monkeypatch):
+    sections = {"accumulate": 3, "max_skipped_steps": 1}
+    run = make_run("stage_c", run=sections, data={"batch_size": 2})
+    whole, lost = StageCSystem.training_step, []
+
+    def poisoned(self, batch, batch_idx):
+        loss = whole(self, batch, batch_idx)
+        if batch_idx % 3 == 1:
+            lost.append(batch.text_pooled.clone())
+            return loss * math.nan
+        return loss
+
+    monkeypatch.setattr(StageCSystem, "training_step", poisoned)
+    with pytest.raises(UserError, match="2 steps in a row"):
+        run.start("--run.max_steps", 50)
+    kept = load_file(run.out / "bad_batch_rank0.safetensors")
+    assert torch.equal(kept["text_pooled"], lost[-1])
 
 
 def test_values_that_are_lost_inside_do_not_stay_in_batch_norms(make_run, monkeypatch):

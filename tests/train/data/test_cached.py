@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import itertools
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from train.data.cached import (
 )
 from train.data.config import DataConfig
 from train.data.precompute import precompute
+from train.data.read import Served
 from train.encode import FrozenPaths, text_hash
 
 
@@ -62,6 +64,46 @@ def test_every_epoch_shows_every_picture_once_in_a_new_order(shards):
         assert 0 <= pixels.min() <= pixels.max() == 1
         orders.append(groups)
     assert orders[0] != orders[1] != orders[2]
+
+
+def test_what_an_epoch_has_over_comes_before_the_next_one(shards):
+    pictures = load_pictures(shards)
+    seen = torch.cat([batch.groups for batch in take(shards, 12, batch_size=5)]).tolist()
+    for epoch in range(5):
+        assert sorted(seen[12 * epoch : 12 * epoch + 12]) == sorted(pictures.groups.tolist())
+
+
+def test_any_split_into_ranks_and_windows_draws_the_same(shards):
+    def seen(size: int, world: int) -> list[str]:
+        settings = config(shards, batch_size=size)
+        cache = load_cache(settings, {})
+        loaders = [
+            iter(cached_loader(cache, settings, rank=rank, world=world)) for rank in range(world)
+        ]
+        batches = [next(one) for _ in range(30 // (size * world)) for one in loaders]
+        return [caption for batch in batches for caption in batch.captions]
+
+    assert seen(5, 1) == seen(5, 2) == seen(1, 3) == seen(10, 1)
+
+
+def test_a_batch_is_pinned_as_a_whole(shards, monkeypatch):
+    pinned = []
+    monkeypatch.setattr(
+        torch.Tensor, "pin_memory", lambda self, *_: pinned.append(self.shape) or self.clone()
+    )
+    [batch] = take(shards, 1)
+    shapes = {one.shape for one in vars(batch).values() if isinstance(one, torch.Tensor)}
+    assert Served(batch).pin_memory().batch is batch and set(pinned) == shapes
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 40, None])
+def test_a_damaged_part_of_a_cache_is_one_line(content, shards, cache, parts, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(cache, copy)
+    part = copy / "text.safetensors"
+    part.write_bytes(part.read_bytes()[:-20] if content is None else content)
+    with pytest.raises(UserError, match=r"text\.safetensors: damaged .*make the cache again"):
+        load_cache(config(shards, folder=str(copy)), parts)
 
 
 def test_all_wordings_of_a_picture_are_drawn(shards):
