@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,6 +19,8 @@ from cascade.errors import UserError
 _log = logging.getLogger(__name__)
 
 COURSE_FILE = "course.json"
+BatchesPerEpoch = Callable[[int, int], int]
+"""Of a batch size and ranks: the batches that each of them takes an epoch."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,13 @@ class Leg:
 
 
 def batch_to_go_on_with(
-    legs: Sequence[Leg], step: int, *, accumulate: int, world: int, batch_size: int
+    legs: Sequence[Leg],
+    step: int,
+    *,
+    accumulate: int,
+    world: int,
+    batch_size: int,
+    batches_per_epoch: BatchesPerEpoch | None = None,
 ) -> tuple[int, tuple[Leg, ...]]:
     """Return the batch that comes first, and the legs with the one that it begins.
 
@@ -53,6 +61,7 @@ def batch_to_go_on_with(
         accumulate: Batches a step from here on.
         world: Ranks from here on.
         batch_size: Samples of a rank's batch from here on.
+        batches_per_epoch: Where an epoch ends with a smaller batch: the next one begins with it.
     """
     # A checkpoint from before a change, where those after it are damaged, undoes the change.
     walked = [leg for leg in legs if leg.from_step <= step]
@@ -62,13 +71,24 @@ def batch_to_go_on_with(
     last = walked[-1]
     if (last.accumulate, last.world, last.batch_size) == now:
         return last.batch_at(step), tuple(walked)
-    samples = last.batch_at(step) * last.world * last.batch_size
-    new = Leg(step, samples // (world * batch_size), *now)
+    batch, epoch, first = last.batch_at(step), 0, 0
+    if batches_per_epoch is not None:
+        epoch, batch = divmod(batch, batches_per_epoch(last.batch_size, last.world))
+        first = epoch * batches_per_epoch(batch_size, world)
+    samples = batch * last.world * last.batch_size
+    new = Leg(step, first + samples // (world * batch_size), *now)
     return new.from_batch, (*walked, new)
 
 
 def go_on(
-    out: Path, step: int, *, accumulate: int, world: int, batch_size: int, writes: bool
+    out: Path,
+    step: int,
+    *,
+    accumulate: int,
+    world: int,
+    batch_size: int,
+    writes: bool,
+    batches_per_epoch: BatchesPerEpoch | None = None,
 ) -> int:
     """Return the batch that comes first in each rank, and note with what steps the run goes on.
 
@@ -79,6 +99,7 @@ def go_on(
         world: Ranks.
         batch_size: Samples of a rank's batch.
         writes: Whether this is the rank that writes.
+        batches_per_epoch: See ``batch_to_go_on_with``.
 
     Raises:
         UserError: What is noted there can't be read.
@@ -88,13 +109,20 @@ def go_on(
     if step and path.is_file():
         try:
             earlier = [Leg(**leg) for leg in json.loads(path.read_text(encoding="utf-8"))]
-        except (ValueError, TypeError) as error:
+            if not all(isinstance(value, int) for leg in earlier for value in vars(leg).values()):
+                raise ValueError("its numbers are none")
+        except (ValueError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{path}: can't be read ({error}); it tells how far the run is in its data: remove "
                 "it if devices, run.accumulate and data.batch_size are as they have always been"
             ) from error
     batch, legs = batch_to_go_on_with(
-        earlier, step, accumulate=accumulate, world=world, batch_size=batch_size
+        earlier,
+        step,
+        accumulate=accumulate,
+        world=world,
+        batch_size=batch_size,
+        batches_per_epoch=batches_per_epoch,
     )
     if writes:
         if len(legs) > 1 and legs[-1].from_step == step:

@@ -37,7 +37,7 @@ from train.callbacks.rehearsal import Rehearsal
 from train.callbacks.stall import Stall
 from train.callbacks.stop import NoBatchWhileEnding, Stop, StopAtOnce
 from train.clock import PhaseClock, process_began_s
-from train.course import go_on
+from train.course import BatchesPerEpoch, go_on
 from train.data.pictures import BOMB_WARNING
 from train.data.select import lost_line
 from train.draws import SeedLayers
@@ -210,6 +210,7 @@ def fit(
     *,
     batch_size: int,
     lost: Mapping[str, int],
+    batches_per_epoch: BatchesPerEpoch | None = None,
     callbacks: Sequence[pl.Callback] = (),
     last: Sequence[pl.Callback] = (),
 ) -> None:
@@ -218,7 +219,8 @@ def fit(
     Ctrl-C and SIGTERM end the run after the step in hand, with a checkpoint and an export, and
     without what can wait: pictures, a look at held-out ones, a batch that does not come. A run that
     has made all its steps leaves a file ``done``. ``batch_size`` is that of each rank,
-    ``lost`` what the set holds that no step will see; ``callbacks`` act before those that all runs
+    ``lost`` what the set holds that no step will see, ``batches_per_epoch`` how long its epochs
+    are, if they have an end; ``callbacks`` act before those that all runs
     have, ``last`` after them.
 
     Raises:
@@ -246,6 +248,7 @@ def fit(
         accumulate=run.accumulate,
         world=trainer.world_size,
         batch_size=batch_size,
+        batches_per_epoch=batches_per_epoch,
         writes=trainer.is_global_zero,
     )
     try:

@@ -304,6 +304,7 @@ def fit_system(
         prepared,
         batch_size=config.data.batch_size,
         lost=data.lost,
+        batches_per_epoch=data.batches_per_epoch,
         callbacks=callbacks,
         last=last,
     )

@@ -40,6 +40,19 @@ def test_a_run_goes_on_with_the_sample_it_was_at(now, batch, later):
     assert back == later * wide["world"] * wide["batch_size"] // 8 and len(legs) == 3
 
 
+def test_epochs_that_end_with_a_smaller_step_are_counted_as_they_are():
+    def batches(batch_size: int, world: int) -> int:  # 1000 samples of one shape
+        return -(-1000 // (batch_size * world))
+
+    before = {"accumulate": 1, "world": 1, "batch_size": 16}  # 63 an epoch
+    _, legs = batch_to_go_on_with((), 0, **before)
+    now = before | {"world": 2}  # 32 an epoch
+    for step, wanted in ((630, 320), (63 * 9 + 10, 32 * 9 + 5), (63 * 2 + 11, 32 * 2 + 5)):
+        found, _ = batch_to_go_on_with(legs, step, **now, batches_per_epoch=batches)
+        assert found == wanted
+    assert batch_to_go_on_with(legs, 630, **now)[0] == 315  # of an endless series
+
+
 def test_an_earlier_checkpoint_undoes_what_came_after_it():
     _, legs = batch_to_go_on_with((), 0, **PLAIN)
     _, legs = batch_to_go_on_with(legs, 6, **PLAIN | {"accumulate": 4})
@@ -61,3 +74,10 @@ def test_the_legs_are_noted_with_the_run_and_told(tmp_path, caplog):
     (tmp_path / COURSE_FILE).write_text("[{]")
     with pytest.raises(UserError, match="it tells how far the run is in its data"):
         go_on(tmp_path, 5, **PLAIN, writes=True)
+    for wrong in (
+        "[3]",
+        '[{"from_step": "0", "from_batch": 0, "accumulate": 1, "world": 1, "batch_size": 8}]',
+    ):
+        (tmp_path / COURSE_FILE).write_text(wrong)
+        with pytest.raises(UserError, match="it tells how far the run is in its data"):
+            go_on(tmp_path, 5, **PLAIN, writes=True)

@@ -19,7 +19,7 @@ from train.data.activity import Activity
 from train.data.buckets import Shape
 from train.data.cached import CACHE_FILES, Cache, CachedBatch, cached_loader, load_cache
 from train.data.config import DataConfig
-from train.data.exact import ExactSource, index_set
+from train.data.exact import ExactSource, exact_plan, index_set
 from train.data.fingerprint import CacheFound, check_fits, find_cache, samples_left_out
 from train.data.loader import StepSource, StreamLoader
 from train.data.mix import MixedRows, MixedSource, Mixture, mixed_loader, set_seed
@@ -71,6 +71,8 @@ class TrainingData:
     lost: dict[str, int] = field(default_factory=dict)
     """Samples of the set that no step will see, by ``train.data.select.LOST_KINDS``; a resampled
     stream tells of them as it comes upon them."""
+    batches_per_epoch: Callable[[int, int], int] | None = None
+    """Batches that a rank takes an epoch, of a batch size and ranks; None: epochs have no end."""
 
     def taught_by(self, fingerprint: str) -> TrainingData:
         """Return the same data for a run that asks a teacher, whose weights it remembers."""
@@ -276,6 +278,7 @@ def _streamed(stream: _Stream, encoded: FrozenPaths | None) -> TrainingData:
     activity = Activity(config.workers)
     make: Callable[[int, int], StepSource]
     lost: dict[str, int] = {}
+    batches: Callable[[int, int], int] | None = None
     if config.mode == "exact":
         indexed = index_set(addresses, selector, config.index_folder, config.shards)
         indexed.report.require_mostly_whole(config.max_broken_share, config.shards)
@@ -288,6 +291,10 @@ def _streamed(stream: _Stream, encoded: FrozenPaths | None) -> TrainingData:
                 _log.info("%s", source.plan.describe())
             return source
 
+        def batches(batch_size: int, world: int) -> int:
+            other = replace(config, batch_size=batch_size)
+            return exact_plan(other, selector, indexed, world).steps_per_epoch
+
     else:
         probe = probe_shards(addresses, config, selector)
         _log.info("%d shards; of two: %s", len(addresses), probe.report.summary())
@@ -299,7 +306,8 @@ def _streamed(stream: _Stream, encoded: FrozenPaths | None) -> TrainingData:
                 addresses, config, selector, probe, activity, rank=rank, world=world
             )
 
-    return replace(_served(stream, config, make, activity, state, encoded), lost=lost)
+    data = _served(stream, config, make, activity, state, encoded)
+    return replace(data, lost=lost, batches_per_epoch=batches)
 
 
 def _served(
