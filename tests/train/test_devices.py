@@ -162,6 +162,16 @@ def test_what_two_processes_left_out_is_one_sum(make_run, tmp_path, monkeypatch)
     assert rows[-1]["left_out"] == {"broken": sum(broken), "filtered": 3, "dropped": 0}
 
 
+def test_a_log_that_can_t_be_written_ends_all_ranks_with_one_line(make_run) -> None:
+    run = make_run("stage_c", data={"batch_size": 2})
+    (run.out / "ledger.jsonl").mkdir(parents=True)
+    done = start(run, "--run.devices", 2, "--run.max_steps", 50)
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert any("ledger.jsonl" in line for line in errors)
+    assert "Traceback" not in done.stderr
+
+
 def test_an_error_of_one_rank_ends_both_with_its_line(make_run) -> None:
     run = make_run("stage_c", data={"batch_size": 2}, run={"checkpoint_every_steps": 1})
     run.out.mkdir()

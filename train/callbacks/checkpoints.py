@@ -118,6 +118,10 @@ def find_damage(path: Path) -> str | None:
         torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except MemoryError:
         raise
+    except pickle.UnpicklingError:
+        # Its checksum was right: it holds what this process can't read yet, such as the states of
+        # an optimizer whose package is imported later. Whoever loads it says so.
+        return None
     except OSError as error:
         if error.errno != errno.EINVAL:  # a place before the file's begin, which damage names
             raise

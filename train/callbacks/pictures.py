@@ -20,6 +20,7 @@ from train.callbacks.stop import all_are_to_end, was_told_to_end
 from train.clock import PhaseClock
 from train.loggers import show_picture
 from train.networks import plain_copy
+from train.rank_errors import RankErrors
 from train.sharding import gathered
 from train.steps import ends_step
 
@@ -67,6 +68,7 @@ class SamplePictures(Callback):
         self.drawing = drawing
         self._average: WeightAverage | None = None
         self._clock = PhaseClock()
+        self._errors = RankErrors()
         self._drawn_step = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -77,7 +79,7 @@ class SamplePictures(Callback):
         """
         self._average = find_callback(trainer, WeightAverage)
         if (ledger := find_callback(trainer, Ledger)) is not None:
-            self._clock = ledger.clock
+            self._clock, self._errors = ledger.clock, ledger.errors
         with self._clock.within("pictures"):
             self.drawing.load(_network(pl_module), pl_module.device)
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -121,10 +123,13 @@ class SamplePictures(Callback):
         for number in range(trainer.global_rank, len(prompts), trainer.world_size):
             if was_told_to_end(trainer):
                 break  # the ranks meet below all the same
-            save_png(self._picture(drawing, number), self._part(kind, step, number))
+            with self._errors.kept():
+                save_png(self._picture(drawing, number), self._part(kind, step, number))
         trainer.strategy.barrier()
-        if trainer.is_global_zero:
-            parts = [self._part(kind, step, number) for number in range(len(prompts))]
+        if not trainer.is_global_zero:
+            return
+        parts = [self._part(kind, step, number) for number in range(len(prompts))]
+        with self._errors.kept():
             if all(part.is_file() for part in parts):
                 pictures: list[Image.Image] = [open_image(part) for part in parts]
                 grid, path = image_grid(pictures), self.folder / f"step_{step:07d}_{kind}.png"

@@ -185,7 +185,7 @@ class Validation(Callback):
             "val_loss_raw": raw,
             "by_t": by_time,
         }
-        with open(self.path, "a", encoding="utf-8") as file:
+        with self._ledger.errors.kept(), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         for logger in trainer.loggers:
             logger.log_metrics({"val_loss": loss, "val_loss_raw": raw}, step=trainer.global_step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import errno
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -49,6 +50,14 @@ def test_no_damage_to_the_archive_itself_is_a_traceback(tmp_path: Path) -> None:
             else:
                 found += 1
     assert found > 300
+
+
+def test_what_a_package_that_is_not_there_wrote_is_no_damage(tmp_path: Path) -> None:
+    path = tmp_path / "whole.ckpt"
+    torch.save({"states": collections.UserDict(a=1)}, path)
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(path, weights_only=True)
+    assert find_damage(path) is None
 
 
 def test_a_disk_that_does_not_read_says_nothing_of_a_checkpoint(tmp_path, monkeypatch) -> None:
