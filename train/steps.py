@@ -32,9 +32,14 @@ class WholeSteps(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Let the checkpoint say that whole steps were made, of as many batches as now."""
+        """Let it say what one says that was written at a step's end, with windows as now."""
         steps = checkpoint["global_step"] // max(1, getattr(pl_module, "num_optimizers", 1))
-        counted = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        if steps == 0:
+            return
+        batches = steps * trainer.accumulate_grad_batches
+        loops = checkpoint["loops"]["fit_loop"]
+        counted = loops["epoch_loop.batch_progress"]
         for counts in (counted["total"], counted["current"]):
-            for name in counts:
-                counts[name] = steps * trainer.accumulate_grad_batches
+            # Lightning saves before it has counted the last batch as done, and counts it then.
+            counts.update(ready=batches, started=batches, processed=batches, completed=batches - 1)
+        loops["epoch_loop.state_dict"]["_batches_that_stepped"] = steps - 1
