@@ -57,7 +57,12 @@ def as_distilled(sampling: StageSampling, metadata: Mapping[str, str], where: st
 
 
 def choose(
-    spec: CascadeSpec, stage: Stage, steps: int | None, sampler: str | None
+    spec: CascadeSpec,
+    stage: Stage,
+    steps: int | None,
+    sampler: str | None,
+    *,
+    from_within: bool = False,
 ) -> tuple[StageSampling, frozenset[Stage]]:
     """Choose between a stage's plain network and the one for few steps.
 
@@ -66,6 +71,8 @@ def choose(
         stage: Which stage.
         steps: Steps that are asked for; None: the model's own.
         sampler: The sampler that is asked for; None: the model's own.
+        from_within: Whether the walk begins at a picture with some noise: a network that jumps from
+            each of its own steps to the next knows no others.
 
     Returns:
         The network's own sampling; the stage itself if the one for few steps runs, else nothing.
@@ -76,6 +83,8 @@ def choose(
     takes_few = spec.prefers_few and sampler in (None, few.sampler)
     if steps is not None:
         takes_few = takes_steps(few, steps)
+    if from_within and few.sampler != "lcm":
+        takes_few = False
     return spec.sampling(stage, few=takes_few), frozenset({stage} if takes_few else ())
 
 
@@ -127,6 +136,19 @@ def check_steps(name: str, steps: int, own: StageSampling) -> None:
         f"{name} {steps}: this network was distilled for {own.steps} steps {takes}, and the model "
         "has no plain one"
     )
+
+
+def check_start(own: StageSampling) -> None:
+    """Refuse to begin within the walk of a network that jumps from each of its steps to the next.
+
+    Raises:
+        UserError: Saying what works.
+    """
+    if own.max_steps is not None and own.sampler != "lcm":
+        raise UserError(
+            f"strength: this Stage C was distilled for whole walks of {own.steps} steps, and the "
+            "model has no plain one; set it to 1"
+        )
 
 
 def check_range(name: str, scale: float, own: StageSampling) -> None:

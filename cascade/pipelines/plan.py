@@ -9,7 +9,13 @@ from numbers import Real
 from cascade.config import not_among
 from cascade.errors import UserError
 from cascade.pipelines.control_input import ControlInput, ControlTask, fit_control
-from cascade.pipelines.few_steps import check_range, check_sampler, check_steps, choose
+from cascade.pipelines.few_steps import (
+    check_range,
+    check_sampler,
+    check_start,
+    check_steps,
+    choose,
+)
 from cascade.pipelines.picture_input import NEEDS_PROMPT, PictureInput, PictureTask, fit_picture
 from cascade.pipelines.sizes import fit_size
 from cascade.pipelines.spec import MAX_GUIDANCE, MAX_STEPS, CascadeSpec, Stage, StageSampling
@@ -137,7 +143,10 @@ def make_plan(
         width, height, notices = fit_size(spec, wanted.width, wanted.height)
     else:
         task, width, height, notices = fit_picture(spec, picture, wanted.width, wanted.height)
-    own_c, few_c = choose(spec, "stage_c", wanted.steps_c, wanted.sampler)
+    from_within = task is not None and task.mode != "reconstruct" and task.strength < 1
+    own_c, few_c = choose(spec, "stage_c", wanted.steps_c, wanted.sampler, from_within=from_within)
+    if from_within:
+        check_start(own_c)
     own_b, few_b = choose(spec, "stage_b", wanted.steps_b, wanted.sampler)
     stage_c = _override(own_c, "c", wanted.steps_c, wanted.guidance_c, wanted.sampler)
     if wanted.guidance_interval is not None:

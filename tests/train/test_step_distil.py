@@ -449,6 +449,10 @@ def test_what_was_not_distilled_is_refused_in_one_line(words, message, model, tm
         (["--small_steps", "0"], "small_steps is 0"),
         (["--objective", "guidance", "--tangent.warmup_steps", "9"], "only consistency has one"),
         (["--objective", "multistep", "--angles.mean", "1"], "give sampling.times"),
+        (
+            ["--objective", "multistep", "--sampling.steps", "1", "--sampling.times", "[0.9, 0]"],
+            "goes from 1 to 0",
+        ),
         (["--angles.last_share", "2"], "last_share=2"),
         (["--run.strategy", "fsdp"], "use ddp"),
         (["--objectiv", "guidance"], "objective"),

@@ -162,6 +162,11 @@ class StepDistilRun:
                 "angles is given but objective is multistep, which learns at the starts of "
                 "sampling's steps alone; give sampling.times"
             )
+        times = self.sampling.times
+        if self.objective == "multistep" and times and (times[0] != 1 or times[-1] != 0):
+            raise ValueError(
+                f"sampling.times is {times}: the walk of a multistep student goes from 1 to 0"
+            )
         if self.run.strategy == "fsdp" and self.objective == "consistency":
             raise ValueError(
                 "run.strategy is fsdp: the student's derivative is taken of whole weights; use ddp"

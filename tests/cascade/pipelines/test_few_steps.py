@@ -3,6 +3,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from PIL import Image
 
 from cascade.errors import UserError
 from cascade.pipelines.few_steps import (
@@ -14,6 +15,7 @@ from cascade.pipelines.few_steps import (
     distilled_said,
     own_choice,
 )
+from cascade.pipelines.picture_input import PictureInput
 from cascade.pipelines.plan import Settings, make_plan
 from cascade.pipelines.spec import CascadeSpec, StageSampling
 
@@ -118,6 +120,21 @@ def test_a_file_says_how_its_network_is_sampled() -> None:
 def test_a_damaged_word_of_a_file_is_one_line_that_names_it(said, message) -> None:
     with pytest.raises(UserError, match=rf"^x\.safetensors: its metadata's .*{message}"):
         distilled_said({DISTILLED_KEY: said}, "x.safetensors")
+
+
+def test_a_walk_that_begins_within_is_not_for_jumps_from_step_to_step() -> None:
+    jumps = replace(FEW, sampler="ddim", max_steps=4, times=(1.0, 0.9, 0.7, 0.4, 0.0))
+    picture = PictureInput(Image.new("RGB", (128, 128)), "img2img", strength=0.6)
+    whole = replace(picture, strength=1.0)
+    both = replace(SPEC, stage_c_few=jumps)
+    assert make_plan(both, "a hat", picture=picture).few == frozenset()
+    assert make_plan(both, "a hat", picture=whole).few == {"stage_c"}
+    # Jumps to clean latents begin anywhere.
+    assert make_plan(BOTH, "a hat", picture=picture).few == {"stage_c"}
+    alone = replace(SPEC, stage_c=jumps)
+    assert make_plan(alone, "a hat", picture=whole).stage_c == jumps
+    with pytest.raises(UserError, match="strength: this Stage C was distilled for whole walks"):
+        make_plan(alone, "a hat", picture=picture)
 
 
 @pytest.mark.parametrize(
