@@ -83,7 +83,7 @@ def choose(
     takes_few = spec.prefers_few and sampler in (None, few.sampler)
     if steps is not None:
         takes_few = takes_steps(few, steps)
-    if from_within and few.sampler != "lcm":
+    if from_within and few.walks_whole:
         takes_few = False
     return spec.sampling(stage, few=takes_few), frozenset({stage} if takes_few else ())
 
@@ -94,9 +94,9 @@ def takes_steps(own: StageSampling, steps: int) -> bool:
     One that jumps to clean latents ("lcm") takes any number up to its largest, one that jumps from
     each of its steps to the next that number alone, a plain one any.
     """
-    if own.max_steps is None:
-        return True
-    return steps <= own.max_steps if own.sampler == "lcm" else steps == own.steps
+    if own.walks_whole:
+        return steps == own.steps
+    return own.max_steps is None or steps <= own.max_steps
 
 
 def own_choice(spec: CascadeSpec) -> frozenset[Stage]:
@@ -131,7 +131,7 @@ def check_steps(name: str, steps: int, own: StageSampling) -> None:
     """
     if takes_steps(own, steps):
         return
-    takes = f"and takes up to {own.max_steps}" if own.sampler == "lcm" else "alone"
+    takes = "alone" if own.walks_whole else f"and takes up to {own.max_steps}"
     raise UserError(
         f"{name} {steps}: this network was distilled for {own.steps} steps {takes}, and the model "
         "has no plain one"
@@ -144,7 +144,7 @@ def check_start(own: StageSampling) -> None:
     Raises:
         UserError: Saying what works.
     """
-    if own.max_steps is not None and own.sampler != "lcm":
+    if own.walks_whole:
         raise UserError(
             f"strength: this Stage C was distilled for whole walks of {own.steps} steps, and the "
             "model has no plain one; set it to 1"

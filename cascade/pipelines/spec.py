@@ -119,6 +119,11 @@ class StageSampling:
         """Whether each step runs the network twice: with the prompt, and without."""
         return self.guidance != 1 and self.guidance_range is None
 
+    @property
+    def walks_whole(self) -> bool:
+        """Whether each step was distilled to lead to the next: no other steps will do."""
+        return self.max_steps is not None and self.sampler != "lcm"
+
     def noise_schedule(self) -> NoiseSchedule:
         """Return the path that the samples walk back."""
         return make_schedule(self.schedule, self.shift, zero_terminal_snr=self.zero_terminal_snr)

@@ -190,20 +190,26 @@ def test_the_gradient_reaches_the_student_and_never_the_teacher(
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_guidance_in_one_pass_is_learned(
-    tiny_model: Path, teacher: StageTeacher, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    system = make_system(tiny_model, teacher, objective="guidance")
+def learned(system: StepDistilSystem, steps: int, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Learn one batch by heart; return the losses."""
     monkeypatch.setattr("train.systems.step_distil.step_draws", lambda *_: StepDraws(0, step=2))
     monkeypatch.setattr(system, "log", lambda *_, **__: None)
     optimizer = torch.optim.Adam(system.parameters(), lr=3e-3)
     losses = []
-    for _ in range(60):
+    for _ in range(steps):
         optimizer.zero_grad()
         loss = system.training_step(synthetic_batch(), 0)
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
+    return losses
+
+
+def test_guidance_in_one_pass_is_learned(
+    tiny_model: Path, teacher: StageTeacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system = make_system(tiny_model, teacher, objective="guidance")
+    losses = learned(system, 60, monkeypatch)
     assert losses[-1] < 0.1 * losses[0]
 
 
@@ -273,16 +279,7 @@ def test_a_student_of_steps_lands_where_its_teacher_walks(
         guidance=GuidanceConfig(3.0, 3.0, 3.0),
         time_unit=1.0,
     )
-    monkeypatch.setattr("train.systems.step_distil.step_draws", lambda *_: StepDraws(0, step=2))
-    monkeypatch.setattr(system, "log", lambda *_, **__: None)
-    optimizer = torch.optim.Adam(system.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(150):
-        optimizer.zero_grad()
-        loss = system.training_step(synthetic_batch(), 0)
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
+    losses = learned(system, 150, monkeypatch)
     assert losses[-1] < 0.1 * losses[0]
     # A step of the file's own sampler is the jump that was trained.
     cond, _ = told(4)
