@@ -54,6 +54,7 @@ from train.noted import (
 )
 from train.optim import require_low_bit
 from train.rank_errors import RankErrors
+from train.reduction import HostGroup
 from train.run_lock import make_folder
 from train.settings import OptimConfig, RunConfig
 from train.sharding import ShardedStrategy, check_can_shard
@@ -237,9 +238,9 @@ def fit(
         _log.info("resuming %s at step %d of %d", out, start_step, run.max_steps)
     if start_step < run.max_steps:
         (out / DONE_FILE).unlink(missing_ok=True)
-    errors = RankErrors()
-    stop = Stop(run.max_minutes, errors)
-    ledger = Ledger(prepared.clock, out, run.log_every_steps, lost, errors)
+    errors, ranks = RankErrors(), HostGroup()
+    stop = Stop(run.max_minutes, errors, ranks)
+    ledger = Ledger(prepared.clock, out, run.log_every_steps, lost, errors, ranks)
     last = [NoteStart(out, prepared.config, errors), *last]
     trainer = _trainer(system, run, optim, stop, ledger, callbacks, last)
     first = go_on(

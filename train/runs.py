@@ -23,7 +23,8 @@ from train.callbacks.drawing import CascadeDrawing, Drawing, UNetDrawing
 from train.callbacks.pictures import SamplePictures
 from train.callbacks.posthoc_ema import PosthocEma
 from train.callbacks.validation import Validation
-from train.data.open import TrainingData, open_data, remember_data
+from train.data.open import TrainingData, open_data
+from train.data.remembered import remember_data
 from train.encode import FrozenPaths
 from train.fit import Prepared, fit, prepare
 from train.initial import start, start_compressor_from, start_from, with_architecture

@@ -5,9 +5,12 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import os
 import subprocess
+import sys
 import tarfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,7 @@ from safetensors.torch import load_file
 
 from cascade.config import load_yaml
 from cascade.errors import UserError
-from tests.train.processes import TORCHRUN, finished
+from tests.train.processes import ROOT, TORCHRUN, finished
 from train.data.open import open_data
 from train.systems.previewer import PreviewerRun
 
@@ -60,6 +63,35 @@ def test_two_processes_train_as_one(make_run, tiny_model: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert halves.losses() == pytest.approx(whole.losses(), rel=1e-4)
     assert_same_steps(whole, halves)
+
+
+def test_a_step_asks_the_other_ranks_for_the_means_of_its_logs_once_and_waits_for_none(
+    make_run, tmp_path, monkeypatch
+) -> None:
+    own = {**OPTIM, "run": {"checkpoint_every_steps": 4}}
+    run = make_run("stage_c", data={"batch_size": 2}, **own)
+    counts = []
+    for steps in (4, 12):
+        folder = tmp_path / str(steps)
+        monkeypatch.setenv("COUNTS", str(folder))
+        command = [*TORCHRUN, "-m", "tests.train.count_collectives", "stage_c"]
+        options = ["--run.max_steps", steps, "--run.out", folder / "run", "--run.devices", 2]
+        done = subprocess.run(
+            [sys.executable, *command, "--config", str(run.config), *map(str, options)],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, done.stderr
+        counts.append(Counter(json.loads((folder / "0.json").read_text())))
+    few, many = counts
+    # Gradients are reduced within the backward pass, which asks from C++. A step's logs are one
+    # reduction on the device; what was left out and who is to end are one each among the hosts. A
+    # barrier, or a broadcast that is read, would let each step wait for the device.
+    steps, checkpoints = 12 - 4, (12 - 4) // 4
+    assert (many - few) == {"all_reduce": 3 * steps, "barrier": checkpoints}
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

@@ -26,6 +26,7 @@ from train.data.select import LOST_KINDS
 from train.memory import peak_memory_bytes
 from train.meta_step import count_beside
 from train.rank_errors import RankErrors
+from train.reduction import HostGroup
 from train.steps import ends_step, steps_done
 
 _log = logging.getLogger(__name__)
@@ -57,12 +58,14 @@ class Ledger(Callback):
         every_steps: int = 50,
         lost: Mapping[str, int] | None = None,
         errors: RankErrors | None = None,
+        ranks: HostGroup | None = None,
     ) -> None:
         """Take the run's clock, its folder (None: no file is written) and the interval.
 
         ``lost`` is what the set holds that no step will see, by ``LOST_KINDS``; ``errors`` is
-        where ranks keep their errors.
+        where ranks keep their errors, ``ranks`` who they are.
         """
+        self.ranks = HostGroup() if ranks is None else ranks
         self.errors = RankErrors() if errors is None else errors
         self.samples = 0
         self.samples_by_set: Counter[str] = Counter()
@@ -103,6 +106,7 @@ class Ledger(Callback):
         self._step = self._from_step = steps_done(pl_module, trainer)
         self._setup_s = self.clock.seconds()["setup"]
         self._world, self._device = trainer.world_size, pl_module.device
+        self.ranks.open(self._device)
         self._energy = EnergyMeter(trainer.device_ids if self._device.type == "cuda" else ())
         if is_compiled(pl_module):
             callback_handler.register_start_callback(self._begin_compiling)
@@ -141,7 +145,7 @@ class Ledger(Callback):
         self.samples_by_set.update(getattr(batch, "drawn", None) or {})
         self._lost_here.update(getattr(batch, "lost", None) or {})
         if ends_step(trainer, batch_idx):
-            self._share_losses(trainer, pl_module.device)
+            self._share_losses()
         self.clock.switch("data")
         self._step = steps_done(pl_module, trainer)
         if ends_step(trainer, batch_idx) and self._step % self._every_steps == 0:
@@ -233,14 +237,10 @@ class Ledger(Callback):
         self.seconds = state_dict["seconds"]
         self._looking_before_s = self.seconds - state_dict.get("training_seconds", self.seconds)
 
-    def _share_losses(self, trainer: Trainer, device: torch.device) -> None:
+    def _share_losses(self) -> None:
         """Add what ranks have left out; every step, so that a checkpoint has the sum of all."""
-        ours = [self._lost_here[kind] for kind in LOST_KINDS]
-        if trainer.world_size > 1:
-            # Stop asks all ranks at the end of each step as well: this costs no wait of its own.
-            sums = trainer.strategy.reduce(torch.tensor(ours, device=device), reduce_op="sum")
-            ours = sums.tolist()  # type: ignore[union-attr]
-        self._lost.update(dict(zip(LOST_KINDS, ours, strict=True)))
+        sums = self.ranks.summed([self._lost_here[kind] for kind in LOST_KINDS])
+        self._lost.update(dict(zip(LOST_KINDS, sums, strict=True)))
         self._lost_here.clear()
 
     def _begin_compiling(self, event: CallbackArgs) -> None:

@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from train.callbacks.find import find_callback
 from train.callbacks.stall import Waited
 from train.rank_errors import RankErrors
+from train.reduction import HostGroup
 from train.steps import ends_step
 
 _log = logging.getLogger(__name__)
@@ -43,6 +43,10 @@ def all_are_to_end(trainer: Trainer) -> bool:
     return stop is not None and stop.all_know
 
 
+def _ask_nobody() -> None:
+    pass
+
+
 class NoBatchWhileEnding(BaseException):
     """The run was told to end while it waited for a batch that may never come."""
 
@@ -59,10 +63,16 @@ class Stop(Callback):
     after the same step.
     """
 
-    def __init__(self, max_minutes: float | None, errors: RankErrors | None = None) -> None:
-        """Take the wall-clock limit of this start, and where ranks keep their errors."""
+    def __init__(
+        self,
+        max_minutes: float | None,
+        errors: RankErrors | None = None,
+        ranks: HostGroup | None = None,
+    ) -> None:
+        """Take the wall-clock limit of this start, where ranks keep errors, and who they are."""
         self.max_minutes = max_minutes
         self.errors = RankErrors() if errors is None else errors
+        self.ranks = HostGroup() if ranks is None else ranks
         self.interrupted_by: str | None = None
         self.all_know = False
         """Whether all ranks know that one of them was interrupted."""
@@ -103,6 +113,11 @@ class Stop(Callback):
         loader: Any = trainer.train_dataloader
         self._loader = loader if trainer.world_size == 1 and isinstance(loader, Waited) else None
         self.errors.world = trainer.world_size
+        self.ranks.open(pl_module.device)
+        if trainer.world_size > 1:
+            # Lightning asks all ranks before each batch whether one has a SIGTERM, and waits for
+            # the device to answer; here they are asked after it, and signals are this callback's.
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _ask_nobody  # type: ignore[method-assign]
         if self._listens:
             for number in _SIGNALS:
                 signal.signal(number, self._on_signal)
@@ -122,9 +137,7 @@ class Stop(Callback):
             return  # half a step can't be gone on with
         wishes = [self.interrupted_by == signal.Signals(number).name for number in _SIGNALS]
         wishes += [self.seconds_left() <= 0, self.errors.message is not None]
-        if trainer.world_size > 1:
-            ours = torch.tensor(wishes, dtype=torch.float32, device=pl_module.device)
-            wishes = (trainer.strategy.reduce(ours, reduce_op="sum") > 0).tolist()
+        wishes = [wished > 0 for wished in self.ranks.summed([int(one) for one in wishes])]
         if wishes.pop():
             self.errors.raise_for_all()
         for number, wished in zip(_SIGNALS, wishes, strict=False):

@@ -223,7 +223,9 @@ def _check(options: argparse.Namespace, rest: list[str]) -> int:
         if name:
             print(f"\nset {name}")
         ranks = options.ranks or ranks
-        found = check(CheckOptions(one, options.samples, ranks, one_size, compares))
+        found = check(
+            CheckOptions(one, options.samples, ranks, one_size, compares, of_mixture=bool(data.mix))
+        )
         for line in found.table():
             print(line)
         found.require_usable()

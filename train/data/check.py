@@ -43,6 +43,8 @@ class CheckOptions:
     """Whether the run keeps the set in memory, where all pictures have one size."""
     compares: bool = False
     """Whether the data's size and shapes are the run's own, and a cache has to have them."""
+    of_mixture: bool = False
+    """Whether the data are one set of several, which fill a step together."""
 
     def __post_init__(self) -> None:
         """Refuse counts that can't be."""
@@ -155,7 +157,8 @@ class Checked:
 
     @property
     def _step(self) -> int:
-        return self.options.data.batch_size * self.options.ranks
+        """Return the samples without which no step can be made."""
+        return 1 if self.options.of_mixture else self.options.data.batch_size * self.options.ranks
 
     def require_usable(self) -> None:
         """Refuse what a run could certainly not train on.
@@ -262,7 +265,7 @@ def check(options: CheckOptions) -> Checked:
             numbers.append(chosen)
             starts.append(starts[-1] + len(index))
     plan = None
-    if data.mode == "exact" and report.whole and report.taken:
+    if data.mode == "exact" and report.whole and report.taken and not options.of_mixture:
         plan = ExactPlan(
             np.concatenate(numbers),
             np.array(starts),

@@ -166,7 +166,7 @@ class DataConfig:
     allow_pipe: bool = False
     """Let ``pipe:COMMAND`` in ``shards`` run its command in a shell."""
     mix: tuple[MixConfig, ...] = ()
-    """Further sets, from which rows of every batch are drawn by weight: in memory, or resampled."""
+    """Further sets, from which rows of every batch are drawn by weight, each in its own order."""
     index_folder: str | None = None
     """Where indexes of shards are kept; null: ``cascade/index`` in the user's cache folder."""
 
@@ -203,10 +203,11 @@ class DataConfig:
 
     def _check_mix(self) -> None:
         """Refuse sets that can't be drawn from by weight."""
-        if self.mix and self.mode == "exact":
+        if self.mix and self.mode == "exact" and self.buckets is not None:
             raise ValueError(
-                "mix is set but mode is exact, which shows every sample once an epoch whatever its "
-                "weight; set mode to resampled, or join the shards by '::'"
+                "mix and buckets are set and mode is exact, where each step has one shape and each "
+                "set its own epochs: the weights would not hold; set mode to resampled, or leave "
+                "out buckets"
             )
         names = ["own", *(one.name for one in self.mix)]
         twice = [name for name in names if names.count(name) > 1]

@@ -22,6 +22,7 @@ from train.data.config import DataConfig
 from train.data.index import ShardIndex
 from train.data.index_store import IndexStore
 from train.data.loader import StepSource
+from train.data.mix import MixedRows
 from train.data.patience import Patience
 from train.data.plan import ExactPlan, Step
 from train.data.read import BatchMaker, Ref, Served
@@ -99,6 +100,35 @@ class _PlacedShard:
         return self._pieces.read(self.address, offset, length)
 
 
+class PlacedSamples:
+    """The samples of an indexed set by their numbers."""
+
+    def __init__(self, found: IndexedSet) -> None:
+        """Take the set."""
+        self.found = found
+        self._pieces = PieceReader()
+
+    def ref(self, number: int) -> Ref:
+        """Return a sample.
+
+        Raises:
+            UserError: Its shard is not as it was when it was looked through.
+        """
+        shard = int(np.searchsorted(self.found.starts, number, side="right")) - 1
+        address = self.found.addresses[shard]
+        index = self.found.store.get(address)
+        sample = number - int(self.found.starts[shard])
+        if sample >= len(index):
+            raise UserError(f"{address}: has changed since the run began; start it again")
+        return Ref(_PlacedShard(address, index, self._pieces), sample)
+
+    def spare(self, number: int, bucket: int, seed: int) -> Ref:
+        """Draw the n-th other sample of a shape; seldom needed, so it may look through all."""
+        same = np.flatnonzero(self.found.numbers == bucket)
+        draws = np.random.default_rng(seed).integers(len(same), size=number + 1)
+        return self.ref(int(same[draws[-1]]))
+
+
 class ExactSource(StepSource):
     """The batches of one rank in exact mode."""
 
@@ -118,12 +148,11 @@ class ExactSource(StepSource):
             UserError: The set is smaller than one step.
         """
         self.config = config
-        self.found = found
         self.rank = rank
         self.world = world
         self.plan = exact_plan(config, selector, found, world)
         self.maker = BatchMaker(config, selector, activity)
-        self._pieces = PieceReader()
+        self.samples = PlacedSamples(found)
         self._epoch: tuple[int, Sequence[Step]] = (-1, ())
 
     def serve(self, step: int) -> Served:
@@ -132,27 +161,68 @@ class ExactSource(StepSource):
         if epoch != self._epoch[0]:
             self._epoch = epoch, self.plan.epoch(epoch)
         planned = self._epoch[1][place]
-        refs = [self._ref(int(n)) for n in planned.of_rank(self.rank, self.world)]
+        refs = [self.samples.ref(int(n)) for n in planned.of_rank(self.rank, self.world)]
         shape = self.maker.selector.buckets.shapes[planned.bucket]
 
         def spare(number: int) -> Ref:
-            """Draw another sample of the shape; seldom needed, so it may look through all."""
             seed = derived_seed("spares", self.config.seed, step, self.rank)
-            same = np.flatnonzero(self.found.numbers == planned.bucket)
-            draws = np.random.default_rng(seed).integers(len(same), size=number + 1)
-            return self._ref(int(same[draws[-1]]))
+            return self.samples.spare(number, planned.bucket, seed)
 
         place = step * self.plan.step_size + self.rank * len(refs)
         return self.maker.make(refs, shape, spare, place)
 
-    def _ref(self, number: int) -> Ref:
-        shard = int(np.searchsorted(self.found.starts, number, side="right")) - 1
-        address = self.found.addresses[shard]
-        index = self.found.store.get(address)
-        sample = number - int(self.found.starts[shard])
-        if sample >= len(index):
-            raise UserError(f"{address}: has changed since the run began; start it again")
-        return Ref(_PlacedShard(address, index, self._pieces), sample)
+
+class ExactRows(StepSource):
+    """What each step takes of one set of a mixture in exact mode.
+
+    The set's samples stand in a series, every one once an epoch of the set's, and each step takes
+    the next. All pictures have one shape.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        selector: Selector,
+        found: IndexedSet,
+        activity: Activity,
+        rows: MixedRows,
+    ) -> None:
+        """Take the set, with the seed of its series, and what each step takes of it."""
+        self.config = config
+        self.rows = rows
+        self.plan = _plan(config, selector, found, world=1)
+        self.maker = BatchMaker(config, selector, activity)
+        self.samples = PlacedSamples(found)
+        self._used = (0, 0)
+        self._orders: dict[int, np.ndarray] = {}
+
+    def serve(self, step: int) -> Served:
+        """Return this rank's rows of a step."""
+        first, count = self._before(step) + self.rows.before(step), self.rows.count(step)
+        places = range(first, first + count)
+        refs = [self.samples.ref(self._number(place)) for place in places]
+
+        def spare(number: int) -> Ref:
+            seed = derived_seed("spares", self.config.seed, step, self.rows.rank)
+            return self.samples.spare(number, 0, seed)
+
+        return self.maker.make(refs, self.maker.selector.buckets.shapes[0], spare, first)
+
+    def _before(self, step: int) -> int:
+        """Return how many of the set's samples the steps before one take, on all ranks."""
+        known, used = self._used
+        if step < known:
+            known, used = 0, 0
+        self._used = step, used + self.rows.taken(known, step)
+        return self._used[1]
+
+    def _number(self, place: int) -> int:
+        """Return the sample at a place of the series."""
+        epoch, within = divmod(place, int(self.plan.counts.sum()))
+        if epoch not in self._orders:
+            late = {n: order for n, order in self._orders.items() if n == epoch - 1}
+            self._orders = {**late, epoch: self.plan.order(epoch)}
+        return int(self._orders[epoch][within])
 
 
 def exact_plan(config: DataConfig, selector: Selector, found: IndexedSet, world: int) -> ExactPlan:
@@ -166,6 +236,10 @@ def exact_plan(config: DataConfig, selector: Selector, found: IndexedSet, world:
             f"data.batch_size is {config.batch_size} on {world} device(s), but the shards hold "
             f"{found.report.taken} samples to train on"
         )
+    return _plan(config, selector, found, world)
+
+
+def _plan(config: DataConfig, selector: Selector, found: IndexedSet, world: int) -> ExactPlan:
     return ExactPlan(
         numbers=found.numbers,
         starts=found.starts,

@@ -3,7 +3,8 @@
 The sources of a step's rows are a function of (seed, step) and the same on all ranks: each set has
 its share of the global batch, rounded up or down so that in the long run it is the weight, in an
 order that is drawn anew. Each set keeps a series of its own, with its own shards, cache and
-filters, and gives the next of it; in memory that is every sample once an epoch of the set's.
+filters, and gives the next of it; in memory and in exact mode that is every sample once an epoch of
+the set's.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from train.data.cached import Cache, CachedBatch, Pictures, group_of, place_batc
 from train.data.config import DataConfig
 from train.data.loader import StepSource
 from train.data.read import Served
-from train.data.resampled import ResampledSource, StepRows
+from train.data.resampled import StepRows
 from train.draws import derived_seed
 
 _GOLDEN = (5**0.5 - 1) / 2
@@ -99,12 +100,21 @@ class MixedRows(StepRows):
         owners = self.mixture.of_rank(step, self.rank, self.world)
         return int((owners == self.number).sum())
 
+    def before(self, step: int) -> int:
+        """Return the samples that the ranks before this one take of a step."""
+        owners = self.mixture.sources(step, self.world)[: self.rank * self.batch_size]
+        return int((owners == self.number).sum())
+
+    def taken(self, first: int, last: int) -> int:
+        """Return the samples of the steps from one to before another, on all ranks."""
+        return int(self.mixture.counts(np.arange(first, last), self.world)[:, self.number].sum())
+
 
 class MixedSource(StepSource):
     """The batches of one rank, from several streams."""
 
     def __init__(
-        self, sources: Sequence[ResampledSource], mixture: Mixture, *, rank: int, world: int
+        self, sources: Sequence[StepSource], mixture: Mixture, *, rank: int, world: int
     ) -> None:
         """Take the streams, in the order of the mixture's names."""
         self.sources = sources

@@ -5,21 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
-from cascade.checkpoints.files import atomic_write_text
 from cascade.config import to_dict
 from cascade.errors import UserError
 from train.data.activity import Activity
 from train.data.buckets import Shape
 from train.data.cached import CACHE_FILES, Cache, CachedBatch, cached_loader, load_cache
 from train.data.config import DataConfig
-from train.data.exact import ExactSource, exact_plan, index_set
+from train.data.exact import ExactRows, ExactSource, IndexedSet, exact_plan, index_set
 from train.data.fingerprint import CacheFound, check_fits, find_cache, samples_left_out
 from train.data.loader import StepSource, StreamLoader
 from train.data.mix import MixedRows, MixedSource, Mixture, mixed_loader, set_seed
@@ -35,18 +34,6 @@ LoaderFrom = Callable[[int, int, int], Iterable[CachedBatch]]
 
 _POSITION_FREE = ("workers", "index_folder", "allow_pipe", "max_broken_share", "shards", "folder")
 """Options that do not change which samples a step sees, in exact mode and in memory."""
-
-
-_MAKERS = {
-    "text": "the text encoder",
-    "image": "CLIP's picture tower",
-    "stage_a": "Stage A",
-    "stage_c": "the compressor",
-    "autoencoder": "the autoencoder",
-    "teacher": "the teacher",
-    "lesson": "the teacher",
-}
-"""What makes each part, for messages."""
 
 
 @dataclass(frozen=True)
@@ -223,6 +210,8 @@ def _say_shares(config: DataConfig, counts: list[int]) -> None:
 def _mixed_streams(
     config: DataConfig, streams: list[_Stream], encoded: FrozenPaths | None
 ) -> TrainingData:
+    if config.mode == "exact":
+        return _mixed_exact(config, streams, encoded)
     activity, mixture = Activity(config.workers), Mixture.of(config)
     probes = [probe_shards(one.addresses, one.config, one.selector) for one in streams]
     weights = mixture.shares.tolist()
@@ -273,6 +262,41 @@ def _mixed_streams(
     return _served(streams[0], config, make, activity, text, encoded)
 
 
+def _mixed_exact(
+    config: DataConfig, streams: list[_Stream], encoded: FrozenPaths | None
+) -> TrainingData:
+    activity, mixture = Activity(config.workers), Mixture.of(config)
+    found = [_indexed(stream) for stream in streams]
+    _say_shares(config, [one.report.taken for one in found])
+
+    def make(rank: int, world: int) -> StepSource:
+        sources = []
+        for number, (stream, indexed) in enumerate(zip(streams, found, strict=True)):
+            rows = MixedRows(config.batch_size, (1.0,), config.seed, mixture, number, rank, world)
+            own = replace(stream.config, seed=set_seed(config, number))
+            sources.append(ExactRows(own, stream.selector, indexed, activity, rows))
+        return MixedSource(sources, mixture, rank=rank, world=world)
+
+    state = json.dumps([one.digest() for one in found])
+    lost: Counter[str] = Counter()
+    for one in found:
+        lost.update(one.report.lost())
+    return replace(_served(streams[0], config, make, activity, state, encoded), lost=dict(lost))
+
+
+def _indexed(stream: _Stream) -> IndexedSet:
+    """Look through a set of exact mode.
+
+    Raises:
+        UserError: There is too little of it.
+    """
+    config = stream.config
+    found = index_set(stream.addresses, stream.selector, config.index_folder, config.shards)
+    found.report.require_mostly_whole(config.max_broken_share, config.shards)
+    _log.info("%s", found.report.summary())
+    return found
+
+
 def _streamed(stream: _Stream, encoded: FrozenPaths | None) -> TrainingData:
     config, addresses, selector = stream.config, stream.addresses, stream.selector
     activity = Activity(config.workers)
@@ -280,9 +304,7 @@ def _streamed(stream: _Stream, encoded: FrozenPaths | None) -> TrainingData:
     lost: dict[str, int] = {}
     batches: Callable[[int, int], int] | None = None
     if config.mode == "exact":
-        indexed = index_set(addresses, selector, config.index_folder, config.shards)
-        indexed.report.require_mostly_whole(config.max_broken_share, config.shards)
-        _log.info("%s", indexed.report.summary())
+        indexed = _indexed(stream)
         state, lost = indexed.digest(), indexed.report.lost()
 
         def make(rank: int, world: int) -> StepSource:
@@ -352,35 +374,3 @@ def _digest(config: DataConfig, state: str) -> str:
         del values["mix"]  # as before there were mixtures: runs of then go on without a warning
     text = json.dumps([values, state], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def remember_data(data: TrainingData, out: Path, *, resume: bool) -> None:
-    """Keep the data's digest with the run; say so if a resumed run sees others than it began with.
-
-    The run goes on: more shards, or another batch size, may be what is wanted. Other frozen weights
-    never are: what the network has learned to read or to imitate would mean something else.
-
-    Raises:
-        UserError: It goes on with other frozen weights than it began with.
-    """
-    path = out / "data.json"
-    if resume and path.is_file():
-        try:
-            noted = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError):
-            noted = {}
-        for part, earlier in (noted.get("weights") or {}).items():
-            now = data.hashes.get(part, earlier)
-            if now != earlier:
-                raise UserError(
-                    f"--resume: {_MAKERS.get(part, part)} has the weights {now} now, and "
-                    f"had {earlier} when {out} began: the network has learned with those; put "
-                    "them back, or start another run.out (init_from takes the trained weights over)"
-                )
-        if noted.get("digest") != data.digest:
-            _log.warning(
-                "%s: the shards or the data options have changed since this run began: from here "
-                "on the order of the samples is another",
-                out,
-            )
-    atomic_write_text(path, json.dumps({"digest": data.digest, "weights": data.hashes}) + "\n")

@@ -4,7 +4,8 @@ The set is cut into shards beforehand: shard ``n`` holds the pictures ``n * shar
 whoever makes it. A process makes every so-many-th shard; each is written under a temporary name,
 renamed, and then vouched for by ``NAME-000000.done.json``. A process that is killed loses the shard
 that it was in, and the same command, with as many processes as one likes, makes those that are not
-done: nothing is there twice and nothing is missing. ``generated.json`` says what the pictures
+done: nothing is there twice and nothing is missing. Whoever finds the set whole leaves out what an
+earlier shard has to the pixel. ``generated.json`` says what the pictures
 depend on; a folder with another set is refused.
 
 Reference: route A of distillation between latent spaces; BK-SDM, KOALA and EdgeFusion
@@ -27,7 +28,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cascade.checkpoints.files import atomic_path, atomic_write_text
+from cascade.checkpoints.files import atomic_path
 from cascade.errors import UserError
 from cascade.evaluate.generate import (
     Item,
@@ -43,7 +44,15 @@ from train.data.members import CAPTION_KEY, DRAWN_KEY, LATENT_KEYS, METADATA_KEY
 from train.data.shards import shard_name
 from train.data.write import add_member
 from train.distill.generate_config import GenerateConfig
-from train.distill.generated_set import claim, done_file, flat, is_done
+from train.distill.generated_set import (
+    TWIN,
+    claim,
+    done_file,
+    flat,
+    is_done,
+    refuse_twins,
+    write_done,
+)
 from train.distill.prompts import read_prompts
 from train.distill.teacher_cost import PictureCost, TeacherLedger, measure_cost
 from train.encode import FrozenPaths
@@ -135,14 +144,18 @@ class Factory:
                 report.done_before += 1
             else:
                 waiting.append(number)
-        if not waiting:
-            return report
+        if waiting:
+            self._make(waiting, report)
+        report.refused[TWIN] += refuse_twins(self.out, self.config.name, self.num_shards)
+        report.refused = +report.refused
+        return report
+
+    def _make(self, waiting: list[int], report: FactoryReport) -> None:
         ledger = TeacherLedger(self.out / LEDGER_FILE, self.maker.weights_hash)
         device = self.maker.load().device
         ledger.begin(measure_cost(self.maker, self.items(waiting[0])[0], timed=False), device)
         for number in waiting:
             self._make_shard(number, report, ledger)
-        return report
 
     def estimate(self) -> tuple[PictureCost, int]:
         """Make a picture, or two; return what one takes, and its bytes with all members."""
@@ -189,21 +202,15 @@ class Factory:
                         for name, data in made.members:
                             add_member(tar, name, data)
                     else:
-                        reason = "a picture that came before"
+                        reason = TWIN
                 ledger.count(refused=reason is not None)
                 if reason is not None:
                     refused.setdefault(reason, []).append(item.key)
                     report.refused[reason] += 1
                     self._require_hope(report, len(kept))
                 ledger.write_row(target.stem, if_due=True)
-        done = {
-            "bytes": target.stat().st_size,
-            "samples": len(kept),
-            "refused": refused,
-            "digests": list(kept),
-        }
         write_beside(target)
-        atomic_write_text(done_file(target), json.dumps(done, sort_keys=True) + "\n")
+        write_done(target, kept, refused)
         ledger.write_row(target.stem)
         report.shards += 1
         report.samples += len(kept)

@@ -74,6 +74,7 @@ def generate(options: argparse.Namespace) -> int:
     print(
         f"{config.out}: {state.shards} of {factory.num_shards} shards, {state.samples:,} pictures"
         + f"; refused: {refused}" * bool(refused)
-        + f"; {state.duplicates} are in two shards, to the pixel" * bool(state.duplicates)
+        + f"; {state.duplicates} are in two shards, to the pixel, until the set is whole"
+        * bool(state.duplicates)
     )
     return 0

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cascade.checkpoints.files import atomic_write_text
+from cascade.checkpoints.files import atomic_path, atomic_write_text
 from cascade.errors import UserError
+from train.data.beside import write_beside
+from train.data.shards import shard_name
+from train.data.write import add_member
 
 SET_FILE = "generated.json"
+TWIN = "a picture that came before"
+"""Why the second of two pictures that are the same to the pixel is refused."""
 
 
 def flat(values: dict[str, object], prefix: str = "") -> dict[str, object]:
@@ -67,7 +73,7 @@ class SetState:
     samples: int
     refused: Counter[str]
     duplicates: int
-    """Pictures that another shard has to the pixel; those of one shard are refused."""
+    """Pictures that another shard has to the pixel; they are refused when the set is whole."""
 
 
 def state_of(out: Path, name: str) -> SetState:
@@ -84,6 +90,75 @@ def state_of(out: Path, name: str) -> SetState:
         digests.update(done["digests"])
         refused.update({reason: len(keys) for reason, keys in done["refused"].items()})
     return SetState(shards, samples, refused, digests.total() - len(digests))
+
+
+def refuse_twins(out: Path, name: str, shards: int) -> int:
+    """Leave out of a set all of whose shards are done what an earlier shard has to the pixel.
+
+    Only the whole set tells which of two pictures is the first, whoever made which shard, and when.
+    Processes that come to this at once write the same files.
+
+    Args:
+        out: Folder of the set.
+        name: What its shards begin with.
+        shards: How many it has.
+
+    Returns:
+        The pictures that were left out now.
+    """
+    targets = [shard_name(out, name, number) for number in range(shards)]
+    if not all(map(is_done, targets)):
+        return 0
+    seen: set[str] = set()
+    count = 0
+    for target in targets:
+        done = json.loads(done_file(target).read_text(encoding="utf-8"))
+        # A shard that was made before keys were noted has none: its twins are counted alone.
+        keys = dict(zip(done["digests"], done.get("keys", ()), strict=False))
+        twins = [keys[digest] for digest in done["digests"] if digest in seen and digest in keys]
+        seen.update(done["digests"])
+        if twins:
+            _leave_out(target, done, set(twins))
+            count += len(twins)
+    return count
+
+
+def _leave_out(target: Path, done: dict[str, Any], twins: set[str]) -> None:
+    """Write a shard again without some of its samples."""
+    with tarfile.open(target) as old, atomic_path(target) as temporary:
+        with tarfile.open(temporary, "w") as new:
+            for member in old:
+                file = old.extractfile(member)
+                assert file is not None, "shards hold files alone"
+                if member.name.partition(".")[0] not in twins:
+                    add_member(new, member.name, file.read())
+    kept = {
+        digest: key
+        for digest, key in zip(done["digests"], done["keys"], strict=True)
+        if key not in twins
+    }
+    refused = dict(done["refused"])
+    refused[TWIN] = sorted([*refused.get(TWIN, ()), *twins])
+    write_beside(target)
+    write_done(target, kept, refused)
+
+
+def write_done(target: Path, kept: dict[str, str], refused: dict[str, list[str]]) -> None:
+    """Vouch for a shard.
+
+    Args:
+        target: The shard, as it lies there.
+        kept: Digest of each picture's pixels -> its sample's key.
+        refused: Reason -> keys of the pictures that were left out.
+    """
+    done = {
+        "bytes": target.stat().st_size,
+        "samples": len(kept),
+        "refused": refused,
+        "digests": list(kept),
+        "keys": list(kept.values()),
+    }
+    atomic_write_text(done_file(target), json.dumps(done, sort_keys=True) + "\n")
 
 
 def is_done(target: Path) -> bool:

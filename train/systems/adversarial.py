@@ -23,6 +23,7 @@ from train.losses.reconstruction import (
 )
 from train.networks import configure_networks
 from train.optim import make_optimizer
+from train.reduction import log_means
 from train.settings import OptimConfig, RunConfig
 from train.steps import steps_done
 from train.systems.clip_features import FrozenClipFeatures
@@ -130,10 +131,7 @@ class AdversarialSystem(LightningModule, ABC):
         second.step()
         for schedule in self.lr_schedulers():  # type: ignore[union-attr]
             schedule.step()
-        self.log("loss", total, prog_bar=True, sync_dist=True)
-        self.log("discriminator", verdict, sync_dist=True)
-        for name, value in terms.items():
-            self.log(name, value, sync_dist=True)
+        log_means(self, {"loss": total, "discriminator": verdict, **terms})
 
     @property
     def step_kind(self) -> str:

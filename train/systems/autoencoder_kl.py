@@ -16,6 +16,7 @@ from cascade.checkpoints.files import save_network
 from stages.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from train.draws import StepDraws
 from train.losses.reconstruction import kl_to_normal, pixel_loss
+from train.reduction import num_ranks, summed
 from train.systems.adversarial import (
     AdversarialSystem,
     AutoencoderLoss,
@@ -108,9 +109,8 @@ class AutoencoderKLSystem(AdversarialSystem):
 
     def _note_spread(self, latents: Tensor) -> None:
         """Follow the latents of all ranks."""
-        reduce = self.trainer.strategy.reduce
-        mean = cast(Tensor, reduce(latents.mean(), reduce_op="mean"))
-        variance = cast(Tensor, reduce((latents - mean).square().mean(), reduce_op="mean"))
+        mean = summed(latents.mean()) / num_ranks()
+        variance = summed((latents - mean).square().mean()) / num_ranks()
         self.spread.update(mean, variance)
         self.log("latent_deviation", self.spread.variance.sqrt())
 

@@ -44,6 +44,7 @@ from train.losses.cascade_distillation import (
     relation_distances,
 )
 from train.losses.denoising import Noised
+from train.reduction import log_means
 from train.systems.stage_c import StageCRun, StageCSystem
 
 
@@ -303,8 +304,7 @@ class CascadeKDSystem(StageCSystem):
         config = self.config
         if config.relations.weight > 0 or config.estimate.weight > 0:
             terms |= self._at_matched_noise(batch, noised, output, draws)
-        for name, value in terms.items():
-            self.log(name, value, sync_dist=True)
+        log_means(self, terms)
         return torch.stack(list(terms.values())).sum()
 
     def _align(self, batch: CachedBatch, output: BlockOutput) -> Tensor:
@@ -364,7 +364,7 @@ class CascadeKDSystem(StageCSystem):
                 added = config.estimate.weight * mean_over_batch(distance, count)
                 found["kd_estimate"] = found["kd_estimate"] + added
         if lesson.curve is not None:
-            self.log("kd_estimate_share", trusted.float().sum() / count, sync_dist=True)
+            log_means(self, {"kd_estimate_share": trusted.float().sum() / count})
         return found
 
     def _no_terms(self, output: BlockOutput) -> dict[str, Tensor]:

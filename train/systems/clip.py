@@ -22,6 +22,7 @@ from train.draws import step_draws
 from train.losses.contrastive import contrastive_loss
 from train.networks import configure_networks
 from train.optim import make_optimizer
+from train.reduction import log_means
 from train.settings import OptimConfig, RunConfig
 
 
@@ -141,10 +142,8 @@ class ClipSystem(LightningModule):
         )
         loss = contrastive_loss(output.logits_per_image, batch.groups)
         best = output.logits_per_image.argmax(dim=1)
-        self.log("loss", loss, prog_bar=True, sync_dist=True)
-        self.log(
-            "top1_in_batch", (batch.groups[best] == batch.groups).float().mean(), sync_dist=True
-        )
+        top1 = (batch.groups[best] == batch.groups).float().mean()
+        log_means(self, {"loss": loss, "top1_in_batch": top1})
         return loss
 
     def on_before_zero_grad(self, optimizer: torch.optim.Optimizer) -> None:

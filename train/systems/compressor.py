@@ -23,6 +23,7 @@ from train.initial import check_architecture
 from train.losses.reconstruction import pixel_loss
 from train.networks import configure_networks
 from train.optim import make_optimizer
+from train.reduction import log_means
 from train.settings import OptimConfig, RunConfig
 
 
@@ -87,7 +88,7 @@ class CompressorSystem(LightningModule):
             batch.require("pixels"), size=predicted.shape[-2:], mode="bilinear", antialias=True
         )
         loss = pixel_loss(predicted, small)
-        self.log("loss", loss, prog_bar=True, sync_dist=True)
+        log_means(self, {"loss": loss})
         return loss
 
     def configure_model(self) -> None:

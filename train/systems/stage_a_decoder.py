@@ -22,6 +22,7 @@ from train.encode import load_frozen
 from train.losses.reconstruction import feature_distance, pixel_loss
 from train.networks import configure_networks
 from train.optim import make_optimizer
+from train.reduction import log_means
 from train.settings import OptimConfig, RunConfig
 from train.systems.adversarial import random_crops
 from train.systems.clip_features import FrozenClipFeatures
@@ -158,9 +159,7 @@ class StageADecoderSystem(LightningModule):
             distance = feature_distance(self.features(decoded), self.features(pixels))
             terms["perceptual"] = loss.perceptual * distance
         total = torch.stack(list(terms.values())).sum()
-        self.log("loss", total, prog_bar=True, sync_dist=True)
-        for name, value in terms.items():
-            self.log(name, value, sync_dist=True)
+        log_means(self, {"loss": total, **terms})
         return total
 
     def configure_model(self) -> None:

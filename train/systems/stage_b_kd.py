@@ -23,6 +23,7 @@ from train.distill.teacher import TeacherDtype
 from train.losses.cascade_distillation import FeatureProjector, FeatureProjectors, on_grid
 from train.losses.denoising import Noised
 from train.losses.distillation import output_loss
+from train.reduction import log_means
 from train.systems.stage_b import StageBRun, StageBSystem
 
 
@@ -241,8 +242,7 @@ class StageBKDSystem(StageBSystem):
                 terms["kd_output"] = weights.output_weight * distance
             if self.pairs:
                 terms["kd_features"] = weights.feature_weight * self._features(output, said)
-        for name, value in terms.items():
-            self.log(name, value, sync_dist=True)
+        log_means(self, terms)
         return torch.stack(list(terms.values())).sum()
 
     def _features(self, output: BlockOutput, said: BlockOutput) -> Tensor:

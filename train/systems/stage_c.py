@@ -31,6 +31,7 @@ from train.losses.denoising import (
 )
 from train.networks import configure_networks
 from train.optim import make_optimizer
+from train.reduction import log_means, summed
 from train.settings import RunConfig
 from train.systems.stage_c_defaults import NewStageC, StageCDiffusion, StageCOptim
 
@@ -200,12 +201,11 @@ class StageCSystem(LightningModule):
                 errors_by_sample(predicted.detach(), noised, visible),
                 self.config.diffusion.noise_schedule().log_snr(noised.t),
                 ends_step=draws.micro == draws.micros - 1,
-                summed=self._summed,
+                summed=summed,
             )
         loss, mse = denoising_loss(predicted, noised, visible)
         loss = self.taught(loss, batch, noised, output, draws)
-        self.log("loss", loss, prog_bar=True, sync_dist=True)
-        self.log("mse", mse, sync_dist=True)
+        log_means(self, {"loss": loss, "mse": mse})
         if (self.global_step + 1) % self.config.run.log_every_steps == 0:
             self.log_dict(errors_by_noise(predicted, noised))
         return loss
@@ -245,9 +245,6 @@ class StageCSystem(LightningModule):
     def configure_model(self) -> None:
         """Recompute, compile or cut the blocks, as ``run`` says."""
         configure_networks(self, self.config.run)
-
-    def _summed(self, part: Tensor) -> Tensor:
-        return self.trainer.strategy.reduce(part, reduce_op="sum")  # type: ignore[return-value]
 
     def validation_errors(self, batch: CachedBatch, draws: StepDraws) -> tuple[Tensor, Tensor]:
         """Return each sample's published loss and time, with its caption and without a picture."""

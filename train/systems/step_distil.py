@@ -35,6 +35,7 @@ from train.losses.consistency import (
 from train.losses.latent_heads import LatentHeads, heads_loss, student_loss
 from train.networks import configure_networks
 from train.optim import make_optimizer
+from train.reduction import log_means
 from train.systems.step_distil_config import StepDistilRun
 
 _WARMUP_STEPS = 1000
@@ -149,7 +150,7 @@ class StepDistilSystem(LightningModule):
             loss = self._steps_loss(noise, told, scale)
         else:
             loss = self._path_loss(x0, noise, told, scale, draws)
-        self.log("loss", loss, prog_bar=True, sync_dist=True)
+        log_means(self, {"loss": loss})
         return loss
 
     def _path_loss(
@@ -169,7 +170,7 @@ class StepDistilSystem(LightningModule):
             progress = min(1.0, draws.step / max(1, self._warmup_steps))
             tangent = consistency_tangent(student, x, angle, taught, config.tangent, progress)
             size = tangent.flatten(1).square().mean(dim=1).sqrt().mean()
-            self.log("tangent", size, sync_dist=True)
+            log_means(self, {"tangent": size})
             tangent = normalized(tangent, config.tangent.normalize)
             errors = consistency_errors(predicted, tangent)
         loss = self._mean(errors, angle)
@@ -196,8 +197,8 @@ class StepDistilSystem(LightningModule):
         left = angle - end  # there = cos(left) x - sin(left) v
         taught = (along(left.cos(), x) * x - there) / along(left.sin(), x)
         errors = (predicted - taught).flatten(1).square().mean(dim=1)
-        for number, one in enumerate(errors.detach().unflatten(0, (count, -1)).mean(dim=1)):
-            self.log(f"error_of_step_{number + 1}", one, sync_dist=True)
+        by_step = errors.detach().unflatten(0, (count, -1)).mean(dim=1)  # (n,)
+        log_means(self, {f"error_of_step_{n}": one for n, one in enumerate(by_step, start=1)})
         return self._mean(errors, angle)
 
     def _scaled(
@@ -206,7 +207,7 @@ class StepDistilSystem(LightningModule):
         return replace(cond, cfg=scale) if self.config.guidance.is_told else cond
 
     def _mean(self, errors: Tensor, angle: Tensor) -> Tensor:
-        self.log("error", errors.mean().detach(), sync_dist=True)
+        log_means(self, {"error": errors.mean()})
         if self.time_weight is not None:
             errors = self.time_weight(errors, angle)
         return errors.mean()
@@ -260,8 +261,7 @@ class StepDistilSystem(LightningModule):
             heads([one.detach() for one in shown], told.text_pooled),
         )
         adversarial = student_loss(heads.fixed(shown, told.text_pooled))
-        self.log("adversarial", adversarial, sync_dist=True)
-        self.log("heads", own, sync_dist=True)
+        log_means(self, {"adversarial": adversarial, "heads": own})
         return config.weight * adversarial + own
 
     def configure_model(self) -> None:

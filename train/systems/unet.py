@@ -48,6 +48,7 @@ from train.losses.unet_denoising import (
 )
 from train.networks import configure_networks
 from train.optim import make_optimizer
+from train.reduction import log_means
 from train.settings import OptimConfig, RunConfig
 
 BASE_KEY = "base_hash"
@@ -331,8 +332,7 @@ class UNetSystem(LightningModule):
             predicted = output.prediction
             task, mse = denoising_loss(predicted, noised)
             loss = self._taught(predicted, output.features, task, noised, cond, batch.loss_weights)
-        self.log("loss", loss, prog_bar=True, sync_dist=True)
-        self.log("mse", mse, sync_dist=True)
+        log_means(self, {"loss": loss, "mse": mse})
         if (self.global_step + 1) % config.run.log_every_steps == 0:
             self.log_dict(errors_by_noise(predicted, noised))
         return loss
@@ -364,8 +364,7 @@ class UNetSystem(LightningModule):
             terms["kd_features"] = distill.feature_weight * total(by_place)
             if (self.global_step + 1) % self.config.run.log_every_steps == 0:
                 self.log_dict({f"kd/{name}": value for name, value in by_place.items()})
-        for name, value in terms.items():
-            self.log(name, value, sync_dist=True)
+        log_means(self, terms)
         return total(terms)
 
     def configure_model(self) -> None:

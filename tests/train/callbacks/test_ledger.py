@@ -9,8 +9,8 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ from train.callbacks.ledger import Ledger
 from train.clock import PHASES, PhaseClock, process_began_s
 from train.data.open import open_data
 from train.flops import peak_flops
+from train.reduction import HostGroup
 from train.systems.stage_a import StageARun
 
 ROOT = Path(__file__).parents[3]
@@ -154,18 +155,14 @@ def test_what_could_not_be_read_into_memory_is_told(make_run, tmp_path, shards):
 
 
 def test_what_ranks_left_out_is_summed_at_every_step_and_the_set_s_is_not():
-    class Strategy:
-        def reduce(self, tensor: torch.Tensor, reduce_op: str) -> torch.Tensor:
-            assert reduce_op == "sum"
-            return tensor + torch.tensor([5, 0, 1])  # of the other rank
+    class Two(HostGroup):
+        def summed(self, values: Sequence[int]) -> list[int]:
+            return [ours + other for ours, other in zip(values, (5, 0, 1), strict=True)]
 
-    trainer = SimpleNamespace(
-        world_size=2, strategy=Strategy(), accumulate_grad_batches=1, is_global_zero=True
-    )
-    ledger = Ledger(lost={"filtered": 7})
+    ledger = Ledger(lost={"filtered": 7}, ranks=Two())
     ledger._lost_here.update({"broken": 2})
     for _ in range(2):
-        ledger._share_losses(trainer, torch.device("cpu"))
+        ledger._share_losses()
     assert ledger.lost() == {"broken": 12, "filtered": 7, "dropped": 2}
     again = Ledger(lost={"filtered": 7})
     again.load_state_dict(ledger.state_dict())

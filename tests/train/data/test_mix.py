@@ -46,7 +46,7 @@ def sets(tmp_path_factory) -> tuple[str, str]:
 def mixed(sets: tuple[str, str], mode: str, weight: float = 3.0, **values: object) -> DataConfig:
     real, made = sets
     plain: dict[str, object] = {"mode": mode, "batch_size": 6, "seed": 4}
-    if mode == "resampled":
+    if mode != "memory":
         plain["size"] = 32
     mix = (MixConfig("teacher", made, weight),)
     return DataConfig(**{"shards": real, "mix": mix, **plain, **values})  # type: ignore[arg-type]
@@ -67,7 +67,7 @@ def assert_same(ours: list[CachedBatch], theirs: list[CachedBatch]) -> None:
         assert torch.equal(one.groups, other.groups)
 
 
-MODES = pytest.mark.parametrize("mode", ["memory", "resampled"])
+MODES = pytest.mark.parametrize("mode", ["memory", "exact", "resampled"])
 
 
 @MODES
@@ -83,7 +83,7 @@ def test_rows_come_from_each_set_by_its_weight(sets, mode, weight):
         assert abs(mine["made"] - expected / 100) < 1
         assert batch.drawn == {"own": mine["real"], "teacher": mine["made"]}
     # All samples of both come, and captions belong to their pictures.
-    if weight == 3.0 and mode == "memory":  # once an epoch of its own
+    if weight == 3.0 and mode != "resampled":  # once an epoch of its own
         seen = Counter(caption for batch in batches for caption in batch.captions)
         assert len(seen) == 70
         for name, size in (("real", 40), ("made", 30)):
@@ -96,16 +96,17 @@ def test_rows_come_from_each_set_by_its_weight(sets, mode, weight):
 
 @MODES
 def test_a_mixture_resumed_anywhere_goes_on_as_if_it_had_not_stopped(sets, mode):
-    workers = {"workers": 2} if mode == "resampled" else {}
+    workers = {"workers": 2} if mode != "memory" else {}
     config = mixed(sets, mode, **workers)
     whole = take(open_data(config), 40)
     for start in (1, 8, 33):
         assert_same(whole[start : start + 4], take(open_data(config), 4, start))
 
 
-def test_in_memory_any_split_into_ranks_sees_the_same_rows(sets):
-    whole = take(open_data(mixed(sets, "memory")), 12)
-    halves = open_data(mixed(sets, "memory", batch_size=3))
+@pytest.mark.parametrize("mode", ["memory", "exact"])
+def test_any_split_into_ranks_sees_the_same_rows(sets, mode):
+    whole = take(open_data(mixed(sets, mode)), 12)
+    halves = open_data(mixed(sets, mode, batch_size=3))
     for rank in range(2):
         for one, half in zip(whole, take(halves, 12, 0, rank, 2), strict=True):
             assert half.captions == one.captions[3 * rank : 3 * rank + 3]
@@ -181,7 +182,10 @@ def test_equal_captions_of_two_sets_are_one_group_in_memory(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"mode": "exact", "size": 32}, "mix is set but mode is exact"),
+        (
+            {"mode": "exact", "size": 32, "buckets": BucketConfig(step=8)},
+            "mix and buckets are set and mode is exact",
+        ),
         ({"mix": (MixConfig("own", "x", 1.0),)}, "the name 'own' twice"),
         ({"mix": (MixConfig("a", "x", 1.0), MixConfig("a", "y", 1.0))}, "the name 'a' twice"),
         (
@@ -207,13 +211,14 @@ def test_caches_of_two_sets_are_mixed_and_must_have_the_same_shapes(sets, tiny_m
         return f"{tmp_path}/{name}/*.tar"
 
     caches = cache(sets[0], "real"), cache(sets[1], "made")
-    config = mixed(caches, "resampled", batch_size=4)
-    whole = take(open_data(config, frozen, pixels=False), 12)
-    assert owners(whole) == {"real": 12, "made": 36}
-    again = take(open_data(config, frozen, pixels=False), 4, 5)
-    for one, other in zip(whole[5:9], again, strict=True):
-        assert one.keys == other.keys and one.pixels is None
-        assert torch.equal(one.stage_a_latents, other.stage_a_latents)
+    for mode in ("resampled", "exact"):
+        config = mixed(caches, mode, batch_size=4)
+        whole = take(open_data(config, frozen, pixels=False), 12)
+        assert owners(whole) == {"real": 12, "made": 36}
+        again = take(open_data(config, frozen, pixels=False), 4, 5)
+        for one, other in zip(whole[5:9], again, strict=True):
+            assert one.keys == other.keys and one.pixels is None
+            assert torch.equal(one.stage_a_latents, other.stage_a_latents)
     with pytest.raises(UserError, match="all of its sets hold pictures, or all hold latents"):
         open_data(mixed((caches[0], sets[1]), "resampled"), frozen, pixels=False)
     step = BucketConfig(step=8)
@@ -231,6 +236,23 @@ def test_what_both_of_two_paired_streams_left_out_is_added():
     both = joined(batch({"broken": 1, "filtered": 2}), batch({"broken": 4}), 1.0)
     assert both.lost == {"broken": 5, "filtered": 2}
     assert joined(batch(None), batch(None), 1.0).lost is None
+
+
+def test_an_exact_mixture_may_have_a_set_smaller_than_a_step_and_tells_what_is_left_out(
+    sets, tmp_path, capsys
+):
+    few = named_set(tmp_path, "few", 2)
+    config = mixed((sets[0], few), "exact", 1.0, filters=FilterConfig(min_scores={"aesthetic": 1}))
+    data = open_data(config)
+    assert data.lost == {"filtered": 4 + 1}
+    batches = take(data, 13)
+    seen = Counter(caption for batch in batches for caption in batch.captions)
+    assert seen["few 1"] == 39 and seen["few 0"] == 0
+    assert sorted(seen[f"real {n}"] for n in range(40) if n % 10) == [1] * 33 + [2] * 3
+    options = ["--batch_size", "4", "--mode", "exact", "--size", "32", "--samples", "0"]
+    more = ["--mix", json.dumps([{"name": "few", "shards": few, "weight": 1}])]
+    assert check_main(["check", sets[0], *options, *more]) == 0
+    assert "steps an epoch" not in capsys.readouterr().out
 
 
 def test_a_mixture_tells_of_what_each_of_its_sets_left_out(sets):

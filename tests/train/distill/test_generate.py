@@ -30,14 +30,14 @@ from cascade.evaluate.generate import (
 from cascade.launchers import Part, alone
 from cascade.pipelines.finite import BlankPictureError, NonFiniteError
 from tests.unet_models import save_tiny
-from train.data.beside import trusted_beside
+from train.data.beside import find_beside, trusted_beside
 from train.data.config import DataConfig
 from train.data.latents import PrecomputeOptions, precompute_shards
 from train.data.shards import ShardReader
 from train.distill.__main__ import main
 from train.distill.factory import Factory
 from train.distill.generate_config import GenerateConfig
-from train.distill.generated_set import is_done, state_of
+from train.distill.generated_set import TWIN, is_done, state_of
 from train.distill.prompts import read_prompts
 from train.distill.teacher_cost import read_teacher_cost
 from train.encode import FrozenPaths
@@ -318,10 +318,31 @@ def test_a_picture_that_came_before_is_refused(unet_teacher, prompts, tmp_path, 
         "_run",
         lambda items, n: run([first if "apple" in one.prompt else one for one in items], n),
     )
+    first_part = Factory(config(unet_teacher, prompts, out, shard_size=4), Part(1, 2, 1))
+    second = first_part.items(1)
+    monkeypatch.setattr(
+        first_part.maker,
+        "_run",
+        lambda items, n: run([first if "apple" in one.prompt else one for one in items], n),
+    )
+    assert not first_part.run().refused  # its only twin is in the other's shard, which comes first
+    assert len(samples_of(out)) == len(second) == 3
     report = factory.run()
-    assert report.refused == {"a picture that came before": 1}  # prompts 0 and 3; 5 is elsewhere
+    assert report.refused == {TWIN: 2}  # prompts 0, 3 and 5: the last is in the other shard
     state = state_of(out, "teacher")
-    assert (state.samples, state.duplicates) == (6, 1)
+    assert (state.samples, state.duplicates, state.refused) == (5, 0, {TWIN: 2})
+    assert sorted(int(key[-2:]) for key in samples_of(out)) == [0, 1, 2, 4, 6]
+    beside = find_beside(str(out / "teacher-000001.tar"))
+    assert beside is not None and beside.require_whole() is None and len(beside.index) == 2
+    files = {path.name: path.read_bytes() for path in out.glob("*.tar")}
+    assert factory.run().done_before == 2  # nothing is left to do, or to leave out
+    assert files == {path.name: path.read_bytes() for path in out.glob("*.tar")}
+    # One process alone makes the same files.
+    alone = Factory(config(unet_teacher, prompts, tmp_path / "alone", shard_size=4), Part())
+    monkeypatch.setattr(alone.maker, "_run", factory.maker._run)
+    alone.run()
+    for name, content in files.items():
+        assert (tmp_path / "alone" / name).read_bytes() == content
 
 
 def test_a_teacher_that_makes_nothing_is_one_line(unet_teacher, tmp_path, monkeypatch):
