@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stages.layers import attend
+from stages.linear import Linear
 from stages.unet.resnet import Downsample, ResnetBlock, Upsample
 
 NORM_EPS = 1e-6
@@ -114,10 +115,10 @@ class AttentionBlock(nn.Module):
         """Take the width."""
         super().__init__()
         self.group_norm = nn.GroupNorm(norm_groups, channels, eps=NORM_EPS)
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        self.to_q = Linear(channels, channels)
+        self.to_k = Linear(channels, channels)
+        self.to_v = Linear(channels, channels)
+        self.to_out = nn.ModuleList([Linear(channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``(B, C, H, W)`` as it came."""

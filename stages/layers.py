@@ -18,6 +18,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from stages.linear import Linear, linear
+
 NORM_EPS = 1e-6
 
 
@@ -149,10 +151,10 @@ class ResBlock(nn.Module):
             channels, channels, kernel_size, padding=kernel_size // 2, groups=channels
         )
         self.norm = LayerNorm2d(channels)
-        self.expand = nn.Linear(channels + skip_channels, 4 * channels)
+        self.expand = Linear(channels + skip_channels, 4 * channels)
         self.response_norm = GlobalResponseNorm(4 * channels)
         self.dropout = nn.Dropout(dropout)
-        self.project = nn.Linear(4 * channels, channels)
+        self.project = Linear(4 * channels, channels)
 
     def fold(self, source: Tensor, mapper: nn.Conv2d) -> Folded:
         """Return what the last channels of the skip come to if they are ``mapper(source)``.
@@ -189,7 +191,7 @@ class ResBlock(nn.Module):
 
     def _expand_folded(self, h: Tensor, folded: Folded) -> Tensor:
         """(B, H, W, C) -> (B, H, W, 4C); both maps are summed within one kernel."""
-        wide = F.linear(h, self.expand.weight[:, : h.shape[-1]], folded.bias)
+        wide = linear(h, self.expand.weight[:, : h.shape[-1]], folded.bias)
         flat = torch.addmm(wide.flatten(0, 2), folded.source.flatten(0, 2), folded.weight.t())
         return flat.view_as(wide)
 
@@ -217,9 +219,9 @@ class Attention(nn.Module):
         if channels % num_heads:
             raise ValueError(f"num_heads={num_heads} does not divide channels={channels}")
         self.num_heads = num_heads
-        self.query = nn.Linear(channels, channels)
-        self.key_value = nn.Linear(channels, 2 * channels)
-        self.out = nn.Linear(channels, channels)
+        self.query = Linear(channels, channels)
+        self.key_value = Linear(channels, 2 * channels)
+        self.out = Linear(channels, channels)
         self.dropout = dropout
         width = channels // num_heads
         self.query_norm = nn.RMSNorm(width, eps=NORM_EPS) if qk_norm else None
@@ -307,7 +309,7 @@ class AttnBlock(nn.Module):
         """Take the widths of the picture's and of the condition's tokens."""
         super().__init__()
         self.norm = LayerNorm2d(channels)
-        self.cond_mapper = nn.Linear(cond_channels, channels)
+        self.cond_mapper = Linear(cond_channels, channels)
         self.attention = Attention(channels, num_heads, dropout, qk_norm)
 
     def keys_values(self, cond_tokens: Tensor) -> KeysValues:
@@ -343,9 +345,9 @@ class TimestepBlock(nn.Module):
     def __init__(self, channels: int, time_channels: int, extra: tuple[str, ...] = ()) -> None:
         """Start as the identity; ``extra`` names further scalar conditions."""
         super().__init__()
-        self.mapper = nn.Linear(time_channels, 2 * channels)
+        self.mapper = Linear(time_channels, 2 * channels)
         self.extra_mappers = nn.ModuleDict(
-            {name: nn.Linear(time_channels, 2 * channels) for name in extra}
+            {name: Linear(time_channels, 2 * channels) for name in extra}
         )
 
     def modulation(self, embeddings: Tensor) -> Modulation:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stages.linear import Linear, linear
 from stages.quantize import VectorQuantizer
 
 
@@ -135,8 +136,8 @@ class StageABlock(nn.Module):
         super().__init__()
         self.gammas = nn.Parameter(torch.zeros(6))
         self.depthwise = nn.Conv2d(channels, channels, kernel_size=3, groups=channels)
-        self.expand = nn.Linear(channels, channels * expansion)
-        self.project = nn.Linear(channels * expansion, channels)
+        self.expand = Linear(channels, channels * expansion)
+        self.project = Linear(channels * expansion, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the same shape; norms are computed in float32."""
@@ -147,7 +148,7 @@ class StageABlock(nn.Module):
         h = F.pad(h, (1, 1, 1, 1), mode="replicate")
         x = x + F.conv2d(h, *_scaled(self.depthwise, size_1), groups=self.depthwise.groups)
         h = _modulated_norm(x.permute(0, 2, 3, 1), gain_2, shift_2)  # (B, H, W, C)
-        h = F.linear(F.gelu(self.expand(h)), *_scaled(self.project, size_2))
+        h = linear(F.gelu(self.expand(h)), *_scaled(self.project, size_2))
         return x + h.permute(0, 3, 1, 2)
 
 

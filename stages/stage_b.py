@@ -28,6 +28,7 @@ from stages.layers import (
     run,
     scale_residual_outputs,
 )
+from stages.linear import Linear
 from stages.prepared import Prepared, Time, Told, at_times, block_inputs, keys_values
 
 TIME_CONDS = ("sca", "cfg")
@@ -232,7 +233,7 @@ class StageB(nn.Module):
         self.pixel_mapper: ConditionMapper | None = None
         if config.pixel_condition:
             self.pixel_mapper = ConditionMapper(3, 4 * widths[0], widths[0])
-        self.pooled_mapper = nn.Linear(
+        self.pooled_mapper = Linear(
             config.text_pooled_channels, config.cond_channels * config.pooled_tokens
         )
         self.embedding = nn.Conv2d(

@@ -28,6 +28,7 @@ from stages.layers import (
     run,
     scale_residual_outputs,
 )
+from stages.linear import Linear
 from stages.prepared import Prepared, Time, Told, at_times, block_inputs, keys_values
 from stages.stage_b import Resample
 
@@ -157,7 +158,7 @@ class StageBV2(nn.Module):
         widths = config.hidden_channels
         levels = range(len(widths))
 
-        self.text_mapper = nn.Linear(config.text_channels, config.cond_channels)
+        self.text_mapper = Linear(config.text_channels, config.cond_channels)
         # Keyed by level: a level that does not read the compressed latent has no mapper.
         self.down_mappers = self._compressed_mappers()
         self.up_mappers = self._compressed_mappers()

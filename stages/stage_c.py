@@ -28,6 +28,7 @@ from stages.layers import (
     run,
     scale_residual_outputs,
 )
+from stages.linear import Linear
 from stages.prepared import Prepared, Time, Told, at_times, block_inputs, keys_values
 
 TIME_CONDS = ("sca", "crp", "cfg")
@@ -223,13 +224,13 @@ class StageC(nn.Module):
         widths = config.hidden_channels
         levels = range(len(widths))
 
-        self.text_mapper = nn.Linear(config.text_channels, config.cond_channels)
-        self.pooled_mapper = nn.Linear(
+        self.text_mapper = Linear(config.text_channels, config.cond_channels)
+        self.pooled_mapper = Linear(
             config.text_pooled_channels, config.cond_channels * config.pooled_tokens
         )
         self.image_mapper: nn.Linear | None = None
         if config.image_channels is not None:
-            self.image_mapper = nn.Linear(
+            self.image_mapper = Linear(
                 config.image_channels, config.cond_channels * config.pooled_tokens
             )
 

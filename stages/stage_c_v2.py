@@ -26,6 +26,7 @@ from stages.layers import (
     run,
     scale_residual_outputs,
 )
+from stages.linear import Linear
 from stages.prepared import Prepared, Time, Told, at_times, block_inputs, keys_values
 
 _MIN_DIVISOR = 1e-5
@@ -111,8 +112,8 @@ class StageCV2(nn.Module):
         super().__init__()
         self.config = config
         width = config.hidden_channels
-        self.text_expand = nn.Linear(config.text_channels, width)
-        self.text_project = nn.Linear(width, width)
+        self.text_expand = Linear(config.text_channels, width)
+        self.text_project = Linear(width, width)
         self.embedding = nn.Conv2d(config.latent_channels, width, kernel_size=1)
         self.blocks = nn.ModuleList(StageCV2Block(config) for _ in range(config.num_blocks))
         self.out_norm = LayerNorm2d(width)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stages.layers import attend, run
+from stages.linear import Linear
 from stages.unet.config import UNetConfig
 from stages.unet.features import Features, Taps
 
@@ -37,10 +38,10 @@ class Attention(nn.Module):
         """Take the widths of who asks and of who is asked."""
         super().__init__()
         self.num_heads = num_heads
-        self.to_q = nn.Linear(channels, channels, bias=False)
-        self.to_k = nn.Linear(context_channels, channels, bias=False)
-        self.to_v = nn.Linear(context_channels, channels, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        self.to_q = Linear(channels, channels, bias=False)
+        self.to_k = Linear(context_channels, channels, bias=False)
+        self.to_v = Linear(context_channels, channels, bias=False)
+        self.to_out = nn.ModuleList([Linear(channels, channels)])
 
     def keys_values(self, context: Tensor) -> KeysValues:
         """Return what is asked of a context, ``(B, M, D)``."""
@@ -68,7 +69,7 @@ class GatedGELU(nn.Module):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         """Take both widths."""
         super().__init__()
-        self.proj = nn.Linear(in_channels, 2 * out_channels)
+        self.proj = Linear(in_channels, 2 * out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, C_in) -> (B, L, C_out)."""
@@ -84,7 +85,7 @@ class FeedForward(nn.Module):
         super().__init__()
         # In the middle is the place of the published dropout, which is 0 in all of them.
         self.net = nn.Sequential(
-            GatedGELU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)
+            GatedGELU(channels, 4 * channels), nn.Identity(), Linear(4 * channels, channels)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -144,7 +145,7 @@ class SpatialTransformer(nn.Module):
         self.proj_out = self._projection(width)
 
     def _projection(self, width: int) -> nn.Module:
-        return nn.Linear(width, width) if self.linear_projection else nn.Conv2d(width, width, 1)
+        return Linear(width, width) if self.linear_projection else nn.Conv2d(width, width, 1)
 
     def forward(
         self, x: Tensor, text: Text, wanted: frozenset[str], recompute: bool

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stages.linear import Linear
+
 
 class ProjectedTime(NamedTuple):
     """What a resnet makes of one time."""
@@ -38,7 +40,7 @@ class ResnetBlock(nn.Module):
         self.norm1 = nn.GroupNorm(norm_groups, in_channels, eps=eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
         if time_channels is not None:
-            self.time_emb_proj = nn.Linear(time_channels, out_channels)
+            self.time_emb_proj = Linear(time_channels, out_channels)
         self.norm2 = nn.GroupNorm(norm_groups, out_channels, eps=eps)
         self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1)
         self.conv_shortcut: nn.Conv2d | None = None

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stages.embeddings import timestep_embedding
+from stages.linear import Linear
 from stages.unet.attention import SpatialTransformer, Text, TransformerBlock
 from stages.unet.blocks import DownBlock, MidBlock, Time, UNetBlock, UpBlock
 from stages.unet.config import NUM_SIZES, UNetConfig
@@ -58,8 +59,8 @@ class Embedding(nn.Module):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         """Take both widths."""
         super().__init__()
-        self.linear_1 = nn.Linear(in_channels, out_channels)
-        self.linear_2 = nn.Linear(out_channels, out_channels)
+        self.linear_1 = Linear(in_channels, out_channels)
+        self.linear_2 = Linear(out_channels, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in) -> (B, C_out), in the layers' number format."""
