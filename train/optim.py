@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from cascade.errors import UserError
+from cascade.pipelines.placement import computes_bfloat16
 from train.offload import OffloadedAdamW
 from train.settings import OptimConfig
 from train.sharding import part_like
@@ -139,13 +140,14 @@ def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
 
     Args:
         matrix: Shape ``(rows, columns)``.
-        steps: Newton-Schulz iterations, computed in bfloat16.
+        steps: Newton-Schulz iterations, computed in bfloat16, or in float32 on a device that has no
+            instructions for it.
 
     Returns:
         Same shape and dtype.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix.bfloat16()
+    x = matrix.to(torch.bfloat16 if computes_bfloat16(matrix.device) else torch.float32)
     tall = x.shape[0] > x.shape[1]
     if tall:
         x = x.mT

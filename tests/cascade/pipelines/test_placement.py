@@ -9,6 +9,7 @@ import torch
 from cascade.errors import UserError
 from cascade.pipelines.placement import (
     Dtypes,
+    computes_bfloat16,
     pick_device,
     pick_dtype,
     pick_dtypes,
@@ -97,3 +98,13 @@ def test_float16_is_refused_for_the_stage_c_that_overflows_alone(tmp_path: Path)
     by_stage = pick_dtypes("stage_c=bfloat16,stage_b=float16,stage_a=float16", CPU)
     refuse_overflow(stable, by_stage, tmp_path)
     refuse_overflow(replace(stable, name="mine"), Dtypes.same(torch.float16), tmp_path)
+
+
+def test_a_format_without_instructions_is_known(monkeypatch):
+    for answer in (True, False):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda a=answer: a)
+        assert computes_bfloat16(CPU) == (answer and torch.backends.mkldnn.is_available())
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including, a=answer: a)
+        assert computes_bfloat16(GPU) == answer
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not computes_bfloat16(CPU)
