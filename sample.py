@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cascade.errors import UserError, run_main
+from cascade.huge_pages import ask_for_huge_pages
 from cascade.sample_options import (
     NOT_OF_LATENTS,
     ONLY_CASCADES,
@@ -263,6 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(sys.argv[1:] if argv is None else argv)
     check_picture_options(options)
     prompts = read_prompts(options)
+    ask_for_huge_pages()
     # Libraries log what they have to say, such as the words of a prompt that is too long.
     logging.basicConfig(level=logging.WARNING, format="notice: %(message)s")
 

@@ -16,7 +16,11 @@ Memory is the peak of a warm loop above what was there before: of a GPU what the
 a CPU the resident set. Stage B is not guided, as in diffusers' pipelines unless told otherwise.
 
 ``--quick`` takes two cores less than five minutes: the demonstration, Stable Cascade lite at 512 px
-and KOALA-700M at 256 px with cut loops, and the start-up. At the end it says which aims hold.
+and KOALA-700M at 256 px with cut loops, and the start-up, in bfloat16, or in float32 where a CPU
+has no instructions for it. At the end it says which aims hold.
+
+Large tensors lie in pages of 2 MB on all sides, as ``sample.py`` asks for on Linux;
+``--small-pages`` leaves it at the system's.
 """
 
 from __future__ import annotations
@@ -34,6 +38,11 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from cascade.huge_pages import ask_for_huge_pages  # noqa: E402
+
+if __name__ == "__main__" and "--small-pages" not in sys.argv:
+    ask_for_huge_pages()  # some of what follows makes tensors
+
 from benchmarks import start_up  # noqa: E402
 from benchmarks.sampling_aims import Aim, judge  # noqa: E402
 from benchmarks.sampling_measure import BOUNDS, Case, Row, matmul_rate, measure  # noqa: E402
@@ -43,15 +52,16 @@ from cascade.command import Parser, parse_all  # noqa: E402
 from cascade.config import nearest  # noqa: E402
 from cascade.errors import UserError, run_main  # noqa: E402
 from cascade.evaluate.provenance import commit, machine  # noqa: E402
+from cascade.pipelines.placement import computes_bfloat16  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 _QUICK = {
-    "demo": [Case("demo", 128, 1, dtype, repeats=5) for dtype in (torch.float32, torch.bfloat16)],
-    "stable_cascade_lite": [
-        Case("stable_cascade_lite", 512, 1, torch.bfloat16, repeats=3, loop_steps=2)
-    ],
-    "koala_700m": [Case("koala_700m", 256, 1, torch.bfloat16, repeats=3, loop_steps=2)],
+    "demo": Case("demo", 128, 1, torch.bfloat16, repeats=5),
+    "stable_cascade_lite": Case(
+        "stable_cascade_lite", 512, 1, torch.bfloat16, repeats=3, loop_steps=2
+    ),
+    "koala_700m": Case("koala_700m", 256, 1, torch.bfloat16, repeats=3, loop_steps=2),
 }
 _QUICK_START_UPS, _START_UPS = 2, 5
 _SIZE_MULTIPLE = 128
@@ -71,7 +81,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="two cores, five minutes: see above")
     parser.add_argument("--size", metavar="PX", help="sides; default 1024, on a CPU 512")
     parser.add_argument("--batch-size", metavar="N", help="pictures at once, as 1,8; default 1")
-    parser.add_argument("--dtype", help=f"of {', '.join(DTYPES)}; or both; default bfloat16")
+    parser.add_argument(
+        "--dtype",
+        help=f"of {', '.join(DTYPES)}; or both; default bfloat16, on a CPU without it float32",
+    )
     parser.add_argument("--steps-c", type=int, metavar="N", help="Stage C's; default: the model's")
     parser.add_argument("--steps-b", type=int, metavar="N", help="Stage B's")
     parser.add_argument("--steps", type=int, metavar="N", help="a U-Net's")
@@ -89,6 +102,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--compile-mode", choices=COMPILE_MODES, default="reduce-overhead", help="of diffusers"
     )
+    parser.add_argument(
+        "--small-pages", action="store_true", help="leave a CPU's pages as the system has them"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and inputs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where all figures go as well")
     options = parse_all(parser, sys.argv[1:] if arguments is None else arguments)
@@ -100,8 +116,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if options.models is None:
         options.models = ",".join(known)
     options.models = _words(options, "models", known)
-    options.dtype = options.dtype or "bfloat16"
-    options.dtypes = [DTYPES[name] for name in _words(options, "dtype", tuple(DTYPES))]
     for name in ("steps_c", "steps_b", "steps", "loop_steps", "repeats"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -118,6 +132,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         torch.empty(0, device=options.device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {options.device}: {str(error).splitlines()[0]}") from error
+    in_hardware = computes_bfloat16(options.device)
+    options.dtype = options.dtype or ("bfloat16" if in_hardware else "float32")
+    options.dtypes = [DTYPES[name] for name in _words(options, "dtype", tuple(DTYPES))]
     options.size = options.size or ("512" if options.device.type == "cpu" else "1024")
     options.sizes = _numbers(options.size, "--size", _SIZE_MULTIPLE)
     options.batch_sizes = _numbers(options.batch_size or "1", "--batch-size", 1)
@@ -151,7 +168,11 @@ def _numbers(text: str, name: str, multiple: int) -> list[int]:
 def cases_of(options: argparse.Namespace, model: Model, key: str) -> list[Case]:
     """Return how a model is to be run."""
     if options.quick:
-        cases = _QUICK[key]
+        cases = [_QUICK[key]]
+        if not computes_bfloat16(options.device):  # it would take hours
+            cases = [replace(_QUICK[key], dtype=torch.float32)]
+        elif key == "demo":
+            cases.insert(0, replace(_QUICK[key], dtype=torch.float32))
     else:
         cases = [
             Case(key, px, batch_size, dtype, repeats=5)
@@ -175,6 +196,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     origin["libraries"] = ", ".join(
         f"{name} {importlib.metadata.version(name)}" for name in ("diffusers", "transformers")
     )
+    if device.type == "cpu":
+        origin["pages"] = "the system's" if options.small_pages else "of 2 MB, asked for"
     print("Sampling; " + ", ".join(f"{name} {value}" for name, value in origin.items()))
     compiles = options.compiled or device.type == "cuda"
     rates: dict[torch.dtype, float] = {}

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from cascade.checkpoints.files import atomic_write_text
 from cascade.config import to_dict
 from cascade.errors import UserError, describe_os_error
+from cascade.pipelines.placement import computes_bfloat16, pick_device
 from train.callbacks.checkpoints import (
     CHECKPOINTS,
     RunCheckpoints,
@@ -151,6 +152,11 @@ def prepare(run: RunConfig, config: object, *, resume: bool) -> Prepared:
         _refuse_other_networks(noted.values, values, out)
     pl.seed_everything(run.seed, verbose=False)
     keep_freed_memory()
+    if run.precision == "bf16-mixed" and _in_software(run):
+        _log.warning(
+            "run.precision is bf16-mixed: this CPU has no instructions for bfloat16 and computes "
+            "it in software, many times slower than float32; --run.precision 32-true"
+        )
     if run.threads is not None:
         torch.set_num_threads(run.threads)
     make_folder(out)
@@ -296,6 +302,14 @@ def fit(
         raise KeyboardInterrupt(stop.interrupted_by)
     elif trainer.is_global_zero and steps_done(system, trainer) >= run.max_steps:
         atomic_write_text(out / DONE_FILE, f"{steps_done(system, trainer)} steps\n")
+
+
+def _in_software(run: RunConfig) -> bool:
+    """Return whether a run is on CPUs that have no instructions for bfloat16."""
+    on_cpu = run.accelerator == "cpu" or (
+        run.accelerator == "auto" and pick_device("auto").type == "cpu"
+    )
+    return on_cpu and not computes_bfloat16(torch.device("cpu"))
 
 
 def _on_cuda(run: RunConfig) -> bool:

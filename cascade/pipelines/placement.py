@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,8 @@ import torch
 from cascade.config import not_among
 from cascade.errors import UserError
 from cascade.pipelines.spec import CascadeSpec
+
+_log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -120,7 +124,7 @@ def pick_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
     """Return the number format of a name.
 
     "auto" is bfloat16 on GPUs that compute in it and float32 elsewhere: never float16, which
-    overflows in the published Stage C.
+    overflows in the published Stage C. A warning tells of bfloat16 that is computed in software.
 
     Raises:
         UserError: For a name that is none.
@@ -132,7 +136,19 @@ def pick_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if on_gpu else torch.float32
     if name not in DTYPES:
         raise not_among("dtype", name, ("auto", *DTYPES))
+    if name == "bfloat16" and not computes_bfloat16(device):
+        _tell_of_software(device.type)
     return DTYPES[name]
+
+
+@functools.cache
+def _tell_of_software(device: str) -> None:
+    """Warn, once."""
+    _log.warning(
+        "this %s has no instructions for bfloat16 and computes it in software, many times slower "
+        "than float32",
+        "CPU" if device == "cpu" else "GPU",
+    )
 
 
 def pick_dtypes(choice: DtypeChoice, device: torch.device) -> Dtypes:

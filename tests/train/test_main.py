@@ -210,3 +210,12 @@ def test_help_after_a_network_lists_its_keys_and_what_each_means(
         if name.startswith("  --") and meaning.startswith("      (")
     ]
     assert silent == []
+
+
+@pytest.mark.parametrize("in_hardware", [True, False])
+def test_a_run_in_a_format_without_instructions_says_so(in_hardware, make_run, monkeypatch, caplog):
+    monkeypatch.setattr("train.fit.computes_bfloat16", lambda device: in_hardware)
+    run = make_run("stage_c", run={"precision": "bf16-mixed", "accelerator": "cpu"})
+    assert run.start("--run.max_steps", 1) == 0
+    told = [one for one in caplog.records if "computes it in software" in one.getMessage()]
+    assert len(told) == (not in_hardware)

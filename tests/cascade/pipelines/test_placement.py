@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from cascade.errors import UserError
+from cascade.pipelines import placement
 from cascade.pipelines.placement import (
     Dtypes,
     computes_bfloat16,
@@ -108,3 +109,17 @@ def test_a_format_without_instructions_is_known(monkeypatch):
         assert computes_bfloat16(GPU) == answer
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert not computes_bfloat16(CPU)
+
+
+def test_a_format_without_instructions_is_told_once(monkeypatch, caplog):
+    placement._tell_of_software.cache_clear()
+    monkeypatch.setattr(placement, "computes_bfloat16", lambda device: False)
+    pick_dtype("float32", CPU)
+    assert not caplog.records
+    for _ in range(2):
+        pick_dtype("bfloat16", CPU)
+    assert [one.getMessage() for one in caplog.records] == [
+        "this CPU has no instructions for bfloat16 and computes it in software, many times slower "
+        "than float32"
+    ]
+    placement._tell_of_software.cache_clear()
