@@ -163,6 +163,7 @@ def cascade_job(options: argparse.Namespace, prompts: list[str], files: ModelFil
             dtype=options.dtype,
             offload=options.offload,
             vram=options.vram,
+            int8=bool(options.int8),
             few=plan.few,
         )
         asked = options.offload or options.vram is not None
@@ -248,6 +249,7 @@ def unet_job(options: argparse.Namespace, prompts: list[str], files: ModelFiles)
             dtype=options.dtype,
             offload=options.offload,
             vram=options.vram,
+            int8=bool(options.int8),
         )
         asked = options.offload or options.vram is not None
         memory = pipeline.arrange(plan).describe() if asked else ""

@@ -33,7 +33,7 @@ ONLY_UNETS = {
 """The same of a cascade."""
 _OF_WHOLE_CASCADES = (
     *("steps_b", "guidance_b", "fast_decoder", "dialect", "image", "control"),
-    *("preview", "compile", "offload", "vram"),
+    *("preview", "compile", "offload", "vram", "int8"),
 )
 NOT_OF_LATENTS = {
     **ONLY_UNETS,
@@ -242,6 +242,13 @@ def make_parser() -> Parser:
         help="where weights are while they do not work: none: on the device as well; model: each "
         "network is there for its stage alone; sequential: layer by layer, the least memory and "
         "the most time (default: as --vram needs it, else none)",
+    )
+    where.add_argument(
+        "--int8",
+        action="store_true",
+        default=None,
+        help="keep the linear layers of Stage C and B, or of the U-Net, in int8: half the memory "
+        "of bfloat16, and pictures that differ a little",
     )
     where.add_argument(
         "--vram",

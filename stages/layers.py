@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from stages.linear import Linear, linear
+from stages.linear import Linear, dense, linear
 
 NORM_EPS = 1e-6
 
@@ -164,10 +164,10 @@ class ResBlock(nn.Module):
             mapper: 1x1 convolution with a bias.
         """
         assert mapper.bias is not None
-        weight = self.expand.weight[:, -mapper.out_channels :].float()  # (4C, C_mapped)
+        weight = dense(self.expand)[:, -mapper.out_channels :].float()  # (4C, C_mapped)
         folded = weight @ mapper.weight.flatten(1).float()  # (4C, c)
         bias = torch.addmv(self.expand.bias.float(), weight, mapper.bias.float())
-        dtype = self.expand.weight.dtype
+        dtype = self.expand.bias.dtype
         return Folded(source.permute(0, 2, 3, 1), folded.to(dtype), bias.to(dtype))
 
     def forward(
@@ -191,7 +191,7 @@ class ResBlock(nn.Module):
 
     def _expand_folded(self, h: Tensor, folded: Folded) -> Tensor:
         """(B, H, W, C) -> (B, H, W, 4C); both maps are summed within one kernel."""
-        wide = linear(h, self.expand.weight[:, : h.shape[-1]], folded.bias)
+        wide = linear(h, dense(self.expand)[:, : h.shape[-1]], folded.bias)
         flat = torch.addmm(wide.flatten(0, 2), folded.source.flatten(0, 2), folded.weight.t())
         return flat.view_as(wide)
 

@@ -47,6 +47,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def dense(layer: nn.Module) -> Tensor:
+    """Return a linear layer's weight ``(out, in)``, of one in int8 multiplied out."""
+    weight = layer.weight if isinstance(layer, nn.Linear) else layer.dense
+    assert isinstance(weight, Tensor)
+    return weight
+
+
 def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Return whether only the values of a product are asked for, and it is a large one.
 

@@ -58,6 +58,9 @@ def make_parser() -> Parser:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default auto)")
     parser.add_argument("--dtype", default="auto", help="of the model (default auto)")
+    parser.add_argument(
+        "--int8", action="store_true", default=None, help="keep its linear layers in int8"
+    )
     parser.add_argument("--batch-size", type=int, metavar="N", help="pictures drawn together")
     return parser
 
@@ -102,7 +105,7 @@ def measure(options: argparse.Namespace) -> int:
     """Measure, print a table, and append the figures to ``results.jsonl``."""
     if options.batch_size is not None and options.batch_size < 1:
         raise UserError("--batch-size must be at least 1")
-    for name in ("unet", "batch_size", "cost"):
+    for name in ("unet", "batch_size", "cost", "int8"):
         if options.model is None and getattr(options, name) is not None:
             raise UserError(f"--{name.replace('_', '-')} is for --model, not for --pictures")
     # Not before the command line is read: torch takes seconds.
@@ -140,7 +143,12 @@ def measure(options: argparse.Namespace) -> int:
     folder, model, sampling = options.pictures, str(options.pictures), None
     if options.model is not None:
         maker = maker_of(
-            options.model, protocol, unet=options.unet, device=named_device, dtype=options.dtype
+            options.model,
+            protocol,
+            unet=options.unet,
+            device=named_device,
+            dtype=options.dtype,
+            int8=bool(options.int8),
         )
         if options.cost is not None and part.number == 0:
             cost_of(maker, file=options.cost)

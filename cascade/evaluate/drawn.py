@@ -66,7 +66,13 @@ class Drawn:
 
 
 def maker_of(
-    model: str, protocol: Protocol | None, *, unet: Path | None, device: str, dtype: str
+    model: str,
+    protocol: Protocol | None,
+    *,
+    unet: Path | None,
+    device: str,
+    dtype: str,
+    int8: bool = False,
 ) -> PictureMaker:
     """Find a cascade or a U-Net, told by its content, asked as a protocol asks it.
 
@@ -76,13 +82,14 @@ def maker_of(
         unet: In place of the model's own.
         device: Where it runs.
         dtype: Number format.
+        int8: Keep linear weights in int8.
 
     Raises:
         UserError: It is not there, its weights are of the other kind, or it can't make what the
             protocol asks.
     """
     files = resolve(model)
-    options = MakerOptions(model, unet=unet, device=device, dtype=dtype)
+    options = MakerOptions(model, unet=unet, device=device, dtype=dtype, int8=int8)
     if protocol is not None:
         folders = [folder for folder in files.folders if folder.is_dir()]
         check_weights_kind([unet] if unet is not None else folders, protocol)

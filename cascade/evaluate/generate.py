@@ -31,7 +31,13 @@ from cascade.pipelines.cascade import CascadePipeline
 from cascade.pipelines.finite import BlankPictureError, NonFiniteError
 from cascade.pipelines.latent import LatentPipeline, is_latent
 from cascade.pipelines.parts import Dialect, open_source
-from cascade.pipelines.placement import DtypeChoice, pick_device, pick_dtypes, pick_unet_dtypes
+from cascade.pipelines.placement import (
+    DtypeChoice,
+    format_said,
+    pick_device,
+    pick_dtypes,
+    pick_unet_dtypes,
+)
 from cascade.pipelines.plan import Plan, Request, Settings, check_text, make_plan
 from cascade.pipelines.results import Picture
 from cascade.pipelines.sizes import is_far
@@ -99,6 +105,8 @@ class MakerOptions:
     """The mark of a set of weights on the hub, such as ``fp16``."""
     device: str = "auto"
     dtype: DtypeChoice = "auto"
+    int8: bool = False
+    """Keep linear weights in int8."""
 
 
 AnyPipeline = UNetPipeline | CascadePipeline | LatentPipeline
@@ -146,13 +154,15 @@ class PictureMaker:
             self.loras = [one.described for one in unet_source.loras]
             in_float16 = unet_source.spec.autoencoder_in_float16
             dtypes, _ = pick_unet_dtypes(options.dtype, device, autoencoder_in_float16=in_float16)
-            self.dtype = str(dtypes)
+            self.dtype = format_said(dtypes, options.int8)
             self._open = lambda: UNetPipeline(
-                unet_source, device=options.device, dtype=options.dtype
+                unet_source, device=options.device, dtype=options.dtype, int8=options.int8
             )
         elif latent is not None:
             if not isinstance(options.dtype, str):
                 raise UserError(f"dtype: {options.model} takes one number format for all of it")
+            if options.int8:
+                raise UserError(f"int8: {options.model} is not run so; leave it out")
             opened = LatentPipeline(latent, device=options.device, dtype=options.dtype)
             self.spec = opened.spec
             self._plan = make_plan(opened.spec, "any", _cascade_settings(options))
@@ -164,8 +174,10 @@ class PictureMaker:
             self.spec = source.spec
             self._plan = make_plan(source.spec, "any", _cascade_settings(options))
             self.weights_hash = source.weights_hash()
-            self.dtype = str(pick_dtypes(options.dtype, device))
-            self._open = lambda: CascadePipeline(source, device=options.device, dtype=options.dtype)
+            self.dtype = format_said(pick_dtypes(options.dtype, device), options.int8)
+            self._open = lambda: CascadePipeline(
+                source, device=options.device, dtype=options.dtype, int8=options.int8
+            )
         self._check_size()
         self._pipeline: AnyPipeline | None = None
 

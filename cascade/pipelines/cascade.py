@@ -23,6 +23,7 @@ from cascade.pipelines.given import Given, read_given
 from cascade.pipelines.loaded import GPU_BATCH_SIZE, LoadedCascade
 from cascade.pipelines.memory import PictureWork
 from cascade.pipelines.picture_input import PictureInput
+from cascade.pipelines.placement import format_said
 from cascade.pipelines.plan import Plan, Request, Settings, make_plan
 from cascade.pipelines.prompts import PromptStates, batches_of
 from cascade.pipelines.results import (
@@ -403,5 +404,5 @@ class CascadePipeline(LoadedCascade):
         ]
 
     def _metadata(self, plan: Plan, index: int) -> dict[str, str]:
-        weights, dtypes = self.weights_hash, str(self.dtypes)
+        weights, dtypes = self.weights_hash, format_said(self.dtypes, self.int8)
         return describe(plan, index, model=self.spec.name, weights=weights, dtype=dtypes)

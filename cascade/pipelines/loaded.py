@@ -25,7 +25,12 @@ from cascade.pipelines.memory import NO_PICTURE, PictureWork
 from cascade.pipelines.memory_plan import MemoryPlan
 from cascade.pipelines.offload import CascadeMemory, check_request
 from cascade.pipelines.parts import Dialect, Extra, Source, open_source
-from cascade.pipelines.placement import DtypeChoice, pick_device, pick_dtypes
+from cascade.pipelines.placement import (
+    DtypeChoice,
+    pick_device,
+    pick_dtypes,
+    round_weights,
+)
 from cascade.pipelines.plan import Plan
 from cascade.pipelines.prompts import PromptStates
 from cascade.pipelines.spec import Stage
@@ -53,6 +58,7 @@ class LoadedCascade:
         offload: str | None = None,
         vram: float | None = None,
         few: frozenset[Stage] | None = None,
+        int8: bool = False,
     ) -> None:
         """Load a model folder; nothing is downloaded.
 
@@ -65,6 +71,7 @@ class LoadedCascade:
             vram: See ``place``.
             few: Stages whose network for few steps is loaded first, where a model has two; None:
                 those that run when nothing is asked for. Each run loads what it needs.
+            int8: Keep the linear layers of Stage C and Stage B in int8; see ``round_weights``.
 
         Raises:
             UserError: If something is missing or does not fit.
@@ -80,6 +87,10 @@ class LoadedCascade:
         home = torch.device("cpu") if moves else self.device
         self.few = own_choice(self.spec) if few is None else few
         self._parts = self._source.load(home, self.dtypes, self.few)
+        self.int8 = int8
+        if int8:
+            round_weights(self._parts.stage_c, "Stage C")
+            round_weights(self._parts.stage_b, "Stage B")
         self.text_encoder = self._parts.text
         self.text_encoder_b = self._parts.text_b or self._parts.text
         self.stage_c = self._parts.stage_c
@@ -105,9 +116,10 @@ class LoadedCascade:
         dtype: DtypeChoice = "auto",
         offload: str | None = None,
         vram: float | None = None,
+        int8: bool = False,
     ) -> Self:
         """Load a model folder; the network is never touched."""
-        return cls(folder, device=device, dtype=dtype, offload=offload, vram=vram)
+        return cls(folder, device=device, dtype=dtype, offload=offload, vram=vram, int8=int8)
 
     @classmethod
     def from_pretrained(
@@ -118,6 +130,7 @@ class LoadedCascade:
         dtype: DtypeChoice = "auto",
         offload: str | None = None,
         vram: float | None = None,
+        int8: bool = False,
         revision: str | None = None,
         variant: str | None = None,
         dialect: Dialect = "official",
@@ -131,6 +144,7 @@ class LoadedCascade:
             dtype: See the constructor.
             offload: See ``place``.
             vram: See ``place``.
+            int8: See the constructor.
             revision: A branch, tag or commit on the hub; see ``resolve`` for two repositories.
             variant: The mark of a set of weights, such as "bf16"; None: the unmarked one.
             dialect: For published weights: sampled as their authors do, or as diffusers does.
@@ -141,7 +155,7 @@ class LoadedCascade:
         """
         files = resolve(model, revision=revision, variant=variant, lite=lite)
         source = open_source(files, dialect=dialect)
-        return cls(source, device=device, dtype=dtype, offload=offload, vram=vram)
+        return cls(source, device=device, dtype=dtype, offload=offload, vram=vram, int8=int8)
 
     def use(self, few: frozenset[Stage]) -> None:
         """Have the networks for few steps of these stages, and the plain ones of the others.
@@ -157,6 +171,8 @@ class LoadedCascade:
                 continue
             assert self._parts.others is not None, "only a model with both asks for another"
             network = self._parts.others(stage, stage in few, self.memory.home(stage))
+            if self.int8:
+                round_weights(network, stage)
             self.memory.replace(stage, network)
             setattr(self._parts, stage, network)
             setattr(self, stage, network)

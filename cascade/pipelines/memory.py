@@ -33,6 +33,7 @@ from cascade.rng import PictureNoise
 from cascade.text.encoder import TextEncoder, TextFeatures
 from cascade.text.picture_encoder import PictureEncoder
 from stages.controlnet import ControlNet, ControlNetConfig
+from stages.int8 import unpacked_bytes
 from stages.layers import AttnBlock, TimestepBlock
 from stages.stage_a import StageA
 from stages.stage_b import StageB
@@ -144,11 +145,13 @@ def footprints(
     twin_c, twin_b = _twin(stage_c, dtypes.stage_c), _twin(stage_b, dtypes.stage_b)
     tables = _tables(stage_c, twin_c, workload.stage_c, workload.text_length)
     sizes["stage_c"] = Footprint(
-        *weight_bytes(stage_c), _drawing_c(twin_c, text, workload) + tables
+        *weight_bytes(stage_c),
+        _drawing_c(twin_c, text, workload) + tables + unpacked_bytes(stage_c),
     )
     tables = _tables(stage_b, twin_b, workload.stage_b, workload.text_length)
     sizes["stage_b"] = Footprint(
-        *weight_bytes(stage_b), _drawing_b(twin_b, text_b, workload) + tables
+        *weight_bytes(stage_b),
+        _drawing_b(twin_b, text_b, workload) + tables + unpacked_bytes(stage_b),
     )
     sizes["stage_a"] = Footprint(
         *weight_bytes(stage_a), decode(None), {tile: decode(tile) for tile in tiles}

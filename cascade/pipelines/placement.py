@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from cascade.config import not_among
 from cascade.errors import UserError
 from cascade.pipelines.spec import CascadeSpec
+from stages.int8 import to_int8
 
 _log = logging.getLogger(__name__)
 
@@ -166,6 +168,21 @@ def pick_dtypes(choice: DtypeChoice, device: torch.device) -> Dtypes:
     by_stage = pick_by_part(choice, device, STAGES)
     text = torch.float32 if device.type == "cpu" else by_stage["stage_c"]
     return Dtypes(**by_stage, text=text)
+
+
+def round_weights(network: nn.Module, title: str) -> None:
+    """Round a network's linear layers to int8.
+
+    Raises:
+        UserError: It has none that are large enough.
+    """
+    if to_int8(network) <= 0:
+        raise UserError(f"int8: {title} has no linear layers large enough to gain; leave it out")
+
+
+def format_said(dtypes: Dtypes | UNetDtypes, int8: bool) -> str:
+    """Return what a picture says of the formats that it was computed in."""
+    return f"{dtypes}; linear weights int8" if int8 else str(dtypes)
 
 
 def check_dtype(choice: DtypeChoice, device: torch.device) -> None:

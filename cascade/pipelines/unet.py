@@ -25,7 +25,13 @@ from cascade.pipelines.loaded import GPU_BATCH_SIZE
 from cascade.pipelines.memory_plan import MemoryPlan
 from cascade.pipelines.offload import check_request
 from cascade.pipelines.picture_input import PictureInput
-from cascade.pipelines.placement import DtypeChoice, pick_device, pick_unet_dtypes
+from cascade.pipelines.placement import (
+    DtypeChoice,
+    format_said,
+    pick_device,
+    pick_unet_dtypes,
+    round_weights,
+)
 from cascade.pipelines.prompts import PromptStates, batches_of
 from cascade.pipelines.results import (
     UNetPicture,
@@ -67,6 +73,7 @@ class UNetPipeline:
         dtype: DtypeChoice = "auto",
         offload: str | None = None,
         vram: float | None = None,
+        int8: bool = False,
     ) -> None:
         """Load a folder of diffusers or a single file; nothing is downloaded.
 
@@ -77,6 +84,7 @@ class UNetPipeline:
                 "unet" and "autoencoder": see ``pick_unet_dtypes``.
             offload: See ``place``.
             vram: See ``place``.
+            int8: Keep the U-Net's linear layers in int8; see ``round_weights``.
 
         Raises:
             UserError: If something is missing or does not fit.
@@ -94,6 +102,9 @@ class UNetPipeline:
         # What leaves the device again must never have been on it all at once.
         moves = vram is not None or offload not in (None, "none")
         self._parts = source.load(torch.device("cpu") if moves else self.device, self.dtypes)
+        self.int8 = int8
+        if int8:
+            round_weights(self._parts.unet, "the U-Net")
         self.unet = self._parts.unet
         self.autoencoder = self._parts.autoencoder
         check_unet_fit(self._parts, source.where)
@@ -111,6 +122,7 @@ class UNetPipeline:
         dtype: DtypeChoice = "auto",
         offload: str | None = None,
         vram: float | None = None,
+        int8: bool = False,
         revision: str | None = None,
         variant: str | None = None,
     ) -> Self:
@@ -124,6 +136,7 @@ class UNetPipeline:
             dtype: See the constructor.
             offload: See ``place``.
             vram: See ``place``.
+            int8: See the constructor.
             revision: A branch, tag or commit on the hub.
             variant: The mark of a set of weights, such as "fp16"; None: the unmarked one.
 
@@ -131,7 +144,7 @@ class UNetPipeline:
             UserError: If it is neither, cannot be fetched, or does not fit.
         """
         source = open_unet_source(resolve(model, revision=revision, variant=variant), unet, loras)
-        return cls(source, device=device, dtype=dtype, offload=offload, vram=vram)
+        return cls(source, device=device, dtype=dtype, offload=offload, vram=vram, int8=int8)
 
     def __call__(
         self,
@@ -416,5 +429,5 @@ class UNetPipeline:
             settings,
             model=self.spec.name,
             weights=self._source.weights_hash,
-            dtype=str(self.dtypes),
+            dtype=format_said(self.dtypes, self.int8),
         )

@@ -25,6 +25,7 @@ from cascade.pipelines.unet_spec import UNetSampling
 from cascade.rng import PictureNoise
 from cascade.text.encoder import TextEncoder
 from stages.autoencoder_kl import AutoencoderKL
+from stages.int8 import unpacked_bytes
 from stages.unet.attention import TransformerBlock
 from stages.unet.config import NUM_SIZES
 from stages.unet.resnet import ResnetBlock
@@ -113,7 +114,8 @@ def unet_footprints(
         unet = UNet(parts.unet.config).to(dtypes.unet).eval()
         autoencoder = AutoencoderKL(parts.autoencoder.config).to(dtypes.autoencoder).eval()
     sizes["unet"] = Footprint(
-        *weight_bytes(parts.unet), _drawing(unet, [one for _, one in encoders], workload)
+        *weight_bytes(parts.unet),
+        _drawing(unet, [one for _, one in encoders], workload) + unpacked_bytes(parts.unet),
     )
     _, height, width = workload.latent_shape
     sizes["autoencoder"] = Footprint(
