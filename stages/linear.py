@@ -42,6 +42,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         ``(..., out)``.
     """
+    if torch.compiler.is_compiling():  # which chooses by itself, and can't follow the questions
+        return F.linear(x, weight, bias)
     if x.dtype in _formats_of_onednn() and _is_plain(x, weight, bias):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
@@ -63,7 +65,7 @@ def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     rows = x.numel() // max(1, x.shape[-1])
     if rows < _MIN_ROWS or rows * weight.numel() < _MIN_PRODUCTS:
         return False
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled("cpu"):
         return False
     given = (x, weight) if bias is None else (x, weight, bias)
     if torch.is_grad_enabled() and any(one.requires_grad for one in given):

@@ -98,6 +98,9 @@ def test_gradients_tangents_casts_and_counts_are_torchs(asked):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         linear(x, weight, bias)
     assert counter.get_total_flops() == 2 * 96 * 192 * 384
+    with torch.no_grad():
+        whole = torch.compile(linear, backend="eager", fullgraph=True)
+        torch.testing.assert_close(whole(x, weight, bias), F.linear(x, weight, bias))
     assert linear(x.to("meta"), weight.to("meta"), None).is_meta
     assert asked == []
     with torch.no_grad():
