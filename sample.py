@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cascade.cpu_memory import tune_cpu_memory
 from cascade.errors import UserError, run_main
-from cascade.huge_pages import ask_for_huge_pages
 from cascade.sample_options import (
     NOT_OF_LATENTS,
     ONLY_CASCADES,
@@ -266,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(sys.argv[1:] if argv is None else argv)
     check_picture_options(options)
     prompts = read_prompts(options)
-    ask_for_huge_pages()
+    tune_cpu_memory()
     # Libraries log what they have to say, such as the words of a prompt that is too long.
     logging.basicConfig(level=logging.WARNING, format="notice: %(message)s")
 

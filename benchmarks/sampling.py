@@ -19,8 +19,8 @@ a CPU the resident set. Stage B is not guided, as in diffusers' pipelines unless
 and KOALA-700M at 256 px with cut loops, and the start-up, in bfloat16, or in float32 where a CPU
 has no instructions for it. At the end it says which aims hold.
 
-Large tensors lie in pages of 2 MB on all sides, as ``sample.py`` asks for on Linux;
-``--small-pages`` leaves it at the system's.
+On a CPU all sides have their memory as ``sample.py`` asks for it (``cascade/cpu_memory.py``);
+``--plain-memory`` leaves it at the system's.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from cascade.huge_pages import ask_for_huge_pages  # noqa: E402
+from cascade.cpu_memory import tune_cpu_memory  # noqa: E402
 
-if __name__ == "__main__" and "--small-pages" not in sys.argv:
-    ask_for_huge_pages()  # some of what follows makes tensors
+if __name__ == "__main__" and "--plain-memory" not in sys.argv:
+    tune_cpu_memory()  # some of what follows makes tensors
 
 from benchmarks import start_up  # noqa: E402
 from benchmarks.sampling_aims import Aim, judge  # noqa: E402
@@ -103,7 +103,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--compile-mode", choices=COMPILE_MODES, default="reduce-overhead", help="of diffusers"
     )
     parser.add_argument(
-        "--small-pages", action="store_true", help="leave a CPU's pages as the system has them"
+        "--plain-memory", action="store_true", help="ask for a CPU's memory as any program does"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and inputs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where all figures go as well")
@@ -197,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{name} {importlib.metadata.version(name)}" for name in ("diffusers", "transformers")
     )
     if device.type == "cpu":
-        origin["pages"] = "the system's" if options.small_pages else "of 2 MB, asked for"
+        origin["memory"] = "plain" if options.plain_memory else "as sample.py asks for it"
     print("Sampling; " + ", ".join(f"{name} {value}" for name, value in origin.items()))
     compiles = options.compiled or device.type == "cuda"
     rates: dict[torch.dtype, float] = {}

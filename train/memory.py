@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import sys
 
 import torch
 
-# Names and numbers of glibc's malloc.h.
-_M_TRIM_THRESHOLD = -1
-_M_MMAP_MAX = -4
+from cascade.cpu_memory import M_MMAP_MAX, M_TRIM_THRESHOLD, set_malloc
 
 
 def keep_freed_memory() -> bool:
@@ -22,12 +19,7 @@ def keep_freed_memory() -> bool:
     Returns:
         Whether this system's C library took the settings.
     """
-    if not sys.platform.startswith("linux"):
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:  # musl has no such settings
-        return False
-    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+    return set_malloc(M_MMAP_MAX, 0) and set_malloc(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cascade.command import Parser, parse_all
+from cascade.cpu_memory import tune_cpu_memory
 from cascade.errors import UserError, run_main
 from cascade.evaluate.cost_command import cost_of, make_cost_parser, show_cost
-from cascade.huge_pages import ask_for_huge_pages
 
 DEMO_CLIP = "weights/demo/text"
 
@@ -79,7 +79,7 @@ def make_table_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure or compare, and print."""
     words = list(sys.argv[1:] if argv is None else argv)
-    ask_for_huge_pages()
+    tune_cpu_memory()
     if words[:1] == ["table"]:
         return compare(parse_all(make_table_parser(), words[1:]).files)
     if words[:1] == ["cost"]:

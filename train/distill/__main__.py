@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cascade.command import Parser, parse_all
+from cascade.cpu_memory import tune_cpu_memory
 from cascade.errors import UserError, run_main
-from cascade.huge_pages import ask_for_huge_pages
 from stages.unet.compress import PUBLISHED
 from train.distill.generate_options import add_generate
 from train.distill.measure_commands import add_measure_commands, measure
@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if options.command == "generate":
-        ask_for_huge_pages()
+        tune_cpu_memory()
         from train.distill.generate import generate
 
         return generate(options)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cascade.huge_pages import VARIABLE, ask_for_huge_pages
+from cascade.cpu_memory import VARIABLE, tune_cpu_memory
 
 ROOT = Path(__file__).parents[2]
 _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -27,7 +27,7 @@ with torch.inference_mode():
     block(x)
     print(faults() - first)
 """
-_ASK = "from cascade.huge_pages import ask_for_huge_pages\nask_for_huge_pages()"
+_ASK = "from cascade.cpu_memory import tune_cpu_memory\ntune_cpu_memory()"
 
 
 def faults_of_a_block(before: str) -> int:
@@ -65,8 +65,8 @@ def test_sampling_asks_before_it_makes_a_tensor():
 
 def test_what_the_environment_says_stays(monkeypatch):
     monkeypatch.setenv(VARIABLE, "0")
-    ask_for_huge_pages()
+    tune_cpu_memory()
     assert os.environ[VARIABLE] == "0"
     monkeypatch.delenv(VARIABLE)
-    ask_for_huge_pages()
+    tune_cpu_memory()
     assert os.environ[VARIABLE] == "1"
