@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stages.layers import attend
 from stages.linear import Linear
+from stages.overwrite import add, silu
 from stages.unet.resnet import Downsample, ResnetBlock, Upsample
 
 NORM_EPS = 1e-6
@@ -126,7 +126,7 @@ class AttentionBlock(nn.Module):
         attended = attend(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
         attended = self.to_out[0](attended[:, 0]).unflatten(1, x.shape[-2:])  # (B, H, W, C)
         # The first summand's memory layout is the sum's: channels last, for the layers after it.
-        return attended.permute(0, 3, 1, 2) + x
+        return add(attended.permute(0, 3, 1, 2), x)
 
 
 class MidBlock(nn.Module):
@@ -208,7 +208,7 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, 2 * latent_channels, H/8, W/8)."""
         x = self.mid_block(self.down_blocks(self.conv_in(x)))
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(silu(self.conv_norm_out(x)))
 
 
 class Decoder(nn.Module):
@@ -227,7 +227,7 @@ class Decoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, latent_channels, h, w) -> (B, 3, 8h, 8w)."""
         x = self.up_blocks(self.mid_block(self.conv_in(x)))
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(silu(self.conv_norm_out(x)))
 
 
 class AutoencoderKL(nn.Module):

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from stages.linear import Linear, dense, linear
+from stages.overwrite import add, gelu, may_overwrite
 
 NORM_EPS = 1e-6
 
@@ -66,12 +67,35 @@ class GlobalResponseNorm(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(channels))
         self.beta = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``gamma * x * n + beta + x``; the energies are summed in float32."""
+    def forward(self, x: Tensor, own: bool = False) -> Tensor:
+        """Return ``gamma * x * n + beta + x``; the energies are summed in float32.
+
+        Args:
+            x: ``(B, H, W, C)``.
+            own: ``x`` is given away, and may be written over.
+        """
+        if own and may_overwrite(x):
+            return _norm_in_place(x, self.gamma, self.beta)
         # A graph knows no tangents; and asking would break it.
         if not torch.compiler.is_compiling() and unpack_dual(x).tangent is not None:
             return _response_norm(x, self.gamma, self.beta)
         return _ResponseNorm.apply(x, self.gamma, self.beta)
+
+
+def _norm_in_place(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    """Write the norm of ``x`` over it: the same operations as ``_ResponseNorm`` has."""
+    wide, scale = _scale(x, gamma)
+    torch.addcmul(beta.to(scale.dtype), x, scale, out=wide)
+    return wide if wide.dtype == x.dtype else x.copy_(wide)
+
+
+def _scale(x: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+    """Return memory for a result, in what is summed in, and ``1 + gamma * n``, (B, 1, 1, C)."""
+    narrow = x.dtype in (torch.bfloat16, torch.float16)
+    squares = x.float().square_() if narrow else x.square()
+    energy = squares.sum(dim=(1, 2), keepdim=True).sqrt()  # (B, 1, 1, C)
+    mean = energy.mean(dim=-1, keepdim=True) + NORM_EPS  # (B, 1, 1, 1)
+    return squares, 1.0 + gamma.to(energy.dtype) * (energy / mean)
 
 
 def _response_norm(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
@@ -185,9 +209,9 @@ class ResBlock(nn.Module):
             h = torch.cat([h, skip.to(h.dtype)], dim=1)
         h = h.permute(0, 2, 3, 1)  # (B, H, W, C)
         h = self.expand(h) if folded is None else self._expand_folded(h, folded)
-        h = self.response_norm(F.gelu(h))
+        h = self.response_norm(gelu(h), own=True)
         h = self.project(self.dropout(h))
-        return x + h.permute(0, 3, 1, 2)
+        return add(h.permute(0, 3, 1, 2), x)
 
     def _expand_folded(self, h: Tensor, folded: Folded) -> Tensor:
         """(B, H, W, C) -> (B, H, W, 4C); both maps are summed within one kernel."""
@@ -327,7 +351,7 @@ class AttnBlock(nn.Module):
         context = cond if isinstance(cond, KeysValues) else self.cond_mapper(F.silu(cond))
         tokens = self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)  # (B, H * W, C)
         attended = self.attention(tokens, context)
-        return x + attended.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        return add(attended.unflatten(1, (height, width)).permute(0, 3, 1, 2), x)
 
 
 class Modulation(NamedTuple):

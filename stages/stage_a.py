@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stages.linear import Linear, linear
+from stages.overwrite import add, gelu
 from stages.quantize import VectorQuantizer
 
 
@@ -142,26 +143,38 @@ class StageABlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the same shape; norms are computed in float32."""
         gain_1, shift_1, size_1, gain_2, shift_2, size_2 = self.gammas.float().unbind()
-        # A branch's size multiplies its last layer's weights, which is the same as multiplying its
-        # output and touches far fewer numbers.
-        h = _modulated_norm(x.permute(0, 2, 3, 1), gain_1, shift_1).permute(0, 3, 1, 2)
-        h = F.pad(h, (1, 1, 1, 1), mode="replicate")
-        x = x + F.conv2d(h, *_scaled(self.depthwise, size_1), groups=self.depthwise.groups)
-        h = _modulated_norm(x.permute(0, 2, 3, 1), gain_2, shift_2)  # (B, H, W, C)
-        h = linear(F.gelu(self.expand(h)), *_scaled(self.project, size_2))
-        return x + h.permute(0, 3, 1, 2)
+        # What scales and shifts a norm goes into the weights of the layer that reads it, and a
+        # branch's size into those of its last: the same, and far fewer numbers are touched.
+        h = _norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        h = F.pad(h, (1, 1, 1, 1), mode="replicate")  # the shift of an edge, too, is the edge's
+        weight, bias = _told(self.depthwise, gain_1, shift_1, size_1)
+        x = add(F.conv2d(h, weight, bias, groups=self.depthwise.groups), x)
+        h = _norm(x.permute(0, 2, 3, 1))  # (B, H, W, C)
+        h = gelu(linear(h, *_told(self.expand, gain_2, shift_2)))
+        h = linear(h, *_told(self.project, size=size_2))
+        return add(h.permute(0, 3, 1, 2), x)
 
 
-def _modulated_norm(x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
-    """Normalise the last axis in float32, then scale by ``1 + gain`` and add ``shift``."""
-    weight, bias = (1 + gain).expand(x.shape[-1]), shift.expand(x.shape[-1])
-    return F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps=1e-6).to(x.dtype)
+def _norm(x: Tensor) -> Tensor:
+    """Normalise the last axis; statistics are float32 inside the kernel."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
-def _scaled(layer: nn.Conv2d | nn.Linear, size: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a layer whose output is multiplied by ``size``."""
+def _told(
+    layer: nn.Conv2d | nn.Linear,
+    gain: Tensor | float = 0.0,
+    shift: Tensor | float = 0.0,
+    size: Tensor | float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a layer of ``x * (1 + gain) + shift`` whose output is times ``size``.
+
+    They are put together in float32 and rounded once.
+    """
     assert layer.bias is not None, "the layers of a block have biases"
-    return layer.weight * size, layer.bias * size
+    weight = layer.weight.float()
+    bias = layer.bias.float() + shift * weight.flatten(1).sum(dim=1)
+    dtype = layer.weight.dtype
+    return (weight * ((1 + gain) * size)).to(dtype), (bias * size).to(dtype)
 
 
 class EncoderLevel(nn.Module):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from stages.layers import attend, run
 from stages.linear import Linear
+from stages.overwrite import multiply
 from stages.unet.config import UNetConfig
 from stages.unet.features import Features, Taps
 
@@ -74,7 +75,7 @@ class GatedGELU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, C_in) -> (B, L, C_out)."""
         values, gate = self.proj(x).chunk(2, dim=-1)
-        return values * F.gelu(gate)
+        return multiply(F.gelu(gate), values)
 
 
 class FeedForward(nn.Module):

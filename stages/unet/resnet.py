@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stages.linear import Linear
+from stages.overwrite import add, silu
 
 
 class ProjectedTime(NamedTuple):
@@ -59,12 +60,12 @@ class ResnetBlock(nn.Module):
             time: ``(B, time_channels)``, already through its activation, which is the same for
                 every resnet of a network, or what this one makes of it.
         """
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(silu(self.norm1(x)))
         if time is not None:
             projected = self.project_time(time) if isinstance(time, Tensor) else time
-            h = h + projected.shift
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+            h = add(h, projected.shift)
+        h = self.conv2(silu(self.norm2(h)))
+        return add(h, x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
 class Downsample(nn.Module):

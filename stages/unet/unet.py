@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from stages.embeddings import timestep_embedding
 from stages.linear import Linear
+from stages.overwrite import silu
 from stages.unet.attention import SpatialTransformer, Text, TransformerBlock
 from stages.unet.blocks import DownBlock, MidBlock, Time, UNetBlock, UpBlock
 from stages.unet.config import NUM_SIZES, UNetConfig
@@ -289,7 +290,7 @@ class UNet(nn.Module):
             height, width = (skips[-1] if skips else x).shape[-2:]
             x, seen = up(x, own, (height, width), time, text, wanted)
             found |= seen
-        return self.conv_out(F.silu(self.conv_norm_out(x))), found
+        return self.conv_out(silu(self.conv_norm_out(x))), found
 
     def _check_sites(self, names: frozenset[str]) -> None:
         for name in names:
