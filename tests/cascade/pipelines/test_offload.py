@@ -250,7 +250,7 @@ def give_budget(pipeline: CascadePipeline, num_bytes: int) -> None:
     pipeline.memory._budget = RESERVE + num_bytes
 
 
-@pytest.mark.parametrize("kilobytes", [10_000, 1000, 600, 500])
+@pytest.mark.parametrize("kilobytes", [10_000, 1000, 500, 400])
 def test_a_budget_makes_the_same_reconstructions_one_at_a_time_or_in_tiles(
     pipeline: CascadePipeline, monkeypatch: pytest.MonkeyPatch, kilobytes: int
 ) -> None:
@@ -270,7 +270,7 @@ def test_a_budget_makes_the_same_reconstructions_one_at_a_time_or_in_tiles(
         torch.testing.assert_close(
             found.stage_b_latents, wanted.stage_b_latents, atol=1e-4, rtol=1e-4
         )
-    assert plan.encoder_tile == {600: 8, 500: 4}.get(kilobytes)
+    assert plan.encoder_tile == {500: 8, 400: 4}.get(kilobytes)
     assert "stage_c" not in plan.peaks and "stage_a_encoder" in plan.peaks
 
 
