@@ -168,21 +168,29 @@ def cascade_job(options: argparse.Namespace, prompts: list[str], files: ModelFil
         )
         asked = options.offload or options.vram is not None
         memory = pipeline.arrange(plan).describe() if asked else ""
-        if options.compile:
-            memory = compiled(pipeline, plan)
+        memory = hastened(pipeline, plan, options) or memory
         title = f"{pipeline.spec.name} on {pipeline.device}{steps_said(plan)}"
         return Started(title, memory, (), pipeline.run(plan, on_preview=on_preview))
 
     return Job(plan.requests, plan.notices, start)
 
 
-def compiled(pipeline: CascadePipeline | UNetPipeline, plan: Plan | UNetPlan) -> str:
-    """Compile a pipeline's networks; say what that cost and saves."""
-    from cascade.pipelines.compiling import compile_pipeline
+def hastened(
+    pipeline: CascadePipeline | UNetPipeline, plan: Plan | UNetPlan, options: argparse.Namespace
+) -> str:
+    """Compile a pipeline's networks or record their passes; say what compiling cost and saves."""
+    from cascade.pipelines.compiling import compile_pipeline, use_cuda_graphs
 
-    said = "compiling the networks; this takes minutes, and the first picture is made four times"
-    print(said, file=sys.stderr, flush=True)
-    return compile_pipeline(pipeline, plan).describe()
+    report = ""
+    if options.compile:
+        said = (
+            "compiling the networks; this takes minutes, and the first picture is made four times"
+        )
+        print(said, file=sys.stderr, flush=True)
+        report = compile_pipeline(pipeline, plan).describe()
+    if options.cuda_graphs:
+        use_cuda_graphs(pipeline)
+    return report
 
 
 def steps_said(plan: Plan) -> str:
@@ -253,8 +261,7 @@ def unet_job(options: argparse.Namespace, prompts: list[str], files: ModelFiles)
         )
         asked = options.offload or options.vram is not None
         memory = pipeline.arrange(plan).describe() if asked else ""
-        if options.compile:
-            memory = compiled(pipeline, plan)
+        memory = hastened(pipeline, plan, options) or memory
         title = f"{pipeline.spec.name} on {pipeline.device}"
         return Started(title, memory, pipeline.notices, pipeline.run(plan, on_preview=on_preview))
 
@@ -285,6 +292,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from cascade.compiled import check_compile
 
         check_compile(options.offload, options.vram)
+    if options.cuda_graphs:
+        from cascade.cuda_graphs import check_graphs
+
+        check_graphs(device, options.offload, options.vram)
     files = resolve(options.model, variant=options.variant)
     if is_latent(files.folders[0]):
         refuse_lite(files, "a Stage C on an autoencoder's latents")

@@ -4,9 +4,9 @@
 U-Net and autoencoder) on all sides, in turn, in one process, over the same weights, and adds the
 parts up. Text is not encoded on either side: its states are drawn. Sides: "here" is what our
 pipelines run; "diffusers" its networks in its pipelines' loops, as they are; on a GPU also
-"diffusers, compiled", its networks through torch.compile, and "here, compiled", ours as
-``sample.py --compile`` has them. Before the clock all sides predict the same thing, and the
-differences are printed; if one is large the exit code is 1.
+"diffusers, compiled", its networks through torch.compile, "here, graphs", ours as ``sample.py
+--cuda-graphs`` has them, and "here, compiled", with ``--compile`` as well. Before the clock all
+sides predict the same thing, and the differences are printed; if one is large the exit code is 1.
 
 A loop is all steps of a part, with what is done once a picture. ``--loop-steps`` runs only so many
 of them and computes the others; such rows are marked. "times" is diffusers' median divided by the

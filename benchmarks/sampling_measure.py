@@ -20,9 +20,17 @@ from benchmarks.sampling_models import (
     same_in_diffusers,
     shared_bytes,
 )
-from benchmarks.sampling_sides import HERE, HERE_COMPILED, THEIRS, THEIRS_COMPILED, Side
+from benchmarks.sampling_sides import (
+    HERE,
+    HERE_COMPILED,
+    HERE_GRAPHS,
+    THEIRS,
+    THEIRS_COMPILED,
+    Side,
+)
 from cascade.checkpoints.files import build_on_meta
 from cascade.compiled import compile_blocks
+from cascade.cuda_graphs import CudaGraphs, GpuCapture
 from cascade.evaluate.cost import Spread, peak_memory, spread_of, wait
 
 TITLES = {
@@ -149,7 +157,7 @@ def measure(
         seed: Of weights and inputs.
         rate: FLOP/s of matrix products in this number format on this device.
         compile_mode: torch.compile's mode of diffusers' networks on a side of their own, beside
-            ours as ``--compile`` has them; None: there are no such sides.
+            ours as ``--compile`` has them, on a GPU with ``--cuda-graphs``; None: there are none.
     """
     rows: list[list[Row]] = []
     for name, build in model.builders().items():
@@ -190,11 +198,15 @@ def _build(
         wraps[THEIRS_COMPILED] = lambda call: torch.compile(call, mode=compile_mode, dynamic=False)
     with torch.inference_mode():
         found = {HERE: _here(case, model, name, ours, given, guidance)}
+        graphs = None
+        if device.type == "cuda":
+            graphs = CudaGraphs(GpuCapture(device))
+            found[HERE_GRAPHS] = _here(case, model, name, ours, given, guidance, graphs)
         if compile_mode is not None:  # another network over the same tensors: ours stays plain
             again = build_on_meta(type(ours), ours.config, "the benchmark")
             again.load_state_dict(ours.state_dict(), assign=True)
             compile_blocks(again.eval().requires_grad_(False))
-            found[HERE_COMPILED] = _here(case, model, name, again, given, guidance)
+            found[HERE_COMPILED] = _here(case, model, name, again, given, guidance, graphs)
         for side, wrap in wraps.items():
             found[side] = _there(case, model, name, ours, theirs, given, guidance, wrap)
     parameters = sum(one.numel() for one in ours.parameters())
@@ -229,13 +241,19 @@ def _drawn(
 
 
 def _here(
-    case: Case, model: Model, name: str, ours: Any, given: sides.Drawn, guidance: float
+    case: Case,
+    model: Model,
+    name: str,
+    ours: Any,
+    given: sides.Drawn,
+    guidance: float,
+    graphs: CudaGraphs | None = None,
 ) -> Side:
     if name in ("stage_a", "autoencoder"):
         return sides.decoder_here(ours, given)
     if isinstance(model, CascadeModel):
-        return sides.cascade_here(ours, given, guidance)
-    return sides.unet_here(ours, model, given, case.px)
+        return sides.cascade_here(ours, given, guidance, graphs)
+    return sides.unet_here(ours, model, given, case.px, graphs)
 
 
 def _there(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.sampling_models import CascadeModel, UNetModel
+from cascade.cuda_graphs import CudaGraphs
 from cascade.diffusion.samplers import OnStep
 from cascade.evaluate.flops import FlopCounter
 from cascade.pipelines.finite import check_finite
@@ -39,6 +40,7 @@ from stages.unet.unet import UNet, UNetCondition
 
 HERE, THEIRS = "here", "diffusers"
 HERE_COMPILED, THEIRS_COMPILED = "here, compiled", "diffusers, compiled"
+HERE_GRAPHS = "here, graphs"
 _TIME, _TIMESTEP = 0.6, 601.0
 
 Shape = tuple[int, int, int]
@@ -135,7 +137,9 @@ def cascade_prepare(network: Any, given: Drawn, guided: bool) -> Any:
     return network.prepare(cond, *(() if given.stage_c_latents is None else (given.shape[1:],)))
 
 
-def cascade_here(network: Any, given: Drawn, guidance: float) -> Side:
+def cascade_here(
+    network: Any, given: Drawn, guidance: float, graphs: CudaGraphs | None = None
+) -> Side:
     """Return our side of Stage C or Stage B."""
     guided = guidance != 1
     prepared = cascade_prepare(network, given, guided)
@@ -148,8 +152,15 @@ def cascade_here(network: Any, given: Drawn, guidance: float) -> Side:
         if given.stage_c_latents is None:
             noise = PictureNoise(seeds, "stage_c")
             size = given.shape[1:]
-            on_step = _on_step(mark)
-            return sample_stage_c(network, sampling, given.text, noise, size, on_step=on_step)
+            return sample_stage_c(
+                network,
+                sampling,
+                given.text,
+                noise,
+                size,
+                graphs=graphs,
+                on_step=_on_step(mark),
+            )
         return sample_stage_b(
             network,
             sampling,
@@ -157,10 +168,12 @@ def cascade_here(network: Any, given: Drawn, guidance: float) -> Side:
             given.text,
             PictureNoise(seeds, "stage_b"),
             given.shape,
+            graphs=graphs,
             on_step=_on_step(mark),
         )
 
-    return Side(lambda: network(_doubled(given.x, guided), _times(given, guided), prepared), loop)
+    run = network if graphs is None else graphs.of(network)
+    return Side(lambda: run(_doubled(given.x, guided), _times(given, guided), prepared), loop)
 
 
 def cascade_there(ours: Any, network: nn.Module, given: Drawn, guidance: float, wrap: Wrap) -> Side:
@@ -271,7 +284,9 @@ def unet_condition(network: Any, given: Drawn, px: int) -> UNetPrompted:
     return UNetPrompted(*conds)
 
 
-def unet_here(network: Any, model: UNetModel, given: Drawn, px: int) -> Side:
+def unet_here(
+    network: Any, model: UNetModel, given: Drawn, px: int, graphs: CudaGraphs | None = None
+) -> Side:
     """Return our side of a U-Net."""
     prompted = unet_condition(network, given, px)
     prepared = network.prepare(concat([prompted.cond, prompted.uncond]))
@@ -280,10 +295,18 @@ def unet_here(network: Any, model: UNetModel, given: Drawn, px: int) -> Side:
     def loop(steps: int, mark: Mark | None) -> Tensor:
         sampling = replace(model.sampling, steps=steps)
         noise = PictureNoise(_seeds(given), "unet")
-        on_step = _on_step(mark)
-        return sample_unet(network, sampling, prompted, noise, given.shape, on_step=on_step)
+        return sample_unet(
+            network,
+            sampling,
+            prompted,
+            noise,
+            given.shape,
+            graphs=graphs,
+            on_step=_on_step(mark),
+        )
 
-    return Side(lambda: network(_doubled(given.x, True), times, prepared), loop)
+    run = network if graphs is None else graphs.of(network)
+    return Side(lambda: run(_doubled(given.x, True), times, prepared), loop)
 
 
 def unet_there(

@@ -33,7 +33,7 @@ ONLY_UNETS = {
 """The same of a cascade."""
 _OF_WHOLE_CASCADES = (
     *("steps_b", "guidance_b", "fast_decoder", "dialect", "image", "control"),
-    *("preview", "compile", "offload", "vram", "int8"),
+    *("preview", "compile", "cuda_graphs", "offload", "vram", "int8"),
 )
 NOT_OF_LATENTS = {
     **ONLY_UNETS,
@@ -235,6 +235,12 @@ def make_parser() -> Parser:
         action="store_true",
         help="compile the networks first, which takes minutes and pays for many pictures; what it "
         "cost and saves is measured and said",
+    )
+    where.add_argument(
+        "--cuda-graphs",
+        action="store_true",
+        help="record the kernels of a step and launch them as one, which pays where a GPU waits "
+        "for the host: small networks, one picture at a time",
     )
     where.add_argument(
         "--offload",

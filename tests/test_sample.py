@@ -187,6 +187,7 @@ def test_a_picture_of_another_size_is_scaled_with_a_notice(make: Make, tmp_path:
         (["--prompt", "a", "--guidance-interval", "0.2"], "is no FROM:TO, such as 0.2:0.8"),
         (["--prompt", "a", "--guidance-interval", "0.9:0.2"], "0 <= from <= to <= 1"),
         (["--prompt", "a", "--compile", "--offload", "model"], "leave --offload and --vram out"),
+        (["--prompt", "a", "--cuda-graphs", "--device", "cpu"], "--cuda-graphs needs a CUDA GPU"),
         (["--prompt", "a", "--dtype", "fp32"], "dtype 'fp32'"),
         (["--prompt", "a", "--device", "tpu"], "device 'tpu'"),
         (["--prompt", "a", "--out", "x.jpg"], "written as PNG"),

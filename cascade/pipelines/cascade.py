@@ -332,6 +332,7 @@ class CascadePipeline(LoadedCascade):
                 prompted_b,
                 PictureNoise(seeds, "stage_b"),
                 self.latent_shape(height, width, stage_c_latents),
+                graphs=self.graphs,
             )
         return Reconstruction(self.decode(latents).cpu(), stage_c_latents.cpu(), latents.cpu())
 
@@ -368,6 +369,7 @@ class CascadePipeline(LoadedCascade):
                     self.spec.stage_c_size((plan.height, plan.width)),
                     start=given.stage_c,
                     shown=given.shown,
+                    graphs=self.graphs,
                     on_step=on_step,
                 )
 
@@ -380,6 +382,7 @@ class CascadePipeline(LoadedCascade):
                 PictureNoise(seeds, "stage_b"),
                 self.latent_shape(plan.height, plan.width, stage_c_latents),
                 start=given.stage_b,
+                graphs=self.graphs,
                 on_step=count,
             )
 

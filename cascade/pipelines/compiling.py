@@ -1,4 +1,4 @@
-"""Compile the networks of a pipeline for a plan, and say what that cost and what it saves."""
+"""Compile the networks of a pipeline for a plan and say what that saves; record their passes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 
 from cascade.compiled import check_compile, compile_blocks
+from cascade.cuda_graphs import CudaGraphs, GpuCapture, check_graphs
 from cascade.errors import UserError
 from cascade.pipelines.cascade import CascadePipeline
 from cascade.pipelines.loaded import GPU_BATCH_SIZE
@@ -65,9 +66,7 @@ def compile_pipeline(
         UserError: The pipeline offloads, nothing is drawn, or there is no compiler.
         NonFiniteError: As a run does.
     """
-    memory = pipeline.memory
-    if memory.has_budget or any(memory.plan.way(name) != "stay" for name in _networks(pipeline)):
-        check_compile("model", None)
+    check_compile("model" if _moves(pipeline) else None, None)
     if plan.picture is not None and plan.picture.mode == "reconstruct":
         raise UserError("--compile: a reconstruction is one pass of each network; leave it out")
     pipeline.arrange(plan)  # type: ignore[arg-type]
@@ -94,6 +93,30 @@ def compile_pipeline(
     started_s = time.perf_counter()
     compiled = run()
     return CompileReport(first_s - (time.perf_counter() - started_s), plain, compiled)
+
+
+def use_cuda_graphs(pipeline: CascadePipeline | UNetPipeline) -> None:
+    """Have the passes of a pipeline's steps recorded as CUDA graphs and replayed.
+
+    A pass is recorded when it first meets a size, batch, length of the text or number of guidance
+    passes, which takes about as long as four of it; goes with compiled networks. Stage A and the
+    autoencoder run once a picture and are left as they are. ``pipeline.graphs = None`` undoes it.
+
+    Args:
+        pipeline: The pipeline, on a GPU; nothing of it is offloaded.
+
+    Raises:
+        UserError: It is not on one, or offloads.
+    """
+    check_graphs(pipeline.device, "model" if _moves(pipeline) else None, None)
+    pipeline.graphs = CudaGraphs(GpuCapture(pipeline.device))
+
+
+def _moves(pipeline: CascadePipeline | UNetPipeline) -> bool:
+    """Return whether weights come and go."""
+    memory = pipeline.memory
+    ways = (memory.plan.way(name) for name in _networks(pipeline))
+    return memory.has_budget or any(way != "stay" for way in ways)
 
 
 def _networks(pipeline: CascadePipeline | UNetPipeline) -> dict[str, nn.Module]:

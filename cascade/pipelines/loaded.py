@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cascade.checkpoints.hub import resolve
 from cascade.control import control_kind
+from cascade.cuda_graphs import CudaGraphs
 from cascade.errors import UserError
 from cascade.pipelines.control_network import control_config, small_size
 from cascade.pipelines.few_steps import check_told, own_choice
@@ -104,6 +105,7 @@ class LoadedCascade:
                 f"Stage A and Stage B together need multiples of {cell} pixels"
             )
 
+        self.graphs: CudaGraphs | None = None  # see ``use_cuda_graphs``
         self.memory = CascadeMemory(self._parts, self.device, self.dtypes)
         self.place(offload=offload, vram=vram)
 

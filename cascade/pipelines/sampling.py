@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cascade.control import Maps
+from cascade.cuda_graphs import CudaGraphs
 from cascade.diffusion.denoiser import Denoiser
 from cascade.diffusion.guidance import (
     Denoise,
@@ -77,6 +78,7 @@ def sample_stage_c(
     *,
     start: Start | None = None,
     shown: Shown | None = None,
+    graphs: CudaGraphs | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Draw Stage C latents of B prompts.
@@ -89,6 +91,7 @@ def sample_stage_c(
         latent_size: Height and width of the latents.
         start: A picture to start from.
         shown: What the v3 network is shown beside the prompts.
+        graphs: Records and replays the network's passes.
         on_step: Called after each step.
 
     Returns:
@@ -112,9 +115,17 @@ def sample_stage_c(
         if "cfg" in network.config.time_conds:
             cond = replace(cond, cfg=scales(sampling, prompted, weight))
     x = noise.randn((network.config.latent_channels, *latent_size))
-    walk, conds = walk_of(sampling), (cond, uncond)
     return sample_latents(
-        "Stage C", network, walk, network.prepare, conds, noise, x, start=start, on_step=on_step
+        "Stage C",
+        network,
+        walk_of(sampling),
+        network.prepare,
+        (cond, uncond),
+        noise,
+        x,
+        start=start,
+        graphs=graphs,
+        on_step=on_step,
     )
 
 
@@ -150,6 +161,7 @@ def sample_stage_b(
     latent_shape: tuple[int, int, int],
     *,
     start: Start | None = None,
+    graphs: CudaGraphs | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Draw Stage B latents that fit Stage C latents ``(B, 16, h, w)``.
@@ -165,6 +177,7 @@ def sample_stage_b(
         noise: One seed for each picture.
         latent_shape: Channels, height and width of the latents: Stage A's.
         start: A picture to start from.
+        graphs: Records and replays the network's passes.
         on_step: Called after each step.
 
     Returns:
@@ -190,9 +203,17 @@ def sample_stage_b(
         return network.prepare(told, latent_shape[1:])
 
     x = noise.randn(latent_shape)
-    walk, conds = walk_of(sampling), (cond, uncond)
     return sample_latents(
-        "Stage B", network, walk, prepare, conds, noise, x, start=start, on_step=on_step
+        "Stage B",
+        network,
+        walk_of(sampling),
+        prepare,
+        (cond, uncond),
+        noise,
+        x,
+        start=start,
+        graphs=graphs,
+        on_step=on_step,
     )
 
 
@@ -244,6 +265,7 @@ def sample_latents(
     x: Tensor,
     *,
     start: Start | None = None,
+    graphs: CudaGraphs | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Sample from noise ``x``, ``(B, C, h, w)``, with a check at every step.
@@ -257,6 +279,7 @@ def sample_latents(
         noise: Source of fresh noise.
         x: Where the walk starts.
         start: A picture to start from instead.
+        graphs: Records and replays the network's passes.
         on_step: Called after each step.
 
     Returns:
@@ -281,7 +304,8 @@ def sample_latents(
     def by_time(cond: Any) -> ByTime:
         return ByTime(network.at_times(prepare(cond), table.network_times))
 
-    denoiser = Denoiser(network, schedule, walk.prediction, walk.time_input, weight.dtype, table)
+    run = network if graphs is None else graphs.of(network)
+    denoiser = Denoiser(run, schedule, walk.prediction, walk.time_input, weight.dtype, table)
     denoise: Denoise
     if walk.guidance == 1:
         denoise = unguided(denoiser, by_time(conds[0]))

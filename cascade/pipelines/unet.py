@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cascade.checkpoints.hub import resolve
+from cascade.cuda_graphs import CudaGraphs
 from cascade.diffusion.samplers import StepInfo
 from cascade.errors import UserError
 from cascade.images import ImageLike, as_image, pixels_to_images
@@ -108,6 +109,7 @@ class UNetPipeline:
         self.unet = self._parts.unet
         self.autoencoder = self._parts.autoencoder
         check_unet_fit(self._parts, source.where)
+        self.graphs: CudaGraphs | None = None  # see ``use_cuda_graphs``
         self.memory = UNetMemory(self._parts, self.device, self.dtypes)
         self.place(offload=offload, vram=vram)
 
@@ -375,6 +377,7 @@ class UNetPipeline:
                 PictureNoise(seeds, "unet"),
                 self.latent_shape(plan.height, plan.width),
                 start=start,
+                graphs=self.graphs,
                 on_step=on_step,
             )
         with clock("autoencoder"):

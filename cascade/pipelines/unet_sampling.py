@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from cascade.cuda_graphs import CudaGraphs
 from cascade.diffusion.samplers import OnStep
 from cascade.pipelines.prompts import PromptStates
 from cascade.pipelines.sampling import Start, sample_latents
@@ -77,6 +78,7 @@ def sample_unet(
     latent_shape: tuple[int, int, int],
     *,
     start: Start | None = None,
+    graphs: CudaGraphs | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Draw a U-Net's latents of B prompts.
@@ -89,6 +91,7 @@ def sample_unet(
         latent_shape: Channels, height and width of the latents.
         start: A picture to start from: its strength is the share of the steps that are walked, the
             last ones, and it is noised to where the first of them lies.
+        graphs: Records and replays the network's passes.
         on_step: Called after each step.
 
     Returns:
@@ -107,7 +110,16 @@ def sample_unet(
         walk = sampling.walk(start.strength)
         start = replace(start, strength=1.0)  # of these times, whose first is where it starts
     return sample_latents(
-        "the U-Net", network, walk, network.prepare, conds, noise, x, start=start, on_step=on_step
+        "the U-Net",
+        network,
+        walk,
+        network.prepare,
+        conds,
+        noise,
+        x,
+        start=start,
+        graphs=graphs,
+        on_step=on_step,
     )
 
 
