@@ -11,7 +11,10 @@ from torch import nn
 from stages.int8 import Int8Linear, is_int8, to_int8, unpacked_bytes
 from stages.layers import ResBlock, TimestepBlock
 from stages.linear import Linear
+from stages.stage_b import StageB, StageBConfig
 from stages.stage_c import StageC, StageCCondition, StageCConfig
+from stages.unet.config import UNetConfig
+from stages.unet.unet import UNet
 
 CONFIG = StageCConfig(
     cond_channels=64,
@@ -106,3 +109,20 @@ def test_a_folded_skip_reads_the_multiplied_out_weight():
         folded = block(x, None, block.fold(source, mapper))
         joined = block(x, mapper(source))
     torch.testing.assert_close(folded, joined, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("network", "config", "plain", "rounded"),
+    [
+        (StageC, StageCConfig(), 6.69, 3.42),
+        (StageB, StageBConfig(), 2.91, 1.52),
+        (UNet, UNetConfig.sdxl(), 4.78, 2.73),
+    ],
+)
+def test_the_published_sizes_are_those_that_readme_tells(network, config, plain, rounded):
+    with torch.device("meta"):
+        built = network(config).to(torch.bfloat16)
+    for said in (plain, rounded):
+        held = sum(one.numel() * one.element_size() for one in built.parameters())
+        assert held / 2**30 == pytest.approx(said, abs=0.006)
+        to_int8(built)
