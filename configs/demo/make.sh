@@ -53,3 +53,11 @@ train stage_b
 touch "$cache/validation.done"
 train stage_c
 python -m train.assemble --config configs/demo/model.yaml --out weights/demo
+
+# Its Stage C in four steps, which the whole teaches; then it is put together anew, with both.
+few=runs/demo/step_distil_stage_c_four
+[ -f "$few/done" ] || python -m train step_distil \
+  --config configs/step_distil/demo_stage_c_four.yaml --run.seed 2 --resume
+[ -f "$few/done" ]
+python -m train.assemble --config configs/demo/model.yaml --out weights/demo \
+  --stage_c_few "$few/stage_c.safetensors" --max_mb 56
