@@ -19,8 +19,9 @@ a CPU the resident set. Stage B is not guided, as in diffusers' pipelines unless
 and KOALA-700M at 256 px with cut loops, and the start-up, in bfloat16, or in float32 where a CPU
 has no instructions for it. At the end it says which aims hold.
 
-On a CPU all sides have their memory as ``sample.py`` asks for it (``cascade/cpu_memory.py``);
-``--plain-memory`` leaves it at the system's.
+On a CPU each side has its memory as its own programs ask for it: ours as ``sample.py`` does
+(``cascade/cpu_memory.py``), diffusers' as the system gives it. ``--memory shared`` gives both what
+``sample.py`` asks for, ``--memory plain`` neither.
 """
 
 from __future__ import annotations
@@ -40,12 +41,13 @@ sys.path.insert(0, str(ROOT))
 
 from cascade.cpu_memory import tune_cpu_memory  # noqa: E402
 
-if __name__ == "__main__" and "--plain-memory" not in sys.argv:
+if __name__ == "__main__" and not {"plain", "--memory=plain"} & set(sys.argv):
     tune_cpu_memory()  # some of what follows makes tensors
 
 from benchmarks import start_up  # noqa: E402
 from benchmarks.sampling_aims import Aim, judge  # noqa: E402
 from benchmarks.sampling_measure import BOUNDS, Case, Row, matmul_rate, measure  # noqa: E402
+from benchmarks.sampling_memory import MEMORIES, SideMemory  # noqa: E402
 from benchmarks.sampling_models import MODELS, CascadeModel, Model  # noqa: E402
 from cascade.checkpoints.files import atomic_write_text  # noqa: E402
 from cascade.command import Parser, parse_all  # noqa: E402
@@ -103,7 +105,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--compile-mode", choices=COMPILE_MODES, default="reduce-overhead", help="of diffusers"
     )
     parser.add_argument(
-        "--plain-memory", action="store_true", help="ask for a CPU's memory as any program does"
+        "--memory", choices=tuple(MEMORIES), default="own", help="of a CPU's sides: see above"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and inputs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where all figures go as well")
@@ -197,9 +199,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{name} {importlib.metadata.version(name)}" for name in ("diffusers", "transformers")
     )
     if device.type == "cpu":
-        origin["memory"] = "plain" if options.plain_memory else "as sample.py asks for it"
+        origin["memory"] = MEMORIES[options.memory]
     print("Sampling; " + ", ".join(f"{name} {value}" for name, value in origin.items()))
     compiles = options.compiled or device.type == "cuda"
+    memory = SideMemory(options.memory)
     rates: dict[torch.dtype, float] = {}
     rows: list[Row] = []
     for key in options.models:
@@ -207,11 +210,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for case in cases_of(options, model, key):
             if case.dtype not in rates:
                 rates[case.dtype] = matmul_rate(device, case.dtype)
-                rate = rates[case.dtype] / 1e12
-                print(f"matrix products in {_name(case.dtype)}: {rate:.3g} TFLOP/s")
+                said = f"{rates[case.dtype] / 1e12:.3g} TFLOP/s"
+                print(f"matrix products in {_name(case.dtype)}: {said}")
             print(f"\n{heading(case, model)}\n{COLUMNS}", flush=True)
             mode = options.compile_mode if compiles else None
-            for row in measure(case, model, device, options.seed, rates[case.dtype], mode):
+            rate = rates[case.dtype]
+            for row in measure(case, model, device, options.seed, rate, mode, memory.give):
                 rows.append(row)
                 print(line(row), flush=True)
     default = _QUICK_START_UPS if options.quick else _START_UPS

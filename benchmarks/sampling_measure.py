@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -147,6 +147,7 @@ def measure(
     seed: int,
     rate: float,
     compile_mode: str | None = None,
+    give_memory: Callable[[str], None] | None = None,
 ) -> Iterator[Row]:
     """Yield the rows of each part, then those of all together.
 
@@ -158,12 +159,13 @@ def measure(
         rate: FLOP/s of matrix products in this number format on this device.
         compile_mode: torch.compile's mode of diffusers' networks on a side of their own, beside
             ours as ``--compile`` has them, on a GPU with ``--cuda-graphs``; None: there are none.
+        give_memory: Called with a side before it runs.
     """
     rows: list[list[Row]] = []
     for name, build in model.builders().items():
         part = _build(case, model, name, build, device, seed, compile_mode)
         with torch.inference_mode():
-            rows.append(_clock(case, model.title, part, device, rate))
+            rows.append(_clock(case, model.title, part, device, rate, give_memory))
         del part
         gc.collect()
         if compile_mode is not None:  # else too many shapes of one code end in running it plainly
@@ -273,20 +275,30 @@ def _there(
     return sides.unet_there(ours, theirs, model, given, case.px, wrap)
 
 
-def _clock(case: Case, title: str, part: _Part, device: torch.device, rate: float) -> list[Row]:
+def _clock(
+    case: Case,
+    title: str,
+    part: _Part,
+    device: torch.device,
+    rate: float,
+    give_memory: Callable[[str], None] | None,
+) -> list[Row]:
     """Compare predictions, then run all sides in turn and return their rows."""
     steps_run = min(case.loop_steps or part.steps, part.steps)
     first = {name: side.predict().float() for name, side in part.sides.items()}
     differences = {name: _away(one, first[THEIRS]) for name, one in first.items()}
     del first
     peaks: dict[str, int | None] = {}
+    give_memory = give_memory or (lambda side: None)
     for name, side in part.sides.items():
+        give_memory(name)
         for _ in range(_GPU_WARM_UP if device.type == "cuda" else 0):  # compiles, captures graphs
             side.loop(part.steps, None)
         peaks[name] = peak_memory(partial(side.loop, 1, None), device)
     seconds: dict[str, list[float]] = {name: [] for name in part.sides}
     for repeat in range(case.repeats):
         for name in list(part.sides) if repeat % 2 == 0 else list(part.sides)[::-1]:
+            give_memory(name)
             taken_s = loop_seconds(part.sides[name], part.steps, steps_run, device)
             seconds[name].append(taken_s)
     theirs = spread_of(seconds[THEIRS]).median

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -298,3 +300,34 @@ def test_a_process_that_fails_is_one_line() -> None:
         start_up._seconds(["-c", "1 / 0"])
     [_title, line] = start_up.table([start_up.StartUp("import", spread_of([1.0, 2.0, 9.0]))])
     assert line.split() == ["import", "2.00", "1.50", "to", "5.50"]
+
+
+def test_each_side_works_in_its_own_memory_and_is_told_before_it_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Huge pages of a fresh tensor, as the system counts them, hand over with the sides."""
+    script = (
+        "from cascade.cpu_memory import tune_cpu_memory\ntune_cpu_memory()\n"
+        "import re, torch\nfrom benchmarks.sampling_memory import SideMemory\n"
+        "def huge():\n"
+        "    text = open('/proc/self/smaps_rollup').read()\n"
+        "    return int(re.search(r'AnonHugePages: *([0-9]+)', text)[1]) // 1024\n"
+        "memory, found = SideMemory('own'), []\n"
+        "for side in ('here', 'diffusers', 'here, compiled', 'diffusers, compiled'):\n"
+        "    memory.give(side)\n"
+        "    before = huge()\n"
+        "    tensor = torch.ones(64, 2**20)\n"
+        "    found.append(huge() - before)\n"
+        "    del tensor\n"
+        "print(*found)\n"
+    )
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.is_file() or "[madvise]" not in setting.read_text():
+        pytest.skip("this system gives huge pages to all, or to none")
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", script]
+    said = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+    ours, theirs, ours_again, theirs_again = (int(word) for word in said.split())
+    assert ours > 200 and ours_again > 200, "of 256 MB"
+    assert theirs < 20 and theirs_again < 20
