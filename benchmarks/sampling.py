@@ -16,8 +16,8 @@ Memory is the peak of a warm loop above what was there before: of a GPU what the
 a CPU the resident set. Stage B is not guided, as in diffusers' pipelines unless told otherwise.
 
 ``--quick`` takes two cores less than five minutes: the demonstration, Stable Cascade lite at 512 px
-and KOALA-700M at 256 px with cut loops, and the start-up, in bfloat16, or in float32 where a CPU
-has no instructions for it. At the end it says which aims hold.
+and KOALA-700M at 256 px with cut loops, and the start-up, in bfloat16; where a CPU has no
+instructions for it in float32, with fewer repeats, about five. At the end it says which aims hold.
 
 On a CPU each side has its memory as its own programs ask for it: ours as ``sample.py`` does
 (``cascade/cpu_memory.py``), diffusers' as the system gives it. ``--memory shared`` gives both what
@@ -172,7 +172,8 @@ def cases_of(options: argparse.Namespace, model: Model, key: str) -> list[Case]:
     if options.quick:
         cases = [_QUICK[key]]
         if not computes_bfloat16(options.device):  # it would take hours
-            cases = [replace(_QUICK[key], dtype=torch.float32)]
+            repeats = 5 if key == "demo" else 2  # in float32 the others take twice as long
+            cases = [replace(_QUICK[key], dtype=torch.float32, repeats=repeats)]
         elif key == "demo":
             cases.insert(0, replace(_QUICK[key], dtype=torch.float32))
     else:
