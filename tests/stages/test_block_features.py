@@ -104,3 +104,12 @@ def test_published_sizes_have_a_block_for_every_module():
         count = sum(config.down_blocks) + sum(config.up_blocks)
         assert len(config.sites) == count
     assert replace(C, down_blocks=(3, 1)).sites["down_blocks.1.0"].channels == 32
+
+
+@pytest.mark.parametrize("kind", ["c", "b"])
+def test_features_stay_what_they_were_where_blocks_write_over_tensors(kind):
+    network, inputs = made(kind)
+    found = network.eval()(*inputs, features=NAMES).features
+    with torch.no_grad():  # a teacher's
+        again = network(*inputs, features=NAMES).features
+    assert all(torch.equal(again[name], found[name]) for name in NAMES)

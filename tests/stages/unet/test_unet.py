@@ -225,6 +225,15 @@ def test_only_what_is_asked_for_is_returned(network, inputs):
     assert network(*inputs, features=()).features == {}
 
 
+def test_features_stay_what_they_were_where_blocks_write_over_tensors(network, inputs):
+    network.eval()
+    with torch.enable_grad():
+        found = network(*inputs, features=network.sites).features
+    with torch.no_grad():  # a teacher's
+        again = network(*inputs, features=network.sites).features
+    assert all(torch.equal(again[name], found[name]) for name in network.sites)
+
+
 def test_layers_without_attention_have_no_site_for_it(network):
     names = set(network.sites)
     assert "up_blocks.1.attentions.2" in names and "up_blocks.1.attentions.1" not in names
