@@ -39,6 +39,15 @@ def make_parser() -> Parser:
         kind.add_argument("--config", required=True, help="YAML file of the study")
         kind.add_argument("--out", type=Path, help="folder (default: runs/study/NAME)")
         kind.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+        kind.add_argument(
+            "--join",
+            type=Path,
+            nargs="+",
+            default=(),
+            metavar="FOLDER",
+            help="take the finished runs of these folders first: the same study with other seeds, "
+            "made elsewhere",
+        )
     cost = kinds.add_parser("cost", help="what a study would take on devices of a known rate")
     cost.add_argument("--config", required=True, help="YAML file of a study of either kind")
     cost.add_argument(
@@ -99,11 +108,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         compression = load_compression(options.config, overrides)
         name, run = (
             compression.study.name,
-            lambda out: run_compression(compression, out, dry_run=options.dry_run),
+            lambda out: run_compression(
+                compression, out, dry_run=options.dry_run, others=options.join
+            ),
         )
     else:
         config = load_yaml(StudyConfig, options.config, overrides)
-        name, run = config.name, lambda out: run_study(config, out, dry_run=options.dry_run)
+        name, run = (
+            config.name,
+            lambda out: run_study(config, out, dry_run=options.dry_run, others=options.join),
+        )
     out = options.out or Path("runs/study") / name
     try:
         failed = run(out)

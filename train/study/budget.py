@@ -26,6 +26,20 @@ from train.callbacks.export import export_folder
 from train.run_lock import held
 from train.settings import EXPORT_KEYS
 from train.study.checks import check_study
+from train.study.folder import (
+    FREE,
+    INPUTS_FILE,
+    JUDGED,
+    PLAN_FILE,
+    RESULTS_FILE,
+    ROWS_FILE,
+    RUNS,
+    STUDY_FILE,
+    as_asked,
+    is_finished,
+    join,
+    read_own,
+)
 from train.study.judge import judge
 from train.study.plan import (
     SHARED,
@@ -45,15 +59,6 @@ from train.study.spent import Spent, read_ledger, spent_by_command, spent_until
 from train.study.steps import Commands, Places, StepFailedError
 
 _log = logging.getLogger(__name__)
-
-STUDY_FILE = "study.yaml"
-PLAN_FILE = "plan.json"
-INPUTS_FILE = "inputs.json"
-RESULTS_FILE = "results.jsonl"
-ROWS_FILE = "rows.json"
-RUNS, JUDGED = "runs", "judged"
-_FREE = ("description", "headline", "price_per_device_hour", "grid_prompts", "device", "launcher")
-"""Keys that may change between two starts: they decide nothing that was measured."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,12 @@ def budget_kind(config: StudyConfig) -> Kind:
 
 
 def run_study(
-    config: StudyConfig, out: Path, *, dry_run: bool = False, kind: Kind | None = None
+    config: StudyConfig,
+    out: Path,
+    *,
+    dry_run: bool = False,
+    kind: Kind | None = None,
+    others: Sequence[Path] = (),
 ) -> int:
     """Run a study, or go on with it; print its plan, write its report.
 
@@ -105,12 +115,13 @@ def run_study(
         out: Its folder.
         dry_run: Print the plan and stop.
         kind: What it is beside a study of budgets; None: no more than that.
+        others: Folders of the same study whose finished runs are taken first; see ``join``.
 
     Returns:
         How many runs have failed.
 
     Raises:
-        UserError: The folder holds another study, or the budget buys nothing.
+        UserError: The folder, or another one, holds another study, or the budget buys nothing.
         StudyStoppedError: SIGTERM; what was done stays.
     """
     kind = kind or budget_kind(config)
@@ -118,10 +129,12 @@ def run_study(
     _given(config)
     _refuse_foreign(out)
     with held(out, "runs a study", "--out"):
-        return _run_held(config, out, kind, dry_run=dry_run)
+        return _run_held(config, out, kind, others, dry_run=dry_run)
 
 
-def _run_held(config: StudyConfig, out: Path, kind: Kind, *, dry_run: bool) -> int:
+def _run_held(
+    config: StudyConfig, out: Path, kind: Kind, others: Sequence[Path], *, dry_run: bool
+) -> int:
     """Run a study in a folder that no other process works in."""
     _claim(kind.asked, out)
     _claim_inputs(config, out)
@@ -145,10 +158,13 @@ def _run_held(config: StudyConfig, out: Path, kind: Kind, *, dry_run: bool) -> i
         if dry_run:
             return len(why)
         _keep_plan(out / PLAN_FILE, plans)
+        trainings = {step.name for arm in config.arms for step in arm.steps if step.train}
+        for other in others:
+            _log.info("%s: %d runs taken", other, join(out, other, trainings))
         runs = list(_runs(config, out, plans, why))
         for run in runs:
             # What failed, of a full disk or a missing file, is tried again where it stopped.
-            if not _is_finished(run):
+            if not is_finished(run.rows_file):
                 _one(config, run, out, commands, kind)
                 _collect(config, out, runs, kind)
     rows = _collect(config, out, runs, kind)
@@ -175,22 +191,15 @@ def _claim(values: Mapping[str, object], out: Path) -> None:
     """Note what is asked; refuse a folder in which something else was asked."""
     file = out / STUDY_FILE
     if file.is_file():
-        earlier = _read_own(file, yaml.safe_load)
-        free = {*_FREE, *_free_so_far(out)}
+        earlier = read_own(file, yaml.safe_load)
+        free = {*FREE, *_free_so_far(out)}
         for key, value in values.items():
-            if key not in free and _asked(earlier.get(key)) != _asked(value):
+            if key not in free and as_asked(earlier.get(key)) != as_asked(value):
                 raise UserError(
                     f"{out} holds a study with another {key}; go on with the configuration that "
                     "it was started with, or choose another --out"
                 )
     atomic_write_text(file, yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True))
-
-
-def _asked(value: object) -> object:
-    """Return what a key asks; what starts its judges decides nothing that is measured."""
-    if isinstance(value, dict) and "launcher" in value:
-        return {key: one for key, one in value.items() if key != "launcher"}
-    return value
 
 
 def _free_so_far(out: Path) -> list[str]:
@@ -204,25 +213,6 @@ def _free_so_far(out: Path) -> list[str]:
     return free
 
 
-def _read_own(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
-    """Read a file that the study has written.
-
-    Raises:
-        UserError: Somebody else has, or has cut it off.
-    """
-    try:
-        values = parse(file.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{file}: can't be read any more: {_one_line(error)}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: holds no mapping any more; put the study's own back")
-    return values
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
 def _claim_inputs(config: StudyConfig, out: Path) -> None:
     """Note what the study's files hold; refuse to go on when one holds something else by now.
 
@@ -231,7 +221,7 @@ def _claim_inputs(config: StudyConfig, out: Path) -> None:
     """
     file, found = out / INPUTS_FILE, inputs_of(config)
     if file.is_file():
-        earlier = _read_own(file, json.loads)
+        earlier = read_own(file, json.loads)
         # What is there and not among them was the judge's, and that may have changed.
         named = [path for path in earlier if path in found or not Path(path).exists()]
         changed = [path for path in named if found.get(path) != earlier[path]]
@@ -276,7 +266,7 @@ def _keep_plan(file: Path, plans: Mapping[float, Mapping[str, ArmPlan]]) -> None
         for amount, by_arm in plans.items()
     }
     if file.is_file():
-        earlier = _read_own(file, json.loads)
+        earlier = read_own(file, json.loads)
         for amount, by_arm in earlier.items():
             again = values.get(amount, {})
             if any(again.get(name, plan) != plan for name, plan in by_arm.items()):
@@ -362,17 +352,6 @@ def _one(config: StudyConfig, run: Run, out: Path, commands: Commands, kind: Kin
         ]
     run.places.here.mkdir(parents=True, exist_ok=True)
     atomic_write_text(run.rows_file, json.dumps(rows, indent=1) + "\n")
-
-
-def _is_finished(run: Run) -> bool:
-    """Return whether a run has its rows, and none that failed."""
-    if not run.rows_file.is_file():
-        return False
-    try:
-        rows = json.loads(run.rows_file.read_text(encoding="utf-8"))
-        return all(row["status"] != "failed" for row in rows)
-    except (ValueError, TypeError, KeyError):
-        return False  # they are made again of what the run has left
 
 
 def _row(config: StudyConfig, run: Run, moment: Moment) -> dict[str, Any]:

@@ -28,8 +28,16 @@ ORIGINALS = "originals"
 """Folder, in what the study shares, of the pictures that are reconstructed."""
 
 
-def run_compression(config: CompressionConfig, out: Path, *, dry_run: bool = False) -> int:
+def run_compression(
+    config: CompressionConfig, out: Path, *, dry_run: bool = False, others: Sequence[Path] = ()
+) -> int:
     """Run a compression study, or go on with it; print its plan, write its report.
+
+    Args:
+        config: The study.
+        out: Its folder.
+        dry_run: Print the plan and stop.
+        others: See ``run_study``.
 
     Returns:
         How many runs have failed.
@@ -50,7 +58,8 @@ def run_compression(config: CompressionConfig, out: Path, *, dry_run: bool = Fal
 
     check_judge(config.sweep.reconstruction.judge(config.study.judge), "reconstruction")
     asked = {**to_dict(config.study), **to_dict(config.sweep)}
-    return run_study(config.study, out, dry_run=dry_run, kind=Kind(asked, judge_more, report))
+    kind = Kind(asked, judge_more, report)
+    return run_study(config.study, out, dry_run=dry_run, kind=kind, others=others)
 
 
 def judge_run(

@@ -191,8 +191,10 @@ def _pictures(config: StudyConfig, rows: Sequence[Row], out: Path) -> list[Block
     folders = {}
     for arm in config.arms:
         judged = judged_rows(rows, arm.name, amount, 1.0)
-        if judged:
-            folders[arm.name] = out / judged[0]["pictures"]
+        drawn = [out / row["pictures"] for row in judged]
+        there = [folder for folder in drawn if folder.is_dir()]  # rows can come without them
+        if there:
+            folders[arm.name] = there[0]
     file = "pictures.png"
     if not folders or not grid_of(folders, config.grid_prompts, out / file):
         return []

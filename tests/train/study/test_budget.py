@@ -168,6 +168,13 @@ def test_a_killed_study_goes_on_and_reports_what_an_unbroken_one_does(study, tmp
     tried = log.stat().st_size
     assert run_study(config, whole) == 1 and sorted((whole / "runs").rglob("*")) == before
     assert log.stat().st_size > tried and _rows(whole) == rows
+    # Runs that were made elsewhere are taken, and not trained again.
+    joined = tmp_path / "joined"
+    assert run_study(config, joined, others=[whole]) == 1 and _rows(joined) == rows
+    assert {one.name for one in (joined / "runs" / "32" / "it_learns" / "seed_3").iterdir()} == {
+        *("rows.json", "judged", "c.log"),
+    }
+    assert _report(joined, config) == _report(whole, config)
     with pytest.raises(UserError, match="holds a study with another seeds"):
         run_study(from_dict(StudyConfig, study | {"seeds": [4]}, "s.yaml"), whole)
     recipe = Path(study["arms"][0]["steps"][0]["config"])
