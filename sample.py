@@ -179,16 +179,18 @@ def hastened(
     pipeline: CascadePipeline | UNetPipeline, plan: Plan | UNetPlan, options: argparse.Namespace
 ) -> str:
     """Compile a pipeline's networks or record their passes; say what compiling cost and saves."""
-    from cascade.pipelines.compiling import compile_pipeline, use_cuda_graphs
-
     report = ""
     if options.compile:
+        from cascade.pipelines.compiling import compile_pipeline
+
         said = (
             "compiling the networks; this takes minutes, and the first picture is made four times"
         )
         print(said, file=sys.stderr, flush=True)
         report = compile_pipeline(pipeline, plan).describe()
     if options.cuda_graphs:
+        from cascade.pipelines.compiling import use_cuda_graphs
+
         use_cuda_graphs(pipeline)
     return report
 
@@ -289,9 +291,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_dtype(options.dtype, device)  # a slip must not wait for a download
     check_request(options.offload, options.vram, device)
     if options.compile:
-        from cascade.compiled import check_compile
+        from cascade.compiled import check_stays
 
-        check_compile(options.offload, options.vram)
+        check_stays("--compile", options.offload, options.vram)
     if options.cuda_graphs:
         from cascade.cuda_graphs import check_graphs
 

@@ -49,6 +49,7 @@ from benchmarks.sampling_aims import Aim, judge  # noqa: E402
 from benchmarks.sampling_measure import BOUNDS, Case, Row, matmul_rate, measure  # noqa: E402
 from benchmarks.sampling_memory import MEMORIES, SideMemory  # noqa: E402
 from benchmarks.sampling_models import MODELS, CascadeModel, Model  # noqa: E402
+from benchmarks.sampling_sides import HERE  # noqa: E402
 from cascade.checkpoints.files import atomic_write_text  # noqa: E402
 from cascade.command import Parser, parse_all  # noqa: E402
 from cascade.config import nearest  # noqa: E402
@@ -221,6 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(line(row), flush=True)
     default = _QUICK_START_UPS if options.quick else _START_UPS
     repeats = default if options.start_up is None else options.start_up
+    memory.give(HERE)  # processes that this one starts inherit what it has
     started = start_up.measure(repeats) if repeats else []
     if started:
         print("\n" + "\n".join(start_up.table(started)))

@@ -147,7 +147,7 @@ def measure(
     seed: int,
     rate: float,
     compile_mode: str | None = None,
-    give_memory: Callable[[str], None] | None = None,
+    give_memory: Callable[[str], object] = lambda side: None,
 ) -> Iterator[Row]:
     """Yield the rows of each part, then those of all together.
 
@@ -281,7 +281,7 @@ def _clock(
     part: _Part,
     device: torch.device,
     rate: float,
-    give_memory: Callable[[str], None] | None,
+    give_memory: Callable[[str], object],
 ) -> list[Row]:
     """Compare predictions, then run all sides in turn and return their rows."""
     steps_run = min(case.loop_steps or part.steps, part.steps)
@@ -289,7 +289,6 @@ def _clock(
     differences = {name: _away(one, first[THEIRS]) for name, one in first.items()}
     del first
     peaks: dict[str, int | None] = {}
-    give_memory = give_memory or (lambda side: None)
     for name, side in part.sides.items():
         give_memory(name)
         for _ in range(_GPU_WARM_UP if device.type == "cuda" else 0):  # compiles, captures graphs

@@ -50,13 +50,13 @@ def is_compiled(network: nn.Module) -> bool:
     )
 
 
-def check_compile(offload: str | None, vram: float | None) -> None:
-    """Refuse to compile networks whose weights come and go.
+def check_stays(option: str, offload: str | None, vram: float | None) -> None:
+    """Refuse an option that is not for networks whose weights come and go.
 
     Raises:
         UserError: If they do.
     """
     if offload not in (None, "none") or vram is not None:
         raise UserError(
-            "--compile needs all weights to stay on the device; leave --offload and --vram out"
+            f"{option} needs all weights to stay on the device; leave --offload and --vram out"
         )

@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
-from cascade.compiled import is_compiled
+from cascade.compiled import check_stays, is_compiled
 from cascade.errors import UserError
 
 Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
@@ -39,10 +39,7 @@ def check_graphs(device: torch.device, offload: str | None, vram: float | None) 
         raise UserError(
             f"--cuda-graphs needs a CUDA GPU, and pictures are made on {device.type}; leave it out"
         )
-    if offload not in (None, "none") or vram is not None:
-        raise UserError(
-            "--cuda-graphs needs all weights to stay on the device; leave --offload and --vram out"
-        )
+    check_stays("--cuda-graphs", offload, vram)
 
 
 class GpuCapture:
@@ -125,12 +122,8 @@ class CudaGraphs:
         known = self._networks.get(network)
         if known is None or known.weights != weights:
             known = self._networks[network] = _Recordings(weights)
-        recordings = known
-
-        def call(x: Tensor, t: Tensor, cond: Any) -> Tensor:
-            return self._run(network, recordings.passes, (x, t, cond))
-
-        return call
+        passes = known.passes
+        return lambda x, t, cond: self._run(network, passes, (x, t, cond))
 
     def _run(
         self, network: nn.Module, passes: OrderedDict[Hashable, _Pass], inputs: tuple[Any, ...]

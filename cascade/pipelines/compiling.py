@@ -11,7 +11,7 @@ from typing import cast
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 
-from cascade.compiled import check_compile, compile_blocks
+from cascade.compiled import check_stays, compile_blocks
 from cascade.cuda_graphs import CudaGraphs, GpuCapture, check_graphs
 from cascade.errors import UserError
 from cascade.pipelines.cascade import CascadePipeline
@@ -66,7 +66,7 @@ def compile_pipeline(
         UserError: The pipeline offloads, nothing is drawn, or there is no compiler.
         NonFiniteError: As a run does.
     """
-    check_compile("model" if _moves(pipeline) else None, None)
+    check_stays("--compile", "model" if _moves(pipeline) else None, None)
     if plan.picture is not None and plan.picture.mode == "reconstruct":
         raise UserError("--compile: a reconstruction is one pass of each network; leave it out")
     pipeline.arrange(plan)  # type: ignore[arg-type]

@@ -36,6 +36,7 @@ from train.study.folder import (
     RUNS,
     STUDY_FILE,
     as_asked,
+    check_same_study,
     is_finished,
     join,
     read_own,
@@ -138,6 +139,8 @@ def _run_held(
     """Run a study in a folder that no other process works in."""
     _claim(kind.asked, out)
     _claim_inputs(config, out)
+    for other in others:
+        check_same_study(out, other)
     commands = Commands(config.launcher)
     with commands.listening():
         rates, why = _rates(config, out, commands, tried=dry_run)

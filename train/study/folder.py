@@ -26,7 +26,6 @@ ROWS_FILE = "rows.json"
 RUNS, JUDGED = "runs", "judged"
 FREE = ("description", "headline", "price_per_device_hour", "grid_prompts", "device", "launcher")
 """Keys that may change between two starts: they decide nothing that was measured."""
-_SEEDS = "seeds"
 
 
 def read_own(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
@@ -65,37 +64,43 @@ def is_finished(rows_file: Path) -> bool:
         return False  # they are made again of what the run has left
 
 
-def join(out: Path, other: Path, trainings: Collection[str]) -> int:
-    """Take the finished runs of another folder that this one has not; what is there stays.
+def check_same_study(out: Path, other: Path) -> None:
+    """Refuse to join another study; that can be told before anything is tried.
 
     Args:
         out: The study's folder, with its notes.
         other: A folder of the same study; other seeds are no other study.
+
+    Raises:
+        UserError: It holds another study, or one whose files held something else.
+    """
+    if not (other / STUDY_FILE).is_file():
+        raise UserError(f"--join {other}: there is no {STUDY_FILE} in it; name a study's folder")
+    here, there = (read_own(one / STUDY_FILE, yaml.safe_load) for one in (out, other))
+    for key in sorted({*here, *there} - {*FREE, "seeds"}):
+        if as_asked(here.get(key)) != as_asked(there.get(key)):
+            raise UserError(
+                f"--join {other}: it is a study with another {key} than {out}; only other seeds "
+                "of the same one can be joined"
+            )
+    _check_note(out, other, INPUTS_FILE, "held something else there")
+
+
+def join(out: Path, other: Path, trainings: Collection[str]) -> int:
+    """Take the finished runs of another folder that this one has not; what is there stays.
+
+    Args:
+        out: The study's folder, with its plan.
+        other: A folder of the same study: see ``check_same_study``.
         trainings: Names of the folders in a run that are left behind.
 
     Returns:
         How many were taken.
 
     Raises:
-        UserError: It holds another study, or files or plans of the same that were others.
+        UserError: Its plan was another.
     """
-    if not (other / STUDY_FILE).is_file():
-        raise UserError(f"--join {other}: there is no {STUDY_FILE} in it; name a study's folder")
-    here, there = (read_own(one / STUDY_FILE, yaml.safe_load) for one in (out, other))
-    for key in sorted({*here, *there} - {*FREE, _SEEDS}):
-        if as_asked(here.get(key)) != as_asked(there.get(key)):
-            raise UserError(
-                f"--join {other}: it is a study with another {key} than {out}; only other seeds "
-                "of the same one can be joined"
-            )
-    for name, what in ((INPUTS_FILE, "held something else there"), (PLAN_FILE, "is another there")):
-        here, there = (read_own(one / name, json.loads) for one in (out, other))
-        for key in sorted(here.keys() & there.keys()):
-            if here[key] != there[key]:
-                raise UserError(
-                    f"--join {other}: {key} in {name} {what} than in {out}, whose runs would not "
-                    "compare"
-                )
+    _check_note(out, other, PLAN_FILE, "is another there")
     taken = 0
     for rows_file in sorted((other / RUNS).glob(f"*/*/seed_*/{ROWS_FILE}")):
         place = out / RUNS / rows_file.parent.relative_to(other / RUNS)
@@ -103,6 +108,17 @@ def join(out: Path, other: Path, trainings: Collection[str]) -> int:
             _take(rows_file, place, trainings)
             taken += 1
     return taken
+
+
+def _check_note(out: Path, other: Path, name: str, what: str) -> None:
+    """Refuse a folder in which something that both have noted differs."""
+    here, there = (read_own(one / name, json.loads) for one in (out, other))
+    for key in sorted(here.keys() & there.keys()):
+        if here[key] != there[key]:
+            raise UserError(
+                f"--join {other}: {key} in {name} {what} than in {out}, whose runs would not "
+                "compare"
+            )
 
 
 def _take(rows_file: Path, place: Path, trainings: Collection[str]) -> None:

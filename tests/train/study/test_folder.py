@@ -10,7 +10,14 @@ import pytest
 import yaml
 
 from cascade.errors import UserError
-from train.study.folder import INPUTS_FILE, PLAN_FILE, STUDY_FILE, is_finished, join
+from train.study.folder import (
+    INPUTS_FILE,
+    PLAN_FILE,
+    STUDY_FILE,
+    check_same_study,
+    is_finished,
+    join,
+)
 
 ASKED: dict[str, Any] = {"name": "tiny", "description": "one", "judge": {"protocol": "p.yaml"}}
 INPUTS = {"p.yaml": "abc"}
@@ -71,6 +78,7 @@ def test_another_study_is_refused_and_nothing_of_it_taken(other, said, tmp_path)
     here, there = folder_of(tmp_path / "here", [0]), folder_of(tmp_path / "there", [1], **other)
     add_run(there, "first", 1)
     with pytest.raises(UserError, match=said):
+        check_same_study(here, there)
         join(here, there, {"c"})
     assert not (here / "runs").exists()
 
@@ -78,7 +86,7 @@ def test_another_study_is_refused_and_nothing_of_it_taken(other, said, tmp_path)
 def test_what_is_no_study_or_has_lost_its_notes_is_one_line(tmp_path):
     here = folder_of(tmp_path / "here", [0])
     with pytest.raises(UserError, match=r"there is no study\.yaml in it"):
-        join(here, tmp_path, {"c"})
+        check_same_study(here, tmp_path)
     there = folder_of(tmp_path / "there", [1])
     (there / PLAN_FILE).unlink()
     with pytest.raises(UserError, match=r"plan\.json: can't be read: No such file"):
