@@ -2,6 +2,7 @@
 
 ``budget`` compares ways to a model under one budget, on the same devices, data and protocol;
 ``compression`` compares sizes of Stage C's latents, each with a compressor and Stage B of its own.
+``worth`` sets the arms of finished runs beside what as many operations buy without a teacher.
 ``cost`` counts, without weights or data, what a study would take on devices whose rate is known.
 ``--dry-run`` tries a few steps of each training and prints the plan with estimated seconds.
 A study that was stopped goes on with the same command; it also writes the report again.
@@ -53,6 +54,14 @@ def make_parser() -> Parser:
     cost.add_argument(
         "--rates", required=True, help="YAML file of devices, such as configs/study/sdxl/rates.yaml"
     )
+    worth = kinds.add_parser("worth", help="what arms' teachers are worth, from finished runs")
+    worth.add_argument(
+        "--study", type=Path, nargs="+", required=True, metavar="FOLDER", help="studies' folders"
+    )
+    worth.add_argument(
+        "--baseline", required=True, help="arm without a teacher, of several budgets"
+    )
+    worth.add_argument("--metrics", nargs="+", default=(), help="figures (default: all)")
     return parser
 
 
@@ -88,10 +97,24 @@ def _print_cost(path: str, overrides: Sequence[str], rates: str) -> int:
     return 0
 
 
+def _print_worth(folders: Sequence[Path], baseline: str, metrics: Sequence[str]) -> int:
+    """Print what teachers are worth."""
+    from train.study.page import to_markdown
+    from train.study.worth import read_finished, worth_blocks
+
+    print(to_markdown(worth_blocks(read_finished(folders), baseline, metrics)), end="")
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run, say how it went."""
-    options, rest = make_parser().parse_known_args(argv)
+    parser = make_parser()
+    options, rest = parser.parse_known_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if options.kind == "worth":
+        if rest:
+            parser.error(f"worth reads no configuration: {rest[0]}")
+        return _print_worth(options.study, options.baseline, options.metrics)
     check_started_once()
     # Lightning takes seconds to import.
     from train.study.budget import run_study
