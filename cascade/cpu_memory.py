@@ -40,7 +40,8 @@ def set_malloc(option: int, value: int) -> bool:
     """Set one of glibc's options of ``mallopt``; return whether this system's C library did."""
     if not sys.platform.startswith("linux"):
         return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:  # musl has no such settings
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # a static program; musl, which has no such settings
         return False
     return bool(mallopt(option, value))

@@ -70,13 +70,14 @@ def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     given = (x, weight) if bias is None else (x, weight, bias)
     if torch.is_grad_enabled() and any(one.requires_grad for one in given):
         return False
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     return (
         all(one.device.type == "cpu" and one.dtype == x.dtype for one in given)
-        and weight.is_contiguous()  # a part of a weight would be copied
         and all(type(one) in (Tensor, nn.Parameter) for one in given)
         and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
-        and unpack_dual(x).tangent is None
+        and not any(wrapped(one) for one in given)
+        and all(unpack_dual(one).tangent is None for one in given)
+        and weight.is_contiguous()  # a part of a weight would be copied
     )
 
 

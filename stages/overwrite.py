@@ -5,6 +5,8 @@ there twice. The results have the same bits. With gradients, tangents or a compi
 memory itself, nothing is written over.
 
 Whoever calls these gives away the first tensor: it was made for the call, and nobody else has it.
+A forward hook that keeps what a layer within a block returned must clone it, as with torch's own
+``inplace=True``; what blocks themselves return is never written over.
 """
 
 from __future__ import annotations

@@ -93,6 +93,12 @@ def test_gradients_tangents_casts_and_counts_are_torchs(asked):
         _, pushed = torch.func.jvp(lambda one: linear(one, weight, bias), (x,), (tangent,))
         torch.testing.assert_close(pushed, F.linear(tangent, weight))
         torch.vmap(lambda one: linear(one, weight, bias))(x)
+        several = torch.stack([weight, -weight])  # an ensemble: weights are batched, x is not
+        both = torch.vmap(lambda one: linear(x, one))(several)
+        torch.testing.assert_close(both[1], -both[0])
+        with forward_ad.dual_level():
+            learned = forward_ad.make_dual(weight, torch.ones_like(weight))
+            assert forward_ad.unpack_dual(linear(x, learned)).tangent is not None
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         assert linear(x, weight, bias).dtype == torch.bfloat16
     with FlopCounterMode(display=False) as counter, torch.no_grad():
