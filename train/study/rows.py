@@ -24,10 +24,11 @@ def metric_names(config: StudyConfig, rows: Sequence[Row]) -> list[str]:
 
 def mean_and_spread(values: Sequence[float]) -> str:
     """Write a mean with the standard deviation over seeds; of one seed there is none."""
-    mean = statistics.mean(values)
+    # Twelve digits: what differences of binary fractions leave of nothing is 0, not -3e-17.
+    mean = round(statistics.mean(values), 12) + 0.0
     if len(values) == 1:
         return f"{mean:.4g}"
-    return f"{mean:.4g} ± {statistics.stdev(values):.2g}"
+    return f"{mean:.4g} ± {round(statistics.stdev(values), 12):.2g}"
 
 
 def rows_of(rows: Sequence[Row], arm: str, amount: float, fraction: float) -> list[Row]:

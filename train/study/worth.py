@@ -165,5 +165,6 @@ def _beside(
     if not same:
         return _BEYOND, ""
     differences = [values[seed] - value for seed, value in same.items()]
-    sign = "+" if statistics.mean(differences) >= 0 else ""
-    return mean_and_spread(list(same.values())), sign + mean_and_spread(differences)
+    written = mean_and_spread(differences)
+    sign = "" if written.startswith("-") else "+"
+    return mean_and_spread(list(same.values())), sign + written
