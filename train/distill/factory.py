@@ -88,7 +88,7 @@ class Factory:
         """
         self.config = config
         self.part = part
-        self.prompts = read_prompts(config.prompts, config.column, config.limit)
+        self.prompts = read_prompts(config.prompts, config.column, config.limit, config.shuffle)
         self.maker = PictureMaker(config.maker(part.device(config.device)))
         self.latents = _latent_hashes(config, self.maker) if config.keep_latents else {}
         self.out = Path(config.out)

@@ -12,6 +12,7 @@ from train.distill.factory import Factory
 from train.distill.generate_config import GenerateConfig
 from train.distill.generate_options import COMMAND_ONLY
 from train.distill.generated_set import state_of
+from train.distill.prompts import of_shards
 
 
 def read_config(options: argparse.Namespace) -> GenerateConfig:
@@ -58,7 +59,17 @@ def generate(options: argparse.Namespace) -> int:
         f"{factory.num_shards:,} shards",
         flush=True,
     )
-    for notice in factory.maker.notices:
+    notices = list(factory.maker.notices)
+    if (
+        config.shuffle is None
+        and config.limit == len(factory.prompts)
+        and of_shards(config.prompts)
+    ):
+        notices.append(
+            f"the first {config.limit:,} captions of the shards, which may all be of one kind; "
+            "--shuffle 0 takes as many of all"
+        )
+    for notice in notices:
         print(f"notice: {notice}", flush=True)
     if options.estimate:
         cost, num_bytes = factory.estimate()

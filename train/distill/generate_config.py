@@ -29,6 +29,8 @@ class GenerateConfig:
     """Of a table of prompts."""
     limit: int | None = None
     """Most prompts; null: all."""
+    shuffle: int | None = None
+    """Seed of the prompts' order, so that ``limit`` takes some of all kinds; null: as given."""
     pictures_per_prompt: int = 1
     seed: int = 0
     """Each picture's seed is made of it, of the prompt and of the picture's number."""
@@ -76,6 +78,8 @@ class GenerateConfig:
         if not re.fullmatch(r"[\w-]{1,16}", self.name, flags=re.ASCII):
             raise ValueError(f"name is {self.name!r}; 1 to 16 letters, digits, - and _")
         check_seed(self.seed)
+        if self.shuffle is not None and self.shuffle < 0:
+            raise ValueError(f"shuffle is {self.shuffle}; a seed is 0 or more")
         _ = self.sides
 
     @property

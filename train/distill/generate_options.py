@@ -34,6 +34,13 @@ def add_generate(commands: Any) -> None:
     )
     make.add_argument("--column", metavar="NAME", help="of a table: where the prompts are")
     make.add_argument("--limit", type=int, metavar="N", help="take the first N distinct prompts")
+    make.add_argument(
+        "--shuffle",
+        type=int,
+        metavar="SEED",
+        help="bring the prompts into an order drawn from this seed, so that --limit takes some of "
+        "every kind (default: as they stand; of shards, the captions of the first ones)",
+    )
     make.add_argument("--out", metavar="SHARDS", help="folder for the shards")
     make.add_argument("--name", help="name of the shards (default: teacher)")
     make.add_argument(

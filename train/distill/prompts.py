@@ -5,12 +5,14 @@
   ``text``, or the one that is named. Parquet needs the package pyarrow.
 - Shards (``.tar``, with a glob, a brace pattern or an address): every wording of every sample.
 
-A prompt that comes again is taken once.
+A prompt that comes again is taken once. A limited number are the first ones or, shuffled, some of
+all: shards are often sorted by what they hold, and their first captions are then of one kind.
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -27,13 +29,22 @@ COLUMNS = ("prompt", "caption", "text")
 """Names of the column with the prompts; the first that is there."""
 
 
-def read_prompts(name: str, column: str | None = None, limit: int | None = None) -> list[str]:
-    """Return distinct prompts in their order.
+def of_shards(name: str) -> bool:
+    """Return whether a name of prompts is a pattern of shards."""
+    return name.endswith((".tar", ".tar.gz", ".tgz"))
+
+
+def read_prompts(
+    name: str, column: str | None = None, limit: int | None = None, shuffle: int | None = None
+) -> list[str]:
+    """Return distinct prompts.
 
     Args:
         name: A file, or a pattern of shards.
         column: Of a table; None: the first of ``COLUMNS`` that it has.
         limit: Most prompts; None: all.
+        shuffle: Seed of their order, which is the same on every machine, and that of the others
+            when prompts are added; None: as they stand, and what is beyond ``limit`` is not read.
 
     Raises:
         UserError: Nothing is there, nothing is in it, or it can't be read.
@@ -45,7 +56,7 @@ def read_prompts(name: str, column: str | None = None, limit: int | None = None)
         ".parquet": _parquet,
     }
     found: Iterable[str]
-    if name.endswith((".tar", ".tar.gz", ".tgz")):
+    if of_shards(name):
         found = _captions(name)
     else:
         path = Path(name)
@@ -56,13 +67,19 @@ def read_prompts(name: str, column: str | None = None, limit: int | None = None)
         raise UserError(f"--column {column}: {name} has none; .jsonl, .csv and .parquet have")
     prompts: dict[str, None] = {}
     for prompt in found:
-        if limit is not None and len(prompts) >= limit:
+        if shuffle is None and limit is not None and len(prompts) >= limit:
             break
         if prompt.strip():
             prompts[prompt.strip()] = None
     if not prompts:
         raise UserError(f"{name}: no prompt in it; check --prompts")
-    return list(prompts)
+    if shuffle is None:
+        return list(prompts)
+
+    def place(prompt: str) -> bytes:
+        return hashlib.sha256(f"{shuffle}\0{prompt}".encode()).digest()
+
+    return sorted(prompts, key=place)[:limit]
 
 
 def _text(path: Path) -> str:

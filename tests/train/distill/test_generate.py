@@ -460,6 +460,32 @@ def test_prompts_are_read_from_text_tables_and_shards(tmp_path, several_prompts_
         read_prompts(str(tmp_path / "empty.txt"))
 
 
+def test_a_shuffled_share_is_one_of_all_prompts_and_the_same_wherever_it_is_drawn(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("".join(f"prompt {n}\n" for n in range(400)))
+    share = read_prompts(str(path), limit=20, shuffle=0)
+    assert share == read_prompts(str(path), shuffle=0)[:20]
+    assert share[:3] == ["prompt 293", "prompt 159", "prompt 237"], "on every machine"
+    assert share != read_prompts(str(path), limit=20, shuffle=1)
+    assert sorted(read_prompts(str(path), shuffle=0)) == sorted(read_prompts(str(path)))
+    path.write_text(path.read_text() + "a new one\n")
+    more = read_prompts(str(path), shuffle=0)
+    assert [one for one in more if one != "a new one"][:20] == share
+
+
+def test_captions_of_the_first_shards_are_called_so(
+    unet_teacher, several_prompts_tar, tmp_path, capsys
+):
+    said = "notice: the first 2 captions of the shards, which may all be of one kind"
+    for number, (more, told) in enumerate(
+        ((["--limit", "2"], True), (["--limit", "2", "--shuffle", "0"], False), ([], False))
+    ):
+        main(command(unet_teacher, several_prompts_tar, tmp_path / str(number), *more))
+        assert (said in capsys.readouterr().out) == told
+    with pytest.raises(UserError, match="shuffle is -1; a seed is 0 or more"):
+        main(command(unet_teacher, several_prompts_tar, tmp_path / "none", "--shuffle", "-1"))
+
+
 @pytest.fixture
 def several_prompts_tar(tmp_path: Path) -> Path:
     members = [

@@ -19,7 +19,11 @@ from train.study.folder import (
     join,
 )
 
-ASKED: dict[str, Any] = {"name": "tiny", "description": "one", "judge": {"protocol": "p.yaml"}}
+ARMS = [{"name": name, "description": "so", "steps": [{"name": "c"}]} for name in ("first", "2nd")]
+ASKED: dict[str, Any] = {
+    **{"name": "tiny", "description": "one", "judge": {"protocol": "p.yaml"}},
+    "arms": ARMS,
+}
 INPUTS = {"p.yaml": "abc"}
 PLAN = {"32": {"first": {"steps": {"c": 8}}}}
 
@@ -49,20 +53,20 @@ def test_finished_runs_are_taken_without_their_trainings_and_what_is_there_stays
     here = folder_of(tmp_path / "here", [0, 1])
     there = folder_of(tmp_path / "there", [1, 2], asked={"description": "another"})
     mine = add_run(here, "first", 1)
-    (here / "runs/32/second/seed_1/c").mkdir(parents=True)  # begun here
+    (here / "runs/32/2nd/seed_1/c").mkdir(parents=True)  # begun here
     for arm, seed, status in (
         *(("first", 1, "judged"), ("first", 2, "judged")),
-        *(("second", 1, "judged"), ("second", 2, "failed")),
+        *(("2nd", 1, "judged"), ("2nd", 2, "failed")),
     ):
         add_run(there, arm, seed, status)
     assert join(here, there, {"c"}) == 2
     assert (mine / "judged/1/drawn.png").read_text() == "here, first, 1"
-    for name in ("first/seed_2", "second/seed_1"):
+    for name in ("first/seed_2", "2nd/seed_1"):
         run = here / "runs/32" / name
         assert is_finished(run / "rows.json") and (run / "c.log").read_text() == "said"
         assert (run / "judged/1/drawn.png").read_text().startswith("there, ")
         assert not (run / "c/checkpoints").exists()
-    assert not (here / "runs/32/second/seed_2").exists(), "it has failed there"
+    assert not (here / "runs/32/2nd/seed_2").exists(), "it has failed there"
     assert join(here, there, {"c"}) == 0
 
 
@@ -71,7 +75,10 @@ def test_finished_runs_are_taken_without_their_trainings_and_what_is_there_stays
     [
         ({"asked": {"judge": {"protocol": "q.yaml"}}}, "study with another judge than"),
         ({"inputs": {"p.yaml": "xyz"}}, r"p\.yaml in inputs\.json held something else there"),
-        ({"plan": {"32": {"first": {"steps": {"c": 9}}}}}, r"32 in plan\.json is another there"),
+        (
+            {"plan": {"32": {"first": {"steps": {"c": 9}}}}},
+            r"'first' with 32 in plan\.json is planned",
+        ),
     ],
 )
 def test_another_study_is_refused_and_nothing_of_it_taken(other, said, tmp_path):
@@ -81,6 +88,27 @@ def test_another_study_is_refused_and_nothing_of_it_taken(other, said, tmp_path)
         check_same_study(here, there)
         join(here, there, {"c"})
     assert not (here / "runs").exists()
+
+
+def test_of_a_study_with_other_arms_those_that_are_the_same_are_taken(tmp_path, caplog):
+    changed = [{**ARMS[0], "description": "told better"}, {**ARMS[1], "steps": [{"name": "d"}]}]
+    here = folder_of(tmp_path / "here", [0])
+    there = folder_of(
+        tmp_path / "there",
+        [0],
+        asked={"arms": [*changed, {**ARMS[0], "name": "third"}]},
+        # What an arm that differs was planned as is nobody's concern.
+        plan={"32": {**PLAN["32"], "2nd": {"steps": {"d": 1}}}},
+    )
+    for arm in ("first", "2nd", "third"):
+        add_run(there, arm, 0)
+    check_same_study(here, there)
+    assert join(here, there, {"c"}) == 1
+    assert [path.name for path in (here / "runs/32").iterdir()] == ["first"]
+    assert "its arm '2nd' is another one; no run of it is taken" in caplog.text
+    none = folder_of(tmp_path / "none", [0], asked={"arms": changed[1:]})
+    with pytest.raises(UserError, match="none of its arms is one of"):
+        check_same_study(here, none)
 
 
 def test_what_is_no_study_or_has_lost_its_notes_is_one_line(tmp_path):
